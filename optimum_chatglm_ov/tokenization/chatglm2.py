@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizer of ChatGLM2-6B and CodeGeeX2-6B."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import BatchEncoding
+
+from .base import ChatGLMTokenizer
+from .chat_templates import CHATGLM2_TEMPLATE
+from .vocabulary import TokenizerError, load_sentencepiece
+
+
+class SentencePieceVocabulary:
+    """A SentencePiece model and the control tokens that follow its pieces."""
+
+    def __init__(self, vocab_file: str | os.PathLike, control_tokens: Sequence[str]):
+        self.sp_model = load_sentencepiece(vocab_file)
+        if self.sp_model.piece_to_id("<0x0A>") == self.sp_model.unk_id():
+            raise TokenizerError(
+                f"{vocab_file} has no byte pieces; expected the tokenizer.model of ChatGLM2 or ChatGLM3. Copy it from "
+                "the original repository."
+            )
+        self.n_words = self.sp_model.get_piece_size() + len(control_tokens)
+        self.special_tokens = {token: self.sp_model.get_piece_size() + i for i, token in enumerate(control_tokens)}
+        self.index_special_tokens = {index: token for token, index in self.special_tokens.items()}
+        self.bos_id, self.eos_id, self.pad_id = self.sp_model.bos_id(), self.sp_model.eos_id(), self.sp_model.unk_id()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; control tokens in it are text."""
+        return self.sp_model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, control tokens by name; each stretch between them is decoded by itself."""
+        text, stretch = "", []
+        for index in ids:
+            if index in self.index_special_tokens:
+                text += self.sp_model.decode(stretch) + self.index_special_tokens[index]
+                stretch = []
+            else:
+                stretch.append(index)
+        return text + self.sp_model.decode(stretch)
+
+    def token_to_id(self, token: str) -> int:
+        """Id of a control token or a piece; that of `<unk>` for anything else."""
+        return self.special_tokens.get(token, self.sp_model.piece_to_id(token))
+
+    def id_to_token(self, index: int) -> str:
+        """Control token or piece.
+
+        Raises:
+            IndexError: there is no such id.
+        """
+        return self.index_special_tokens.get(index) or self.sp_model.id_to_piece(index)
+
+
+class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
+    """SentencePiece BPE with byte fallback; a prompt begins with `[gMASK] sop`.
+
+    Control tokens are never recognised in text, and `decode` leaves them out.
+    """
+
+    chatglm_generation = "chatglm2"
+    default_chat_template = CHATGLM2_TEMPLATE
+    roles = ("system", "user", "assistant")
+    control_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+
+    def _load_vocabulary(self) -> None:
+        self.tokenizer = SentencePieceVocabulary(self.vocab_file, self.control_tokens)
+        self.special_tokens = {
+            "<bos>": self.tokenizer.bos_id,
+            "<eos>": self.tokenizer.eos_id,
+            "<pad>": self.tokenizer.pad_id,
+        }
+
+    def _complete_arguments(self, kwargs: dict[str, Any]) -> None:
+        # Folders saved by older transformers repeat the defaults; as special tokens they would be matched in text.
+        for name, token in (("eos_token", "</s>"), ("pad_token", "<unk>"), ("unk_token", "<unk>")):
+            if str(kwargs.get(name)) == token:
+                del kwargs[name]
+
+    # Vocabulary ----------------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces and control tokens."""
+        return self.tokenizer.n_words
+
+    @property
+    def pad_token(self) -> str:
+        """`<unk>`, unless another was set."""
+        return str(self._special_tokens_map.get("pad_token") or "<unk>")
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of `pad_token`."""
+        return self.convert_tokens_to_ids(self.pad_token)
+
+    @property
+    def eos_token(self) -> str:
+        """`</s>`, unless another was set."""
+        return str(self._special_tokens_map.get("eos_token") or "</s>")
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id of `eos_token`."""
+        return self.convert_tokens_to_ids(self.eos_token)
+
+    def get_command(self, token: str) -> int:
+        """Id of a control token, or of `<bos>`, `<eos>`, `<pad>`.
+
+        Raises:
+            ValueError: there is no such control token.
+        """
+        commands = {**self.special_tokens, **self.tokenizer.special_tokens}
+        if token not in commands:
+            raise ValueError(f"{token!r} is not a control token; they are {', '.join(commands)}.")
+        return commands[token]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id, added tokens included."""
+        vocab = {self.tokenizer.id_to_token(index): index for index in range(self.vocab_size)}
+        return {**vocab, **self.added_tokens_encoder}
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.tokenizer.token_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        """What the token contributes to a text: nothing for `<unk>`, `<s>`, `</s>` and the control tokens."""
+        hidden = (self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)
+        if index in hidden or index in self.tokenizer.index_special_tokens:
+            return ""
+        return self.tokenizer.id_to_token(index)
+
+    # Encoding ------------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return self.tokenizer.sp_model.encode(text, out_type=str)
+
+    def get_prefix_tokens(self) -> list[int]:
+        """Ids of `[gMASK] sop`."""
+        return [self.get_command("[gMASK]"), self.get_command("sop")]
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """`[gMASK] sop first`, or `[gMASK] sop first second </s>`."""
+        ids = [*self.get_prefix_tokens(), *token_ids_0]
+        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.get_command("<eos>")]
+
+    # Decoding ------------------------------------------------------------------------------------------------------
+
+    def _decode_ids(self, token_ids: int | list[int], skip_special_tokens: bool) -> str:
+        # The original takes a single token apart: a byte piece stays `<0x0A>`.
+        return self.convert_tokens_to_string(
+            list(self.convert_ids_to_tokens(token_ids, skip_special_tokens=skip_special_tokens))
+        )
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of `tokens`; incomplete UTF-8 becomes U+FFFD."""
+        return self.tokenizer.sp_model.decode_pieces(tokens)
+
+    # Conversations -------------------------------------------------------------------------------------------------
+
+    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
+        """The original's prompt: rounds from 1, ending in `答：`."""
+        history = history or []
+        rounds = [
+            f"[Round {i}]\n\n问：{question}\n\n答：{answer}\n\n" for i, (question, answer) in enumerate(history, 1)
+        ]
+        return "".join(rounds) + f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+    def build_chat_input(
+        self, query: str, history: Sequence[tuple[str, str]] | None = None, role: str = "user"
+    ) -> BatchEncoding:
+        """`input_ids`, `attention_mask` and `position_ids` [1, L] of `build_prompt`."""
+        if role != "user":
+            raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")
+        return self([self.build_prompt(query, history)], return_tensors="pt")
+
+    def _conversation_ids(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, continue_final_message: bool
+    ) -> list[int]:
+        # An answer that was begun ends the text: nothing follows it in the template.
+        text = self._render(
+            messages, chat_template=self.default_chat_template, add_generation_prompt=add_generation_prompt
+        )
+        return self.encode(text)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizer of ChatGLM3-6B."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import BatchEncoding
+
+from .chat_templates import CHATGLM3_TEMPLATE, with_tools
+from .chatglm2 import ChatGLM2Tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+_ROLES = ("system", "user", "assistant", "observation")
+_INTRODUCTION_OF_TOOLS = "Answer the following questions as best as you can. You have access to the following tools:"
+_ROLE_TOKEN = re.compile("(" + "|".join(re.escape(f"<|{role}|>") for role in _ROLES) + ")")
+
+
+class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
+    r"""As ChatGLM2's, with control tokens for the roles of a conversation.
+
+    `decode` shows control tokens by name.
+
+    Args:
+        encode_special_tokens (`bool`, defaults to `False`): recognise the role tokens in text.
+    """
+
+    chatglm_generation = "chatglm3"
+    default_chat_template = CHATGLM3_TEMPLATE
+    roles = _ROLES
+    control_tokens = (*ChatGLM2Tokenizer.control_tokens, *(f"<|{role}|>" for role in _ROLES))
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        ice_text_file: str | None = None,
+        encode_special_tokens: bool = False,
+        **kwargs: Any,
+    ):
+        self.encode_special_tokens = encode_special_tokens
+        super().__init__(vocab_file, ice_text_file, encode_special_tokens=encode_special_tokens, **kwargs)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.tokenizer.index_special_tokens.get(index) or super()._convert_id_to_token(index)
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        if not self.encode_special_tokens:
+            return super()._tokenize(text)
+        tokens = []
+        for part in _ROLE_TOKEN.split(text):
+            tokens += [part] if _ROLE_TOKEN.fullmatch(part) else super()._tokenize(part)
+        return tokens
+
+    # Conversations -------------------------------------------------------------------------------------------------
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """`<|role|>`, then metadata and a line break, then the message; role tokens in these two are text.
+
+        Raises:
+            ValueError: `role` is not system, user, assistant or observation.
+        """
+        self._check_roles([{"role": role}])
+        return [
+            self.get_command(f"<|{role}|>"),
+            *self.tokenizer.encode(f"{metadata}\n"),
+            *self.tokenizer.encode(message),
+        ]
+
+    def build_chat_input(
+        self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
+    ) -> BatchEncoding:
+        """`input_ids`, `attention_mask` and `position_ids` [1, L]; see [`ChatGLMTokenizer.build_chat_input`]."""
+        messages = [*(history or []), {"role": role, "content": query}]
+        ids = self._conversation_ids(messages, add_generation_prompt=True, continue_final_message=False)
+        return self.pad({"input_ids": [ids]}, return_tensors="pt")
+
+    def _conversation_ids(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, continue_final_message: bool
+    ) -> list[int]:
+        # A message has no end token: an answer that was begun is simply the last message.
+        ids = self.get_prefix_tokens()
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "system" and "tools" in message:
+                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+            ids += self.build_single_message(message["role"], message.get("metadata") or "", content)
+        return ids + [self.get_command("<|assistant|>")] if add_generation_prompt else ids
+
+    def _with_tools(self, messages: list[dict[str, Any]], tools: Sequence[dict | Callable]) -> list[dict[str, Any]]:
+        return with_tools(messages, tools, _INTRODUCTION_OF_TOOLS)
+
+    def _prepare_messages(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None
+    ) -> list[dict[str, Any]]:
+        return [
+            {**message, "tools": _functions(message["tools"])} if "tools" in message else message
+            for message in super()._prepare_messages(messages, tools)
+        ]
+
+    def _rendered_ids(self, messages: list[dict[str, Any]], **rendering: Any) -> list[int]:
+        """By a checkpoint's template; only control tokens of the template itself become control tokens.
+
+        Revisions of ChatGLM3 whose tokenizer_config.json lists the control tokens as added tokens recognise them in
+        text; those without the list spell them, which is not the prompt that the model was trained on.
+        """
+        added_tokens = self.added_tokens_encoder
+        if not added_tokens:
+            if not self.encode_special_tokens:
+                _warn_once(
+                    "The chat template of this ChatGLM3 checkpoint writes the roles as text, as its authors' "
+                    "tokenizer does. For the prompt that the model was trained on, use `build_chat_input`, or set "
+                    "`tokenizer.chat_template = None` before `apply_chat_template`."
+                )
+            return super()._rendered_ids(messages, **rendering)
+        pattern = re.compile("|".join(map(re.escape, added_tokens)))
+        everything = "".join(str(value) for message in messages for value in message.values())
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in everything)
+        protected = [
+            {
+                key: pattern.sub(lambda token: token[0][0] + mark + token[0][1:], value)
+                if isinstance(value, str) and key != "role"
+                else value
+                for key, value in message.items()
+            }
+            for message in messages
+        ]
+        ids: list[int] = []
+        for part in re.split(f"({pattern.pattern})", self._render(protected, **rendering)):
+            known = added_tokens.get(part)
+            ids += self.tokenizer.encode(part.replace(mark, "")) if known is None else [known]
+        return ids
+
+    def _tool_call_text(self, arguments: dict[str, Any]) -> str:
+        call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        return f"```python\ntool_call({call})\n```"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _functions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """ChatGLM3 lists bare functions, without the ecosystem's `{"type": "function", "function": ...}` around them."""
+    return [tool["function"] if tool.get("type") == "function" and "function" in tool else tool for tool in tools]
