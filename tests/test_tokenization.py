@@ -11,6 +11,7 @@ from optimum_chatglm_ov.tokenization import (
     ChatGLM3Tokenizer,
     ChatGLM4Tokenizer,
 )
+from optimum_chatglm_ov.tokenization.chatglm3 import _warn_once
 
 
 CLASSES = {
@@ -222,6 +223,16 @@ def test_chatglm3_template_with_added_role_tokens_keeps_messages_as_text():
     assert tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == expected
 
 
+def test_chatglm3_template_that_spells_the_roles_is_reported(caplog):
+    tok = tokenizer("tokenizers.chatglm3-6b-128k")
+    _warn_once.cache_clear()
+    for _ in range(2):
+        tok.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert [record.message.partition(" writes")[0] for record in caplog.records] == [
+        "The chat template of this ChatGLM3 checkpoint"
+    ]
+
+
 @pytest.mark.parametrize("name", [*CHATGLM3[:1], *GLM4[:1]])
 def test_tools_in_the_form_of_transformers(name):
     """`tools=`, `tool_calls` and the role `tool` give what the original form gives."""
@@ -309,7 +320,7 @@ def test_padding_on_the_right(name):
     unpadded = tok("a")["input_ids"]
     assert encoding["input_ids"][0][: len(unpadded)] == unpadded
     assert encoding["input_ids"][0][-1] == tok.pad_token_id
-    if name not in NAMES[:1] and "chatglm-6b" not in name:
+    if "chatglm-6b" not in name:
         assert encoding["position_ids"][0][: len(unpadded)] == list(range(len(unpadded)))
         assert encoding["attention_mask"][0] == [1] * len(unpadded) + [0] * (
             len(encoding["input_ids"][0]) - len(unpadded)

@@ -76,6 +76,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             kwargs["chat_template"] = self.default_chat_template
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Loads from a folder or a Hub id; arguments as in transformers, and those of the class."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ImportError as error:
+            # Without protobuf, transformers turns every exception of a tokenizer's constructor into this one.
+            if isinstance(error.__context__, TokenizerError):
+                raise error.__context__ from None
+            raise
+
     # What each generation defines ----------------------------------------------------------------------------------
 
     def _load_vocabulary(self) -> None:

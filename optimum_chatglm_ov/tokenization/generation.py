@@ -36,15 +36,9 @@ def detect_generation(vocab_file: str, tokenizer_config: dict[str, Any]) -> str:
         TokenizerError: `chatglm_generation` is unknown or contradicts the file, or the file is unusable.
     """
     asked = tokenizer_config.get("chatglm_generation")
-    if asked is not None and asked not in GENERATIONS:
-        raise TokenizerError(f"`chatglm_generation` is {asked!r}; expected one of {', '.join(GENERATIONS)}.")
     possible = _generations_of_file(vocab_file)
     if asked is not None:
-        if asked not in possible:
-            raise TokenizerError(
-                f"`chatglm_generation` is {asked!r}, but {vocab_file} is a vocabulary of {' or '.join(possible)}. "
-                "Leave the argument out, or give the right file."
-            )
+        check_generation(asked, possible, vocab_file)
         return asked
     if len(possible) == 1:
         return possible[0]
@@ -64,6 +58,17 @@ def detect_generation(vocab_file: str, tokenizer_config: dict[str, Any]) -> str:
         "tokenizer_config.json) to decide."
     )
     return "chatglm3"
+
+
+def check_generation(asked: str, possible: tuple[str, ...], vocab_file: str) -> None:
+    """Raises `TokenizerError` unless `asked`, a value of `chatglm_generation`, is one of `possible`."""
+    if asked not in GENERATIONS:
+        raise TokenizerError(f"`chatglm_generation` is {asked!r}; expected one of {', '.join(GENERATIONS)}.")
+    if asked not in possible:
+        raise TokenizerError(
+            f"`chatglm_generation` is {asked!r}, but {vocab_file} is a vocabulary of {' or '.join(possible)}. "
+            "Leave the argument out, or give the right file."
+        )
 
 
 def _generations_of_file(vocab_file: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from transformers import AddedToken, BatchEncoding
 
 from .base import ChatGLMTokenizer
 from .chat_templates import GLM4_TEMPLATE, with_tools
+from .generation import check_generation
 from .vocabulary import load_ranks
 
 
@@ -54,6 +55,8 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         )
 
     def _complete_arguments(self, kwargs: dict[str, Any]) -> None:
+        # AutoTokenizer finds this class by its name, before anything has looked at the argument.
+        check_generation(kwargs.get("chatglm_generation", "glm4"), ("glm4",), self.vocab_file)
         # transformers 4 and 5 store the special tokens under different keys; the table of added tokens they share.
         kwargs.pop("extra_special_tokens", None)
         added_tokens = kwargs.get("added_tokens_decoder") or {

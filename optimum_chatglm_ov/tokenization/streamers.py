@@ -47,7 +47,7 @@ class _WholeCharacters:
         self.on_finalized_text(text, stream_end=True)
 
     def _decoded(self) -> str:
-        return self.tokenizer.decode(self.token_cache, skip_incomplete_tail=True, **self.decode_kwargs)
+        return self.tokenizer.decode(self.token_cache, **{**self.decode_kwargs, "skip_incomplete_tail": True})
 
     def _hand_out(self, text: str) -> None:
         new = text[self.print_len :]
