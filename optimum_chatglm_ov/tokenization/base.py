@@ -27,6 +27,12 @@ _TOKENIZER_CLASSES = {
 }
 # transformers >= 5 adds these to the arguments of every tokenizer; they describe one load, not the tokenizer.
 _ARGUMENTS_OF_ONE_LOAD = ("auto_map", "is_local", "files_loaded", "tokenizer_file", "trust_remote_code", "_from_auto")
+# What `clean_up_tokenization_spaces` does, in this order; not every version of transformers has it any more.
+_CLEANED_UP = (
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
+)
 _RETURN_DICT_BY_DEFAULT = (
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters["return_dict"].default
 )
@@ -68,6 +74,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
         for name in _ARGUMENTS_OF_ONE_LOAD:
             kwargs.pop(name, None)
+        if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):  # as transformers 5 saves them
+            kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
         self.vocab_file = _vocabulary_path(vocab_file, ice_text_file, kwargs.get("name_or_path"))
         self._load_vocabulary()
         self._complete_arguments(kwargs)
@@ -185,7 +193,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         if clean_up_tokenization_spaces:
-            text = self.clean_up_tokenization(text)
+            for spaced, joined in _CLEANED_UP:
+                text = text.replace(spaced, joined)
         return text.rstrip("\ufffd") if skip_incomplete_tail else text
 
     # Conversations -------------------------------------------------------------------------------------------------

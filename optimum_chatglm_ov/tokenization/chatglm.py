@@ -52,12 +52,12 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         self.num_image_tokens = num_image_tokens
         self.remove_space = remove_space
         self.do_lower_case = do_lower_case
-        # transformers >= 5 collects these two here and would make them special tokens that are recognised in text.
-        own_tokens = {**(kwargs.pop("model_specific_special_tokens", None) or {}), **kwargs}
-        self.gmask_token = str(own_tokens.get("gmask_token") or "[gMASK]")
-        self.end_token = str(own_tokens.get("end_token") or "</s>")
-        for name in ("gmask_token", "end_token"):
-            kwargs.pop(name, None)
+        # transformers >= 5 collects these two in a table, and would have them recognised in text.
+        for table in ("extra_special_tokens", "model_specific_special_tokens"):
+            if isinstance(kwargs.get(table), dict):
+                kwargs.update(kwargs.pop(table))
+        self.gmask_token = str(kwargs.pop("gmask_token", None) or "[gMASK]")
+        self.end_token = str(kwargs.pop("end_token", None) or "</s>")
         defaults = {
             "bos_token": "<sop>",
             "eos_token": "<eop>",
