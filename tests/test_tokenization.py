@@ -115,6 +115,14 @@ def test_decode_of_given_ids(name):
     assert tok.decode(expected["batch_decode"]["ids"]) == expected["batch_decode"]["out"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_after_the_vocabulary_have_no_text(name):
+    """A model's vocabulary is padded, so that it can generate them."""
+    tok = tokenizer(name)
+    ids = tok.encode("你好", add_special_tokens=False)
+    assert tok.decode([*ids, len(tok), len(tok) + 7]) == tok.decode(ids)
+
+
 @pytest.mark.parametrize("name", ROUNDS_OF_TEXT)
 def test_prompts_of_rounds(name):
     tok = tokenizer(name)

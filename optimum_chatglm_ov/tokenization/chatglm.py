@@ -128,6 +128,8 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
     def _convert_id_to_token(self, index: int) -> str:
         if index < self.num_image_tokens:
             return f"<image_{index}>"
+        if index >= self.vocab_size:  # a row of the embedding that only fills it up
+            return ""
         return self.sp_model.id_to_piece(index - self.num_image_tokens)
 
     # Encoding ------------------------------------------------------------------------------------------------------

@@ -129,9 +129,10 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return self.tokenizer.token_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        """What the token contributes to a text: nothing for `<unk>`, `<s>`, `</s>` and the control tokens."""
+        """What the token contributes to a text: nothing for `<unk>`, `<s>`, `</s>`, the control tokens and ids after
+        the vocabulary, which belong to the rows that fill up the embedding."""
         hidden = (self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)
-        if index in hidden or index in self.tokenizer.index_special_tokens:
+        if index in hidden or index in self.tokenizer.index_special_tokens or index >= self.vocab_size:
             return ""
         return self.tokenizer.id_to_token(index)
 

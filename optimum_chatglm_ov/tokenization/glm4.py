@@ -87,6 +87,8 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         return self.mergeable_ranks[token]
 
     def _convert_id_to_token(self, index: int) -> bytes:
+        if index >= self.vocab_size:  # a row of the embedding that only fills it up
+            return b""
         return self.tokenizer.decode_single_token_bytes(index)
 
     # Encoding ------------------------------------------------------------------------------------------------------
