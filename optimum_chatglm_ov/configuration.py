@@ -105,7 +105,9 @@ class ChatGLMConfig(PretrainedConfig):
             "chatglm" if any(key in kwargs for key in _MARKS_OF_CHATGLM) else "chatglm2"
         )
         if self.architecture not in ("chatglm", "chatglm2"):
-            raise ValueError(f"`architecture` is {self.architecture!r}; expected 'chatglm' (chatglm-6b) or 'chatglm2'.")
+            raise ValueError(
+                f"`architecture` is {self.architecture!r}; expected 'chatglm' (chatglm-6b) or 'chatglm2'."
+            )
         _accept_standard_names(kwargs, 0 if self.architecture == "chatglm" else 1)
 
         defaults = _DEFAULTS_CHATGLM if self.architecture == "chatglm" else _DEFAULTS_CHATGLM2

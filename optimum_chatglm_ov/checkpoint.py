@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads original ChatGLM checkpoints: tensors by canonical name, memory-mapped, never unpickling code."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .configuration import ChatGLMConfig
+from .errors import CheckpointError
+
+
+# Canonical module -> module in the original checkpoint; `{i}` is the layer.
+ORIGINAL_MODULES: Mapping[str, Mapping[str, str]] = {
+    "chatglm": {
+        "embed_tokens": "transformer.word_embeddings",
+        "layers.{i}.input_layernorm": "transformer.layers.{i}.input_layernorm",
+        "layers.{i}.self_attn.qkv_proj": "transformer.layers.{i}.attention.query_key_value",
+        "layers.{i}.self_attn.o_proj": "transformer.layers.{i}.attention.dense",
+        "layers.{i}.post_attention_layernorm": "transformer.layers.{i}.post_attention_layernorm",
+        "layers.{i}.mlp.up_proj": "transformer.layers.{i}.mlp.dense_h_to_4h",
+        "layers.{i}.mlp.down_proj": "transformer.layers.{i}.mlp.dense_4h_to_h",
+        "norm": "transformer.final_layernorm",
+        "lm_head": "lm_head",
+        "prefix_encoder.embedding": "transformer.prefix_encoder.embedding",
+        "prefix_encoder.trans.0": "transformer.prefix_encoder.trans.0",
+        "prefix_encoder.trans.2": "transformer.prefix_encoder.trans.2",
+    },
+    "chatglm2": {
+        "embed_tokens": "transformer.embedding.word_embeddings",
+        "layers.{i}.input_layernorm": "transformer.encoder.layers.{i}.input_layernorm",
+        "layers.{i}.self_attn.qkv_proj": "transformer.encoder.layers.{i}.self_attention.query_key_value",
+        "layers.{i}.self_attn.o_proj": "transformer.encoder.layers.{i}.self_attention.dense",
+        "layers.{i}.post_attention_layernorm": "transformer.encoder.layers.{i}.post_attention_layernorm",
+        "layers.{i}.mlp.gate_up_proj": "transformer.encoder.layers.{i}.mlp.dense_h_to_4h",
+        "layers.{i}.mlp.down_proj": "transformer.encoder.layers.{i}.mlp.dense_4h_to_h",
+        "norm": "transformer.encoder.final_layernorm",
+        "lm_head": "transformer.output_layer",
+        "prefix_encoder.embedding": "transformer.prefix_encoder.embedding",
+        "prefix_encoder.trans.0": "transformer.prefix_encoder.trans.0",
+        "prefix_encoder.trans.2": "transformer.prefix_encoder.trans.2",
+    },
+}
+# Buffers that the original modules save and never read back.
+_KNOWN_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+_QUANTIZED_MODULES = ("qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj")
+_SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+SAFETENSORS_FILES = ("model.safetensors.index.json", "model.safetensors")
+PICKLE_FILES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix or vector of the checkpoint, possibly quantised per row.
+
+    Attributes:
+        data: fp16, bf16 or fp32 `[rows, columns]` or `[rows]`; int8 `[rows, columns]` when `bits` is 8; when `bits` is
+            4, int8 `[rows, columns / 2]` with the even column in the high nibble, both sign-extended.
+        scale: fp16 `[rows]`; the weight is `integer * scale`. `None` for floating-point data.
+        bits: 4 or 8 for quantised data, else 16 or 32.
+        scratch: where copies of rows go; ordinary memory when `None`.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor | None = None
+    bits: int = 16
+    scratch: Scratch | None = None
+
+    def rows(self, index: slice | np.ndarray) -> Weight:
+        """The rows `index`, in that order: a view for a slice, a copy otherwise."""
+        if isinstance(index, slice):
+            return replace(self, data=self.data[index], scale=None if self.scale is None else self.scale[index])
+        index = torch.from_numpy(index)
+        out = self.scratch.empty((len(index), *self.data.shape[1:]), self.data.dtype) if self.scratch else None
+        data = torch.index_select(self.data, 0, index, out=out)
+        return replace(self, data=data, scale=None if self.scale is None else self.scale[index])
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight as floating-point numbers, `fp16(integer * scale)` for quantised data."""
+        if self.bits == 4:
+            integers = torch.stack((self.data >> 4, (self.data << 4) >> 4), dim=-1).flatten(-2)
+        else:
+            integers = self.data
+        return integers if self.scale is None else integers.to(torch.float16) * self.scale[:, None]
+
+
+class Scratch:
+    """Memory of a temporary file that has no name: copies kept here need no anonymous memory and no cleaning up.
+
+    Args:
+        folder: an existing folder on the file system to use.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._size = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of `shape` and `dtype` with undefined content, mapped from the file."""
+        size = math.prod(shape) * dtype.itemsize
+        start = -(-self._size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._size = start + size
+        os.posix_fallocate(self._file.fileno(), start, size)  # a full disk must fail here, not as a bus error
+        array = np.memmap(self._file, dtype=np.uint8, mode="r+", offset=start, shape=(size,))
+        return torch.from_numpy(array).view(dtype).view(shape)
+
+
+class Checkpoint:
+    """The tensors of an original checkpoint folder by canonical name.
+
+    Opening it reads the headers of all files and checks every name and shape; the data stay on disk until asked for.
+
+    Args:
+        folder: local folder with `model.safetensors` or `pytorch_model.bin`, sharded with an index or in one file.
+        config: the folder's configuration.
+        shapes: shape of every tensor that the architecture needs, by canonical name (see `graph.tensor_shapes`).
+        scratch: where reordered copies of tensors go.
+
+    Raises:
+        CheckpointError: no weights, a shard missing, truncated or outside the folder, or tensors that are missing,
+            surplus, of another shape or of an unsupported dtype; all of those are listed at once.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ChatGLMConfig,
+        shapes: Mapping[str, tuple[int, ...]],
+        scratch: Scratch | None = None,
+    ):
+        self.scratch = scratch
+        self.folder = Path(folder)
+        self.config = config
+        self.shapes = dict(shapes)
+        self._readers = [_open_shard(file) for file in _weight_files(self.folder)]
+        self._reader_of = {name: reader for reader in self._readers for name in reader.names()}
+        self._original_name = _original_names(config, self.shapes)
+        self._check()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def __getitem__(self, name: str) -> Weight:
+        """The tensor `name`; quantised linears come with their scale.
+
+        Raises:
+            CheckpointError: the tensor holds NaN or infinity, or its data cannot be read.
+        """
+        original = self._original_name[name]
+        data = self._read(original)
+        if not self._is_quantized(name):
+            return Weight(data, bits=8 * data.element_size(), scratch=self.scratch)
+        return Weight(data, self._read(original + "_scale"), self.config.quantization_bit, self.scratch)
+
+    def _read(self, original: str) -> torch.Tensor:
+        reader = self._reader_of[original]
+        try:
+            data = reader.tensor(original)
+        except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+            raise CheckpointError(f"{reader.file}: cannot read tensor {original!r}: {error}") from error
+        if data.is_floating_point() and data.numel():
+            # min and max propagate NaN, and cost one pass over the mapped file
+            low, high = torch.aminmax(data)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise CheckpointError(
+                    f"{reader.file}: tensor {original!r} holds NaN or infinity; the checkpoint is damaged or was saved "
+                    "from a diverged training run. Download it again or use another revision."
+                )
+        return data
+
+    def _is_quantized(self, name: str) -> bool:
+        module, _, kind = name.rpartition(".")
+        return bool(self.config.quantization_bit) and kind == "weight" and module.endswith(_QUANTIZED_MODULES)
+
+    def _check(self) -> None:
+        problems = []
+        expected = set()
+        for name, shape in self.shapes.items():
+            original = self._original_name[name]
+            wanted = {original: tuple(shape)}
+            if self._is_quantized(name):
+                rows, columns = shape
+                wanted = {
+                    original: (rows, columns // 2 if self.config.quantization_bit == 4 else columns),
+                    original + "_scale": (rows,),
+                }
+            for tensor, wanted_shape in wanted.items():
+                expected.add(tensor)
+                if tensor not in self._reader_of:
+                    problems.append(f"missing: {tensor} {list(wanted_shape)}")
+                    continue
+                found_shape, dtype = self._reader_of[tensor].describe(tensor)
+                quantized = tensor == original and len(wanted) == 2
+                if found_shape != wanted_shape:
+                    problems.append(f"wrong shape: {tensor} is {list(found_shape)}, expected {list(wanted_shape)}")
+                elif dtype not in ((torch.int8,) if quantized else _SUPPORTED_DTYPES):
+                    problems.append(
+                        f"unsupported dtype: {tensor} is {dtype}, expected "
+                        + ("int8" if quantized else "float16, bfloat16 or float32")
+                    )
+        tied_head = "lm_head.weight" if self.config.tie_word_embeddings else None
+        for tensor in self._reader_of:
+            if tensor not in expected and tensor != tied_head and not tensor.endswith(_KNOWN_BUFFERS):
+                problems.append(f"surplus: {tensor} {list(self._reader_of[tensor].describe(tensor)[0])}")
+        if problems:
+            raise CheckpointError(
+                f"{self.folder}: the weights do not fit config.json ({len(problems)} problems). Check that both come "
+                "from the same revision and that the download is complete.\n  " + "\n  ".join(problems)
+            )
+
+
+def _original_names(config: ChatGLMConfig, shapes: Mapping[str, object]) -> dict[str, str]:
+    table = ORIGINAL_MODULES[config.architecture]
+    modules = {
+        canonical.format(i=i): original.format(i=i)
+        for canonical, original in table.items()
+        for i in (range(config.num_hidden_layers) if "{i}" in canonical else (0,))
+    }
+    return {name: f"{modules[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}" for name in shapes}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of `folder`, safetensors before pickles."""
+    for file in (folder / name for name in SAFETENSORS_FILES + PICKLE_FILES):
+        if file.is_file():
+            return _shards(file) if file.name.endswith(".index.json") else [file]
+    raise CheckpointError(
+        f"{folder}: no weights found; expected one of {', '.join(SAFETENSORS_FILES + PICKLE_FILES)}."
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{index}: not a weight index (expected JSON with a "weight_map"): {error}') from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+            raise CheckpointError(
+                f"{index}: shard name {name!r} is not a plain file name. A shard must lie beside its index; this "
+                "index is damaged or hostile."
+            )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent}: {len(missing)} of {len(names)} shards named in {index.name} are missing: "
+            f"{', '.join(missing)}. Download them again."
+        )
+    return [index.parent / name for name in names]
+
+
+class _SafetensorsShard:
+    def __init__(self, file: Path):
+        self.file = file
+        self._handle = safe_open(file, framework="pt")
+
+    def names(self) -> list[str]:
+        return list(self._handle.keys())
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        tensor = self._handle.get_tensor(name)  # a view of the mapped file: nothing is read
+        return tuple(tensor.shape), tensor.dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._handle.get_tensor(name)
+
+
+class _PickleShard:
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            self._tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            # files of torch < 1.6 are not zip archives and cannot be mapped
+            self._tensors = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(self._tensors, dict):
+            raise ValueError(f"expected a dictionary of tensors, found {type(self._tensors).__name__}")
+
+    def names(self) -> list[str]:
+        return [name for name, tensor in self._tensors.items() if isinstance(tensor, torch.Tensor)]
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        tensor = self._tensors[name]
+        return tuple(tensor.shape), tensor.dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
+
+
+def _open_shard(file: Path) -> _SafetensorsShard | _PickleShard:
+    try:
+        return _SafetensorsShard(file) if file.suffix == ".safetensors" else _PickleShard(file)
+    except Exception as error:  # torch.load and safetensors raise many types for a damaged or hostile file
+        raise CheckpointError(
+            f"{file}: not a readable weight file ({file.stat().st_size} bytes): {_first_line(error)}. It is truncated, "
+            "damaged or holds more than tensors; download it again."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
