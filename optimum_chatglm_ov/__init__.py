@@ -1,4 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ChatGLM, every generation, on OpenVINO: a plugin of optimum-intel."""
+"""ChatGLM, every generation, on OpenVINO: a plugin of optimum-intel.
 
+Importing it makes `AutoConfig`, `AutoTokenizer`, `AutoModelForCausalLM` and pipelines know ChatGLM checkpoints, original
+and exported, without remote code.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from . import remote_code, tokenization
 from .configuration import ChatGLMConfig
+from .errors import ChatGLMError, CheckpointError, ContextLengthError, ExportError
+
+
+AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
+tokenization.register(ChatGLMConfig)
+remote_code.replace_remote_code(AutoConfig, AutoTokenizer, AutoModelForCausalLM)
+
+from .export import export_model  # noqa: E402  the modules below read checkpoints through the classes above
+from .modeling import OVChatGLMForCausalLM  # noqa: E402
+from .tokenization import (  # noqa: E402
+    ChatGLM1Tokenizer,
+    ChatGLM2Tokenizer,
+    ChatGLM3Tokenizer,
+    ChatGLM4Tokenizer,
+    ChatGLMTextIteratorStreamer,
+    ChatGLMTextStreamer,
+    ChatGLMTokenizer,
+)
+
+
+AutoModelForCausalLM.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)
+
+__all__ = [
+    "ChatGLM1Tokenizer",
+    "ChatGLM2Tokenizer",
+    "ChatGLM3Tokenizer",
+    "ChatGLM4Tokenizer",
+    "ChatGLMConfig",
+    "ChatGLMError",
+    "ChatGLMTextIteratorStreamer",
+    "ChatGLMTextStreamer",
+    "ChatGLMTokenizer",
+    "CheckpointError",
+    "ContextLengthError",
+    "ExportError",
+    "OVChatGLMForCausalLM",
+    "export_model",
+]

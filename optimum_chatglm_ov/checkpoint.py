@@ -86,6 +86,14 @@ class Weight:
         data = torch.index_select(self.data, 0, index, out=out)
         return replace(self, data=data, scale=None if self.scale is None else self.scale[index])
 
+    def to(self, dtype: torch.dtype) -> Weight:
+        """The weight in `dtype`; quantised weights and those that have it already are returned as they are."""
+        if self.scale is not None or self.data.dtype == dtype:
+            return self
+        if self.scratch is None:
+            return replace(self, data=self.data.to(dtype))
+        return replace(self, data=self.scratch.empty(tuple(self.data.shape), dtype).copy_(self.data))
+
     def dequantized(self) -> torch.Tensor:
         """The weight as floating-point numbers, `fp16(integer * scale)` for quantised data."""
         if self.bits == 4:
@@ -116,7 +124,7 @@ class Scratch:
         return torch.from_numpy(array).view(dtype).view(shape)
 
 
-class Checkpoint:
+class Checkpoint(Mapping[str, Weight]):
     """The tensors of an original checkpoint folder by canonical name.
 
     Opening it reads the headers of all files and checks every name and shape; the data stay on disk until asked for.
@@ -151,8 +159,8 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
+    def __len__(self) -> int:
+        return len(self.shapes)
 
     def __getitem__(self, name: str) -> Weight:
         """The tensor `name`; quantised linears come with their scale.

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an original checkpoint to an OpenVINO IR folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import torch
+from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
+from transformers import AutoTokenizer, GenerationConfig
+
+from . import graph, quantization
+from .checkpoint import Checkpoint, Scratch, Weight
+from .configuration import ChatGLMConfig
+from .errors import CheckpointError, ExportError
+from .files import complete_folder
+from .hub import resolve_checkpoint
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "openvino_model.xml"
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+Progress = Callable[[str, int, int], None]
+
+
+def export_model(
+    model_id: str | Path,
+    output: str | Path,
+    *,
+    weight_format: str | None = None,
+    quantization_config: OVWeightQuantizationConfig | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str = "",
+    rope_ratio_type: str | None = None,
+    adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+    prefix_encoder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Exports an original ChatGLM checkpoint to an IR folder: model, configuration and tokenizer.
+
+    The folder appears complete or not at all; an earlier export in its place is kept until the new one is complete.
+
+    Args:
+        model_id: local folder or Hub id of an original checkpoint.
+        output: the folder to write.
+        weight_format: "fp32", "fp16" or "bf16" (that precision for all weights), "original" (as stored),
+            "int8" (symmetric per output channel), "int4" and the other formats of `quantization.default_config`; by
+            default int8 for models over 10^9 parameters and the stored precision for smaller ones.
+        quantization_config: optimum-intel's weight quantisation settings, instead of `weight_format`.
+        revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers' `from_pretrained`.
+        rope_ratio_type: what `rope_ratio` means, "linear" or "theta" (see `ChatGLMConfig`).
+        adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight.
+        prefix_encoder: folder or file with the `prefix_encoder` of a P-Tuning v2 training, if it is not part of the
+            checkpoint.
+        progress: called with a description, the number of tensors done and their total.
+
+    Returns:
+        The absolute path of `output`.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ExportError: the output cannot be written.
+        ValueError: an argument or a key of config.json is not supported.
+    """
+    output = Path(output).absolute()
+    source = resolve_checkpoint(
+        model_id,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+        subfolder=subfolder,
+    )
+    tokenizer = _load_tokenizer(source)
+    config = load_config(source, rope_ratio_type, tokenizer)
+    quantization_config = quantization.resolve_config(config, weight_format, quantization_config, _parameters(config))
+    with complete_folder(output) as folder:
+        weights: Mapping[str, Weight] = Checkpoint(source, config, graph.tensor_shapes(config), Scratch(folder))
+        if adapters:
+            from .adapters import merge_adapters
+
+            weights = merge_adapters(weights, adapters, config)
+        prefix = None
+        if config.pre_seq_len or prefix_encoder:
+            from .prefix import load_prefix
+
+            prefix = load_prefix(weights, prefix_encoder, config)
+        if weight_format in _DTYPES:
+            weights = _InPrecision(weights, _DTYPES[weight_format])
+        model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)
+        quantized_by = quantization.compress(model, quantization_config, tokenizer) if quantization_config else None
+        _describe(model, quantized_by or quantization_config)
+        ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
+        _check_size(folder / MODEL_FILE)
+        config.quantization_bit = 0
+        config.save_pretrained(folder)
+        _generation_config(source, config).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if quantization_config:
+            OVConfig(quantization_config=quantization_config).save_pretrained(folder)
+    return output
+
+
+def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:
+    """The configuration in folder `source`; the meaning of `rope_ratio`, if open, is decided by the tokenizer.
+
+    Raises:
+        CheckpointError: config.json is missing, not JSON or of another model type.
+    """
+    file = source / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file}: not found; expected the config.json of a ChatGLM checkpoint. Check the folder or Hub id."
+        ) from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}). Download it again.") from error
+    model_type = found.get("model_type", "chatglm") if isinstance(found, dict) else None
+    if model_type != ChatGLMConfig.model_type:
+        raise CheckpointError(
+            f"{file}: model_type is {model_type!r}, expected 'chatglm'. This package exports original ChatGLM "
+            "checkpoints; use optimum-intel for other models."
+        )
+    config = ChatGLMConfig.from_pretrained(source, **({"rope_ratio_type": rope_ratio_type} if rope_ratio_type else {}))
+    if config.architecture == "chatglm2" and config.rope_ratio_type is None:
+        # role tokens came with ChatGLM3, and every model since multiplies the base
+        if getattr(tokenizer, "chatglm_generation", None) in ("chatglm3", "glm4"):
+            config.rope_ratio_type = "theta"
+            logger.info(f"rope_ratio={config.rope_ratio} is read as 'theta', from the tokenizer's role tokens.")
+        else:
+            config.rope_theta  # noqa: B018  raises the explanation
+    return config
+
+
+def _load_tokenizer(source: Path) -> Any | None:
+    if not any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
+        logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
+        return None
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _generation_config(source: Path, config: ChatGLMConfig) -> GenerationConfig:
+    if (source / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(source)
+    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**ids)
+
+
+def _parameters(config: ChatGLMConfig) -> int:
+    return sum(math.prod(shape) for shape in graph.tensor_shapes(config).values())
+
+
+def _describe(model: ov.Model, quantization_config: Any) -> None:
+    """Writes what made the model into its `rt_info`, in the form optimum-intel reads."""
+    for package in ("transformers", "optimum-intel", "nncf", "optimum-chatglm-ov"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        model.set_rt_info(version, ["optimum", f"{package.replace('-', '_')}_version"])
+
+
+def _check_size(xml: Path) -> None:
+    """A disk that fills up while OpenVINO writes does not always raise; the constants then lack bytes."""
+    if shutil.disk_usage(xml.parent).free == 0 or not xml.with_suffix(".bin").is_file():
+        raise ExportError(f"{xml.parent}: no space left on the disk while writing the weights; nothing was changed.")
+
+
+class _InPrecision(Mapping):
+    """Weights with all floating-point tensors in one precision."""
+
+    def __init__(self, weights: Mapping[str, Weight], dtype: torch.dtype):
+        self._weights = weights
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Weight:
+        found = self._weights[name]
+        converted = found.to(self._dtype)
+        if converted is not found and not torch.isfinite(torch.stack(torch.aminmax(converted.data))).all():
+            raise ExportError(
+                f"{name}: values beyond the range of {self._dtype} (largest: {found.data.abs().max():.3g}); "
+                "export with `weight_format` bf16, fp32 or int8."
+            )
+        return converted
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class _Counted(Mapping):
+    """Weights that report each tensor's first use."""
+
+    def __init__(self, weights: Mapping[str, Weight], progress: Progress):
+        self._weights = weights
+        self._progress = progress
+        self._seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Weight:
+        if name not in self._seen:
+            self._seen.add(name)
+            self._progress("Reading weights", len(self._seen), len(self._weights))
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ExportError
+
+
+@contextmanager
+def complete_folder(output: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place when the block ends without an exception.
+
+    Files of an earlier `output` that the new one does not have are kept. After an exception (also Ctrl-C) the
+    temporary folder is removed and `output` is as it was.
+
+    Raises:
+        ExportError: `output` is a file, or its parent cannot be written to, or the disk is full.
+    """
+    output = Path(os.path.abspath(output))
+    if output.exists() and not output.is_dir():
+        raise ExportError(
+            f"{output}: the output must be a folder, but a file of that name exists. Choose another name."
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise ExportError(
+            f"{output.parent}: cannot create a folder here ({error.strerror or error}). Choose an output folder that "
+            "you may write to."
+        ) from error
+    try:
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
+        yield folder
+        _take_place(folder, output)
+    except OSError as error:
+        raise ExportError(
+            f"{output}: writing failed ({error.strerror or error}); nothing was changed there. Free disk space or "
+            "choose another output folder."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_place(folder: Path, output: Path) -> None:
+    if not output.exists():
+        os.rename(folder, output)
+        return
+    if not os.access(output, os.W_OK):
+        raise PermissionError(13, "Permission denied", str(output))
+    earlier = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".earlier", dir=output.parent))
+    os.rename(output, earlier)
+    try:
+        os.rename(folder, output)
+    except OSError:
+        os.rename(earlier, output)
+        raise
+    for entry in earlier.iterdir():
+        if not (output / entry.name).exists():
+            os.rename(entry, output / entry.name)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

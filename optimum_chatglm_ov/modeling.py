@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`OVChatGLMForCausalLM`: every ChatGLM generation as an optimum-intel model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import Type
+from openvino import opset13 as ops
+from optimum.intel.openvino import OVModelForCausalLM
+from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .chat import ChatMixin
+from .configuration import ChatGLMConfig
+from .errors import ContextLengthError
+from .export import export_model, load_config
+from .files import complete_folder
+from .hub import HubMixin, has_openvino_model, resolve_checkpoint
+
+
+logger = logging.getLogger(__name__)
+
+LOGITS_TO_KEEP = "logits_to_keep"
+_WEIGHT_FORMAT_OF_DTYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class _AutoModelForCausalLM(AutoModelForCausalLM):
+    """`AutoModelForCausalLM`, where this class is already registered for its configuration class.
+
+    optimum-intel registers every model class it loads for `AutoConfig` itself, which transformers refuses for classes
+    with a `config_class`, as `AutoModelForCausalLM.from_pretrained` needs it.
+    """
+
+    @classmethod
+    def register(cls, config_class, model_class, exist_ok=False):
+        pass
+
+
+class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
+    r"""A ChatGLM model of any generation, run by OpenVINO.
+
+    ```python
+    from transformers import AutoTokenizer
+    from optimum_chatglm_ov import OVChatGLMForCausalLM
+
+    model = OVChatGLMForCausalLM.from_pretrained("THUDM/chatglm3-6b", export=True)
+    tokenizer = AutoTokenizer.from_pretrained("THUDM/chatglm3-6b")
+    response, history = model.chat(tokenizer, "你好")
+    ```
+
+    It is an `OVBaseModel` and a `GenerationMixin`: `generate()`, pipelines, streamers and beam search work as with any
+    optimum-intel model. The key/value cache lives in the inference request; each instance has its own.
+    """
+
+    config_class = ChatGLMConfig
+    auto_model_class = _AutoModelForCausalLM
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id: str | Path,
+        *args: Any,
+        export: bool | None = None,
+        config: ChatGLMConfig | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str = "",
+        load_in_8bit: bool | None = None,
+        quantization_config: OVWeightQuantizationConfig | Mapping[str, Any] | None = None,
+        dtype: torch.dtype | str | None = None,
+        use_cache: bool = True,
+        device: str = "CPU",
+        ov_config: Mapping[str, str] | None = None,
+        compile: bool = True,
+        compile_only: bool = False,
+        trust_remote_code: bool | None = None,
+        rope_ratio_type: str | None = None,
+        adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+        prefix_encoder: str | Path | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> OVChatGLMForCausalLM:
+        """Loads an IR folder, or exports an original checkpoint and loads the result.
+
+        Args:
+            model_id: local folder or Hub id of an IR or of an original checkpoint.
+            export: `True` exports, `False` loads an IR, unset exports when there is no IR.
+            config: replaces the configuration read from the folder of an IR.
+            revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers.
+            load_in_8bit: int8 weights; `False` keeps them as stored. Unset: int8 for models over 10^9 parameters.
+            quantization_config: optimum-intel's weight quantisation settings (or a dict of its arguments).
+            dtype: with `load_in_8bit=False`, the precision the weights are exported in (also as `torch_dtype`).
+            use_cache: `False` computes every step of a generation from its first token.
+            device: OpenVINO device.
+            ov_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
+            compile: compile at once; otherwise at the first call.
+            compile_only: hand the IR file straight to the compiler; such a model cannot be saved or changed.
+            trust_remote_code: has no effect; no remote code is ever run.
+            rope_ratio_type, adapters, prefix_encoder: see `export_model`.
+            generation_config: replaces the one in the folder.
+
+        Raises:
+            CheckpointError, ExportError, ValueError, OSError: see `export_model`.
+        """
+        hub_arguments = dict(
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        dtype = kwargs.pop("torch_dtype", dtype)
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype)
+        source = resolve_checkpoint(model_id, subfolder=subfolder, **hub_arguments)
+        has_ir = has_openvino_model(source)
+        if export is False and not has_ir:
+            raise FileNotFoundError(
+                f"{model_id}: no openvino_model.xml was found, and `export=False` forbids making one. Leave `export` "
+                "unset to export the original checkpoint."
+            )
+        temporary = None
+        if export or not has_ir:
+            if compile_only:
+                raise ValueError(
+                    "`compile_only` loads an IR and cannot export; run `chatglm-ov export` (or `save_pretrained`) first."
+                )
+            if quantization_config is None and load_in_8bit:
+                quantization_config = {"bits": 8}
+            keeps_precision = load_in_8bit is False and quantization_config is None
+            # not a context manager: the IR must live as long as the model that maps it
+            temporary = TemporaryDirectory(prefix="optimum_chatglm_ov-")
+            folder = export_model(
+                source,
+                Path(temporary.name) / "model",
+                weight_format=_WEIGHT_FORMAT_OF_DTYPE.get(dtype, "original") if keeps_precision else None,
+                quantization_config=quantization_config,
+                rope_ratio_type=rope_ratio_type,
+                adapters=adapters,
+                prefix_encoder=prefix_encoder,
+            )
+            load_in_8bit = quantization_config = None
+        else:
+            folder = source
+        if config is None:
+            config = load_config(folder, rope_ratio_type)
+        config.name_or_path = str(model_id)
+        model = cls._from_pretrained(
+            model_id=folder,
+            config=config,
+            load_in_8bit=bool(load_in_8bit),
+            quantization_config=quantization_config,
+            device=device,
+            ov_config=dict(ov_config or {}),
+            compile=compile,
+            compile_only=compile_only,
+            generation_config=generation_config,
+        )
+        model._temporary_folder = temporary
+        if not use_cache:
+            model.generation_config.use_cache = False
+        return model
+
+    # Compilation -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _compile_model(
+        cls,
+        model: ov.Model | str | Path,
+        device: str | None = None,
+        ov_config: dict | None = None,
+        model_save_dir=None,
+    ) -> ov.CompiledModel:
+        if isinstance(model, (str, Path)):
+            model_save_dir = model_save_dir or Path(model).parent
+            model = cls.load_model(model)
+        return super()._compile_model(_with_logits_to_keep(model), device, ov_config, model_save_dir)
+
+    # Inference -------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        past_key_values: tuple | None = None,
+        position_ids: torch.LongTensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Computes logits; the key/value cache stays in the inference request.
+
+        Args:
+            input_ids: int64 `[batch, new_tokens]`.
+            attention_mask: int64 `[batch, past + new_tokens]`, 0 for (left) padding; chatglm-6b also takes its
+                tokenizer's boolean `[batch, 1, tokens, tokens]`, True = hidden.
+            past_key_values: `None` starts a new sequence (the state is reset); what the last call returned goes on.
+            position_ids: int64 `[batch, new_tokens]`; chatglm-6b also takes its tokenizer's `[batch, 2, tokens]`.
+            logits_to_keep: logits of that many last positions; 0 = all.
+
+        Returns:
+            `logits`, f32 `[batch, new_tokens or logits_to_keep, vocab_size]`, and a marker as `past_key_values`.
+
+        Raises:
+            ContextLengthError: past and new tokens are more than the context length.
+            ValueError: a chatglm-6b prompt without `<sop>` or a mask token.
+        """
+        self.compile()
+        attention_mask, position_ids, layout = self._two_dimensional(attention_mask, position_ids)
+        if layout is None:
+            layout = self._prompt_layout
+        self._prompt_layout = None
+        past_length = self._get_past_length(past_key_values)
+        self._check_context(past_length + input_ids.shape[1])
+        if past_key_values is None:
+            self._check_prompt(input_ids, layout)
+        inputs = self.prepare_inputs(input_ids, attention_mask, past_key_values, position_ids)
+        if past_key_values is None and layout is not None:
+            self._set_prompt_layout(layout)
+        copies = None
+        if self._first_iter_beam_search:
+            if layout is None:
+                inputs, copies = self._deduplicate_inputs(inputs)
+            self._first_iter_beam_search = False
+        inputs[LOGITS_TO_KEEP] = np.array(int(logits_to_keep), dtype=np.int64)
+
+        self.request.start_async(inputs, share_inputs=True)
+        self.request.wait()
+        logits = torch.from_numpy(self.request.get_tensor("logits").data.copy())
+        self._past_length = past_length + input_ids.shape[1]
+        past_key_values = ((),)
+        if copies is not None:
+            logits, past_key_values = self._expand_outputs_for_generation(copies, logits, past_key_values)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    _prompt_layout: np.ndarray | None = None  # waiting for the next prompt, see `generate`
+
+    def _two_dimensional(
+        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, np.ndarray | None]:
+        """chatglm-6b's own masks and positions in the graph's form.
+
+        Returns the 2-D mask, 2-D positions, and what the 2-D positions say of the prompt: f32 `[batch, 2]`, context
+        length and position of the mask token.
+        """
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = (~attention_mask[:, 0].bool().all(dim=1)).long()
+        if position_ids is None or position_ids.dim() != 3:
+            return attention_mask, position_ids, None
+        first, second = position_ids[:, 0], position_ids[:, 1]
+        kept = torch.ones_like(first) if attention_mask is None else attention_mask
+        context_length = ((second == 0) & (kept != 0)).sum(dim=1)
+        layout = torch.stack((context_length, first[:, -1]), dim=1).float().numpy()
+        return attention_mask, None, layout
+
+    def _set_prompt_layout(self, layout: np.ndarray) -> None:
+        for state in self.request.query_state():
+            if state.name == "prompt_layout":
+                state.state = ov.Tensor(layout)
+
+    def _check_context(self, length: int) -> None:
+        limit = self.config.max_position_embeddings
+        if length > limit:
+            raise ContextLengthError(
+                f"{length} tokens (prompt and new ones) were asked for, but the context length of this model is "
+                f"{limit}. Shorten the prompt or the history, or lower `max_new_tokens`/`max_length`."
+            )
+
+    def _check_prompt(self, input_ids: torch.Tensor, layout: np.ndarray | None) -> None:
+        if self.config.architecture != "chatglm" or layout is not None:
+            return
+        masks = (input_ids == self.config.gmask_token_id) | (input_ids == self.config.mask_token_id)
+        if not ((input_ids == self.config.bos_token_id).any(dim=1) & masks.any(dim=1)).all():
+            raise ValueError(
+                f"A chatglm-6b prompt must hold [gMASK] ({self.config.gmask_token_id}) or [MASK] "
+                f"({self.config.mask_token_id}) and <sop> ({self.config.bos_token_id}); the tokenizer adds them "
+                "unless `add_special_tokens=False`."
+            )
+
+    # Generation ------------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
+        """As in transformers; see `GenerationMixin.generate`.
+
+        Raises:
+            ContextLengthError: the prompt and the tokens to generate are more than the context length; nothing is run.
+        """
+        kwargs["attention_mask"], kwargs["position_ids"], layout = self._two_dimensional(
+            kwargs.get("attention_mask"), kwargs.get("position_ids")
+        )
+        for name in ("attention_mask", "position_ids"):
+            if kwargs[name] is None:
+                del kwargs[name]
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        settings, _ = self._prepare_generation_config(generation_config, **kwargs)
+        if input_ids is not None:
+            prompt = input_ids.shape[-1]
+            if settings.max_new_tokens is not None:
+                self._check_context(prompt + settings.max_new_tokens)
+            else:
+                self._check_context(max(prompt, min(settings.max_length or 0, self.config.max_position_embeddings)))
+        if layout is not None:
+            copies = (settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences) or 1
+            self._prompt_layout = layout.repeat(copies, axis=0)
+        try:
+            return super().generate(inputs, generation_config, **kwargs)
+        finally:
+            self._first_iter_beam_search = self._second_iter_beam_search = False
+            self._prompt_layout = None
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs: Any) -> dict[str, Any]:
+        model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        # only the last logits are read: a prompt's logits would be hundreds of megabytes
+        model_inputs[LOGITS_TO_KEEP] = kwargs.get(LOGITS_TO_KEEP) or 1
+        return model_inputs
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any):
+        """Writes the IR, configuration, tokenizer and model card; the folder is complete or as it was before.
+
+        With `push_to_hub=True` it is then uploaded; `kwargs` go to `push_to_hub`.
+
+        Raises:
+            ExportError: the folder cannot be written.
+            ValueError: the model was loaded with `compile_only=True`.
+        """
+        if self._compile_only:
+            raise ValueError("A model loaded with `compile_only=True` cannot be saved; load it without.")
+        with complete_folder(save_directory) as folder:
+            super().save_pretrained(folder)
+            source = Path(self.model_save_dir)
+            if any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
+                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            self.save_model_card(folder)
+        if push_to_hub:
+            return self.push_to_hub(os.fspath(save_directory), **kwargs)
+
+
+def _with_logits_to_keep(model: ov.Model) -> ov.Model:
+    """A copy of `model` with an i64 input `logits_to_keep`: the output layer sees only that many last positions.
+
+    The saved model keeps the inputs that every tool knows; constants are shared between the two.
+    """
+    model = model.clone()
+    if any(LOGITS_TO_KEEP in port.names for port in model.inputs):
+        return model
+    head = model.output("logits").node.input_value(0).get_node()
+    if head.get_type_name() != "MatMul":
+        logger.warning("The output layer was not found; logits of all positions are computed in every call.")
+        return model
+    parameter = ops.parameter(ov.PartialShape([]), Type.i64, name=LOGITS_TO_KEEP)
+    parameter.output(0).set_names({LOGITS_TO_KEEP})
+    start = ops.unsqueeze(ops.negative(parameter), ops.constant(np.int64(0)))
+    end = ops.constant(np.array([np.iinfo(np.int64).max]))
+    one = ops.constant(np.array([1], dtype=np.int64))
+    kept = ops.slice(head.input_value(0), start, end, one, one)
+    head.input(0).replace_source_output(kept.output(0))
+    model.add_parameters([parameter])
+    model.validate_nodes_and_infer_types()
+    return model
