@@ -151,7 +151,7 @@ class Checkpoint(Mapping[str, Weight]):
         self.folder = Path(folder)
         self.config = config
         self.shapes = dict(shapes)
-        self._readers = [_open_shard(file) for file in _weight_files(self.folder)]
+        self._readers = [open_shard(file) for file in weight_files(self.folder)]
         self._reader_of = {name: reader for reader in self._readers for name in reader.names()}
         self._original_name = _original_names(config, self.shapes)
         self._check()
@@ -175,20 +175,7 @@ class Checkpoint(Mapping[str, Weight]):
         return Weight(data, self._read(original + "_scale"), self.config.quantization_bit, self.scratch)
 
     def _read(self, original: str) -> torch.Tensor:
-        reader = self._reader_of[original]
-        try:
-            data = reader.tensor(original)
-        except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-            raise CheckpointError(f"{reader.file}: cannot read tensor {original!r}: {error}") from error
-        if data.is_floating_point() and data.numel():
-            # min and max propagate NaN, and cost one pass over the mapped file
-            low, high = torch.aminmax(data)
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise CheckpointError(
-                    f"{reader.file}: tensor {original!r} holds NaN or infinity; the checkpoint is damaged or was saved "
-                    "from a diverged training run. Download it again or use another revision."
-                )
-        return data
+        return read_tensor(self._reader_of[original], original)
 
     def _is_quantized(self, name: str) -> bool:
         module, _, kind = name.rpartition(".")
@@ -222,13 +209,36 @@ class Checkpoint(Mapping[str, Weight]):
                     )
         tied_head = "lm_head.weight" if self.config.tie_word_embeddings else None
         for tensor in self._reader_of:
-            if tensor not in expected and tensor != tied_head and not tensor.endswith(_KNOWN_BUFFERS):
+            replaced_prefix = self.config.pre_seq_len and ".prefix_encoder." in tensor
+            unused = tensor == tied_head or tensor.endswith(_KNOWN_BUFFERS) or replaced_prefix
+            if tensor not in expected and not unused:
                 problems.append(f"surplus: {tensor} {list(self._reader_of[tensor].describe(tensor)[0])}")
         if problems:
             raise CheckpointError(
                 f"{self.folder}: the weights do not fit config.json ({len(problems)} problems). Check that both come "
                 "from the same revision and that the download is complete.\n  " + "\n  ".join(problems)
             )
+
+
+def read_tensor(shard: Shard, name: str) -> torch.Tensor:
+    """Tensor `name` of a weight file, still on disk where the file is mapped.
+
+    Raises:
+        CheckpointError: the tensor holds NaN or infinity, or its data cannot be read.
+    """
+    try:
+        data = shard.tensor(name)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(f"{shard.file}: cannot read tensor {name!r}: {error}") from error
+    if data.is_floating_point() and data.numel():
+        # min and max propagate NaN, and cost one pass over the mapped file
+        low, high = torch.aminmax(data)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CheckpointError(
+                f"{shard.file}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged or was saved from a "
+                "diverged training run. Download it again or use another revision."
+            )
+    return data
 
 
 def _original_names(config: ChatGLMConfig, shapes: Mapping[str, object]) -> dict[str, str]:
@@ -241,8 +251,12 @@ def _original_names(config: ChatGLMConfig, shapes: Mapping[str, object]) -> dict
     return {name: f"{modules[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}" for name in shapes}
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of `folder`, safetensors before pickles."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of `folder`: safetensors if there are any, else pickles.
+
+    Raises:
+        CheckpointError: there are none, shards are missing, or the index names files outside the folder.
+    """
     for file in (folder / name for name in SAFETENSORS_FILES + PICKLE_FILES):
         if file.is_file():
             return _shards(file) if file.name.endswith(".index.json") else [file]
@@ -312,7 +326,15 @@ class _PickleShard:
         return self._tensors[name].detach()
 
 
-def _open_shard(file: Path) -> _SafetensorsShard | _PickleShard:
+Shard = _SafetensorsShard | _PickleShard
+
+
+def open_shard(file: Path) -> Shard:
+    """A weight file (safetensors, or a pickle of tensors alone) with `names()`, `describe(name)`, `tensor(name)`.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged or holds more than tensors.
+    """
     try:
         return _SafetensorsShard(file) if file.suffix == ".safetensors" else _PickleShard(file)
     except Exception as error:  # torch.load and safetensors raise many types for a damaged or hostile file

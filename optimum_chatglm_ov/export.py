@@ -18,11 +18,14 @@ from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationC
 from transformers import AutoTokenizer, GenerationConfig
 
 from . import graph, quantization
+from .adapters import merge_adapters
 from .checkpoint import Checkpoint, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
 from .files import complete_folder
 from .hub import resolve_checkpoint
+from .prefix import load_prefix
+from .prefix import tensor_shapes as prefix_shapes
 
 
 logger = logging.getLogger(__name__)
@@ -89,17 +92,15 @@ def export_model(
     tokenizer = _load_tokenizer(source)
     config = load_config(source, rope_ratio_type, tokenizer)
     quantization_config = quantization.resolve_config(config, weight_format, quantization_config, _parameters(config))
+    shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
     with complete_folder(output) as folder:
-        weights: Mapping[str, Weight] = Checkpoint(source, config, graph.tensor_shapes(config), Scratch(folder))
+        weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:
-            from .adapters import merge_adapters
-
-            weights = merge_adapters(weights, adapters, config)
+            weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
         prefix = None
         if config.pre_seq_len or prefix_encoder:
-            from .prefix import load_prefix
-
             prefix = load_prefix(weights, prefix_encoder, config)
+            config.pre_seq_len = prefix.shape[3]
         if weight_format in _DTYPES:
             weights = _InPrecision(weights, _DTYPES[weight_format])
         model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)

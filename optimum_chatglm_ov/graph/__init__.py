@@ -21,6 +21,11 @@ def tensor_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
     return ARCHITECTURES[config.architecture].tensor_shapes(config)
 
 
+def key_channels(config: ChatGLMConfig) -> np.ndarray:
+    """Channel of the checkpoint's heads that each channel of the graph's cached keys holds, int64 `[head_dim]`."""
+    return ARCHITECTURES[config.architecture].key_channels(config)
+
+
 def build_model(config: ChatGLMConfig, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
     """The stateful OpenVINO model of `config`.
 

@@ -42,6 +42,14 @@ def tensor_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
     return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (config.vocab_size, hidden)}
 
 
+def key_channels(config: ChatGLMConfig) -> np.ndarray:
+    """Which channel of the checkpoint's heads each channel of the graph's queries and keys is, `[head_dim]`.
+
+    The two half-head rotations, quarters (1a 1b) and (2a 2b), become one half-split rotation: 1a 2a 1b 2b.
+    """
+    return np.arange(config.head_dim).reshape(4, -1)[[0, 2, 1, 3]].ravel()
+
+
 def build(config: ChatGLMConfig, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
     """The stateful graph; arguments as in `chatglm2.build`."""
     return _Assembly(config, weights, prefix).model()
@@ -148,13 +156,9 @@ class _Assembly:
         return self.linear(blocks.attention(query, key, value, self.mask), f"{name}.o_proj")
 
     def qkv_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of the fused projection (per head query, key, value) that are query, key and value.
-
-        The two half-head rotations, quarters (1a 1b) and (2a 2b), become one half-split rotation: 1a 2a 1b 2b.
-        """
+        """Rows of the fused projection (per head query, key, value) that are query, key and value."""
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
-        quarters = np.arange(head_dim).reshape(4, -1)
-        rotated = quarters[[0, 2, 1, 3]].ravel()
+        rotated = key_channels(self.config)
         first = np.arange(heads)[:, None] * 3 * head_dim
         return (
             (first + rotated).ravel(),

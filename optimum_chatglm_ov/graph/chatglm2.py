@@ -45,6 +45,16 @@ def tensor_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"lm_head.weight": (config.vocab_size, hidden)}
 
 
+def key_channels(config: ChatGLMConfig) -> np.ndarray:
+    """Which channel of the checkpoint's heads each channel of the graph's queries and keys is, `[head_dim]`.
+
+    Only the first half of a head rotates; its interleaved pairs are reordered to half-split ones.
+    """
+    channels = np.arange(config.head_dim)
+    rotary_dim = config.head_dim // 2
+    return np.concatenate((blocks.half_split_order(channels[:rotary_dim]), channels[rotary_dim:]))
+
+
 def build(config: ChatGLMConfig, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
     """The stateful graph.
 
@@ -130,8 +140,7 @@ class _Assembly:
         """
         config = self.config
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        channels = np.arange(head_dim)
-        rotated = np.concatenate((blocks.half_split_order(channels[: self.rotary_dim]), channels[self.rotary_dim :]))
+        rotated = key_channels(config)
         if config.multi_query_attention:
             first_key = heads * head_dim
             first_value = first_key + groups * head_dim
@@ -142,7 +151,7 @@ class _Assembly:
         return (
             (first + rotated).ravel(),
             (first + head_dim + rotated).ravel(),
-            (first + 2 * head_dim + channels).ravel(),
+            (first + 2 * head_dim + np.arange(head_dim)).ravel(),
         )
 
     def mlp(self, hidden_states: Node, i: int) -> Node:

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merges LoRA adapters (Hu et al. 2021), in the folders that PEFT writes, into the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import graph
+from .checkpoint import ORIGINAL_MODULES, Shard, Weight, open_shard, read_tensor
+from .configuration import ChatGLMConfig
+from .errors import CheckpointError
+
+
+TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# Variants whose weights are not W + scale * B @ A, by key of adapter_config.json.
+_UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "use_qalora", "target_parameters")
+# Initialisations that also change the base weights an adapter belongs to.
+_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
+# Rows merged at a time: the fp32 copies stay below 100 MB.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class _LoRA:
+    """One adapter's change of one linear: `scale * b @ a`, a `[r, in]`, b `[out, r]`, both fp32."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+def merge_adapters(
+    weights: Mapping[str, Weight],
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    config: ChatGLMConfig,
+    dtype: torch.dtype | None = None,
+) -> Mapping[str, Weight]:
+    """`weights` with `W + sum(weight * alpha / r * B @ A)` in place of every linear `W` that an adapter changes.
+
+    Sums are computed in fp32 and rounded once, when a tensor is asked for.
+
+    Args:
+        weights: the checkpoint, by canonical name.
+        adapters: PEFT LoRA folders, each alone (weight 1) or with a weight.
+        config: configuration of the checkpoint.
+        dtype: of the changed tensors; that of the checkpoint by default.
+
+    Raises:
+        CheckpointError: a folder is not a LoRA adapter, was made for another model, uses a variant of LoRA that cannot
+            be merged, or the checkpoint is quantised.
+        ValueError: `adapters` is a single path or a weight is not a finite number.
+    """
+    if isinstance(adapters, (str, Path)):
+        raise ValueError(f"`adapters` is {str(adapters)!r}; expected a list of folders, or of (folder, weight).")
+    if config.quantization_bit:
+        raise CheckpointError(
+            f"The checkpoint is quantised (`quantization_bit`={config.quantization_bit}); adapters cannot be merged "
+            "into rounded weights without losing most of the change. Start from the 16-bit checkpoint and quantise at "
+            "the export."
+        )
+    changes: dict[str, list[_LoRA]] = {}
+    for adapter in adapters:
+        folder, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"{folder}: the adapter's weight is {weight!r}; expected a number.")
+        for name, lora in _read(Path(folder), float(weight), weights, config).items():
+            changes.setdefault(name, []).append(lora)
+    return _Merged(weights, changes, dtype)
+
+
+class _Merged(Mapping):
+    def __init__(
+        self, weights: Mapping[str, Weight], changes: Mapping[str, Sequence[_LoRA]], dtype: torch.dtype | None
+    ):
+        self._weights = weights
+        self._changes = changes
+        self._dtype = dtype
+        self._last: tuple[str, Weight] | None = None  # the graph takes a fused projection's parts one after another
+
+    def __getitem__(self, name: str) -> Weight:
+        if name not in self._changes:
+            return self._weights[name]
+        if self._last is None or self._last[0] != name:
+            self._last = name, self._merge(self._weights[name], self._changes[name])
+        return self._last[1]
+
+    def _merge(self, weight: Weight, changes: Sequence[_LoRA]) -> Weight:
+        shape, dtype = tuple(weight.data.shape), self._dtype or weight.data.dtype
+        merged = weight.scratch.empty(shape, dtype) if weight.scratch else torch.empty(shape, dtype=dtype)
+        for start in range(0, shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            total = weight.data[rows].to(torch.float32, copy=True)
+            for lora in changes:
+                total += lora.scale * (lora.b[rows] @ lora.a)
+            merged[rows] = total
+        return replace(weight, data=merged, bits=8 * merged.element_size())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _read(folder: Path, weight: float, weights: Mapping[str, Weight], config: ChatGLMConfig) -> dict[str, _LoRA]:
+    """The changes that the adapter in `folder` makes, by canonical name of the tensor."""
+    settings = _settings(folder / "adapter_config.json")
+    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: no adapter weights found; expected {' or '.join(_FILES)}.")
+    shard = open_shard(file)
+    pairs, unknown = _pairs(shard)
+    canonical, shapes = _canonical_names(config), graph.tensor_shapes(config)
+    unknown += [module for module in pairs if module not in canonical]
+    if unknown or not pairs:
+        found = f"cannot merge {_shortened(unknown)}" if unknown else "no lora_A and lora_B tensors found"
+        raise CheckpointError(
+            f"{file}: {found}. Expected pairs of lora_A and lora_B for {', '.join(TARGETS)} in the "
+            f"{config.num_hidden_layers} layers of this model; the adapter was trained for another model or on other "
+            "modules."
+        )
+    return {
+        canonical[module]: _lora(shard, module, sides, settings, weight, shapes[canonical[module]])
+        for module, sides in pairs.items()
+    }
+
+
+def _pairs(shard: Shard) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The adapter's tensors: name of side A and B by the original name of the module; and all other tensors."""
+    pairs: dict[str, dict[str, str]] = {}
+    others = []
+    for name in shard.names():
+        match = _TENSOR.fullmatch(name)
+        if match:
+            pairs.setdefault(match["module"], {})[match["side"]] = name
+        else:
+            others.append(name)
+    return pairs, others
+
+
+def _canonical_names(config: ChatGLMConfig) -> dict[str, str]:
+    """Canonical name of the weight of each linear that can be adapted, by the original name of the module."""
+    return {
+        original.format(i=i): f"{canonical.format(i=i)}.weight"
+        for canonical, original in ORIGINAL_MODULES[config.architecture].items()
+        if original.rpartition(".")[2] in TARGETS
+        for i in range(config.num_hidden_layers)
+    }
+
+
+def _lora(
+    shard: Shard,
+    module: str,
+    sides: Mapping[str, str],
+    settings: Mapping[str, Any],
+    weight: float,
+    shape: tuple[int, int],
+) -> _LoRA:
+    if set(sides) != {"A", "B"}:
+        raise CheckpointError(f"{shard.file}: {module} has only lora_{''.join(sides)}; the file is incomplete.")
+    a, b = (read_tensor(shard, sides[side]).float() for side in "AB")
+    rank = _for_module(settings.get("rank_pattern"), module, settings["r"])
+    alpha = _for_module(settings.get("alpha_pattern"), module, settings["lora_alpha"])
+    rows, columns = shape
+    if tuple(a.shape) != (rank, columns) or tuple(b.shape) != (rows, rank):
+        raise CheckpointError(
+            f"{shard.file}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; expected "
+            f"{[rank, columns]} and {[rows, rank]} (rank {rank} in adapter_config.json, a linear of {rows} x "
+            f"{columns}). The adapter was trained for another model, or its two files do not belong together."
+        )
+    return _LoRA(a, b, weight * alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def _for_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Value of the first pattern that matches the end of `module`, as PEFT reads `rank_pattern`."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """The content of adapter_config.json, refused if the adapter is more than `W + scale * B @ A`."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file}: not found; expected a folder that PEFT's `save_pretrained` wrote for a LoRA adapter."
+        ) from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        found = settings.get("peft_type") if isinstance(settings, dict) else settings
+        raise CheckpointError(f"{file}: peft_type is {found!r}; expected 'LORA', the only kind that can be merged.")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not _is_number(rank) or rank != int(rank) or rank < 1:
+        raise CheckpointError(f"{file}: r is {rank!r}; expected the rank, a positive whole number.")
+    if not _is_number(alpha) or not math.isfinite(alpha):
+        raise CheckpointError(f"{file}: lora_alpha is {alpha!r}; expected a number.")
+    used = [key for key in _UNSUPPORTED if settings.get(key)]
+    if settings.get("bias", "none") != "none":
+        used.append("bias")
+    if settings.get("init_lora_weights") not in _INITIALISATIONS:
+        used.append("init_lora_weights")
+    if used:
+        raise CheckpointError(
+            f"{file}: {', '.join(f'{key}={settings[key]!r}' for key in used)} is not supported: such an adapter is more "
+            "than a product of two matrices added to a linear. Merge it with PEFT (`merge_and_unload`) and export the "
+            "result."
+        )
+    if settings.get("fan_in_fan_out"):
+        raise CheckpointError(
+            f"{file}: fan_in_fan_out is true, but no ChatGLM stores transposed weights; the adapter was trained for "
+            "another model. Set it to false if it was set by mistake."
+        )
+    return settings
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shortened(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
