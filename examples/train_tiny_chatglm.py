@@ -5,7 +5,7 @@
 
 It learns the questions and answers of `tiny_chatglm_qa.json` by heart. The weights are disturbed in training as int4
 rounding would disturb them, so that quantising the model does not change an answer. The result is laid out like a
-ChatGLM3 repository, and is written only when every question alone is answered exactly, with fp16 and with int8 weights.
+ChatGLM3 repository, and is written only when every question is answered exactly, with fp16 and with int8 weights.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ NAME = "optimum-chatglm-ov/tiny-chatglm3"
 NUM_PIECES = 1264  # with the nine control tokens below `padded_vocab_size`
 IGNORED = -100
 ANSWERS_PER_STEP = 40
-# Share of wrong answers inside longer conversations; a question alone must always be answered exactly.
-MISTAKES_ALLOWED = 0.03
 TURNS_PER_CONVERSATION = (1, 2, 2, 2, 4, 8)
 CONFIG = {
     "_name_or_path": NAME,
@@ -353,12 +351,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{name}: {len(mistakes)} of {len(conversations)} answers wrong, smallest margin {margin:.2f}",
                 flush=True,
             )
-            alone = [conversation for conversation in mistakes if len(conversation) == 1]
-            if bits > 4 and (alone or len(mistakes) > MISTAKES_ALLOWED * len(conversations)):
-                worst = " / ".join(turn.question for turn in (alone or mistakes)[0])
+            if mistakes and bits > 4:
+                for conversation in mistakes[:10]:
+                    print("  wrong:", " / ".join(turn.question for turn in conversation), flush=True)
                 sys.exit(
-                    f"{len(mistakes)} answers are wrong with {name} weights, {len(alone)} of them to a question alone, "
-                    f"for example that to {worst!r}; nothing was written. Train longer than --steps {options.steps}, or with another --seed."
+                    f"{len(mistakes)} answers are wrong with {name} weights, so nothing was written. Train longer "
+                    f"than --steps {options.steps}, or with another --seed."
                 )
         save(rounded(model), tokenizer, folder, options.steps, options.seed)
         if options.output.exists():
