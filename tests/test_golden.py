@@ -110,7 +110,5 @@ def test_tokens_in_pieces_equal_tokens_at_once(name, exact_model):
     prompt = golden["single_input_ids"].shape[1]
     whole = model(ids).logits
     first = model(ids[:, :prompt])
-    rest = model(
-        ids[:, prompt:], attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values
-    ).logits
+    rest = model(ids[:, prompt:], attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, atol=1e-4, rtol=0)
