@@ -23,7 +23,14 @@ TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # Variants whose weights are not W + scale * B @ A, by key of adapter_config.json.
-_UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "use_qalora", "target_parameters")
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "use_qalora",
+    "target_parameters",
+)
 # Initialisations that also change the base weights an adapter belongs to.
 _INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 # Rows merged at a time: the fp32 copies stay below 100 MB.
@@ -214,9 +221,9 @@ def _settings(file: Path) -> dict[str, Any]:
         used.append("init_lora_weights")
     if used:
         raise CheckpointError(
-            f"{file}: {', '.join(f'{key}={settings[key]!r}' for key in used)} is not supported: such an adapter is more "
-            "than a product of two matrices added to a linear. Merge it with PEFT (`merge_and_unload`) and export the "
-            "result."
+            f"{file}: {', '.join(f'{key}={settings[key]!r}' for key in used)} is not supported: such an adapter is "
+            "more than a product of two matrices added to a linear. Merge it with PEFT (`merge_and_unload`) and "
+            "export the result."
         )
     if settings.get("fan_in_fan_out"):
         raise CheckpointError(

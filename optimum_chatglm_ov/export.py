@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def export_model(
     *,
     weight_format: str | None = None,
     quantization_config: OVWeightQuantizationConfig | Mapping[str, Any] | None = None,
+    dataset: str | Path | Iterable[Any] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -64,6 +65,8 @@ def export_model(
             "int8" (symmetric per output channel), "int4" and the other formats of `quantization.default_config`; by
             default int8 for models over 10^9 parameters and the stored precision for smaller ones.
         quantization_config: optimum-intel's weight quantisation settings, instead of `weight_format`.
+        dataset: texts for the methods that look at activations (awq, scale_estimation, gptq, mixed precision): a text
+            file, strings, a `datasets.Dataset` with a "text" column, or "wikitext2" or "c4".
         revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers' `from_pretrained`.
         rope_ratio_type: what `rope_ratio` means, "linear" or "theta" (see `ChatGLMConfig`).
         adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight.
@@ -104,8 +107,9 @@ def export_model(
         if weight_format in _DTYPES:
             weights = _InPrecision(weights, _DTYPES[weight_format])
         model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)
-        quantized_by = quantization.compress(model, quantization_config, tokenizer) if quantization_config else None
-        _describe(model, quantized_by or quantization_config)
+        if quantization_config:
+            quantization.compress(model, quantization_config, tokenizer, dataset)
+        _describe(model)
         ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
         _check_size(folder / MODEL_FILE)
         config.quantization_bit = 0
@@ -114,7 +118,7 @@ def export_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if quantization_config:
-            OVConfig(quantization_config=quantization_config).save_pretrained(folder)
+            OVConfig(quantization_config=quantization.for_saving(quantization_config)).save_pretrained(folder)
     return output
 
 
@@ -168,7 +172,7 @@ def _parameters(config: ChatGLMConfig) -> int:
     return sum(math.prod(shape) for shape in graph.tensor_shapes(config).values())
 
 
-def _describe(model: ov.Model, quantization_config: Any) -> None:
+def _describe(model: ov.Model) -> None:
     """Writes what made the model into its `rt_info`, in the form optimum-intel reads."""
     for package in ("transformers", "optimum-intel", "nncf", "optimum-chatglm-ov"):
         try:

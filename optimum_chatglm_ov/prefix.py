@@ -33,9 +33,7 @@ def tensor_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
     return {f"prefix_encoder.{name}": shape for name, shape in shapes.items()}
 
 
-def load_prefix(
-    weights: Mapping[str, Weight], prefix_encoder: str | Path | None, config: ChatGLMConfig
-) -> np.ndarray:
+def load_prefix(weights: Mapping[str, Weight], prefix_encoder: str | Path | None, config: ChatGLMConfig) -> np.ndarray:
     """The prefix of every layer, in the form of the graph's key/value cache.
 
     Args:
@@ -61,8 +59,8 @@ def load_prefix(
     layers, groups, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     if encoded.shape[1] != _size(config):
         raise CheckpointError(
-            f"{source}: the prefix has {encoded.shape[1]} numbers a token, expected {_size(config)} (2 x {layers} layers "
-            f"x {groups} key/value heads x {head_dim}). It was trained for another model."
+            f"{source}: the prefix has {encoded.shape[1]} numbers a token, expected {_size(config)} (2 x {layers} "
+            f"layers x {groups} key/value heads x {head_dim}). It was trained for another model."
         )
     prefix = encoded.view(-1, layers, 2, groups, head_dim).permute(1, 2, 3, 0, 4).contiguous().numpy()
     prefix[:, 0] = prefix[:, 0][..., graph.key_channels(config)]

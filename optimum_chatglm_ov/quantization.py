@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import nncf
+import numpy as np
 import openvino as ov
 from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
 from optimum.intel.openvino.quantization import _weight_only_quantization
 
+from . import texts
 from .configuration import ChatGLMConfig
 
 
@@ -20,13 +25,19 @@ FLOATING_FORMATS = ("original", "fp32", "fp16", "bf16")
 QUANTIZED_FORMATS = ("int8", "int4", "nf4", "mxfp4", "cb4")
 # Models with more parameters are quantised to int8 unless the caller decides, as in optimum-intel.
 _INT8_BY_DEFAULT_ABOVE = 1_000_000_000
+# Of the embedding, the output layer and whatever else does not become 4-bit.
+_BACKUP = "int8_sym"
+# Calibration: samples and their tokens, unless the settings say otherwise.
+_NUM_SAMPLES = 128
+_SEQUENCE_LENGTH = 128
 
 
 def default_config(weight_format: str) -> OVWeightQuantizationConfig:
     """The settings that `weight_format` stands for.
 
     int8 is symmetric per output channel, the form that the CPU plugin's fused AMX nodes accept. The 4-bit formats are
-    group-wise in the linears of the blocks; the embedding and the output layer stay int8.
+    group-wise in the linears of the blocks; the embedding and the output layer are int8, symmetric per row, unless
+    `all_layers` asks for them too.
 
     Raises:
         ValueError: an unknown format.
@@ -34,9 +45,9 @@ def default_config(weight_format: str) -> OVWeightQuantizationConfig:
     if weight_format == "int8":
         return OVWeightQuantizationConfig(bits=8, sym=True)
     if weight_format == "int4":
-        return OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0)
+        return OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0, backup_precision=_BACKUP)
     if weight_format in QUANTIZED_FORMATS:
-        return OVWeightQuantizationConfig(bits=4, dtype=weight_format, ratio=1.0)
+        return OVWeightQuantizationConfig(bits=4, dtype=weight_format, ratio=1.0, backup_precision=_BACKUP)
     raise ValueError(
         f"`weight_format` is {weight_format!r}; expected one of {', '.join(FLOATING_FORMATS + QUANTIZED_FORMATS)}."
     )
@@ -59,7 +70,7 @@ def resolve_config(
         if dict(quantization_config) in ({"bits": 4}, {"bits": 8}):
             quantization_config = default_config(f"int{quantization_config['bits']}")
         else:
-            quantization_config = OVWeightQuantizationConfig(**quantization_config)
+            quantization_config = _from_mapping(quantization_config)
     if quantization_config is None:
         if weight_format in FLOATING_FORMATS:
             return None
@@ -71,16 +82,117 @@ def resolve_config(
     if config.quantization_bit:
         raise ValueError(
             f"The checkpoint is already quantised (`quantization_bit`={config.quantization_bit}) and is exported with "
-            "the same integers; quantising it again would lose accuracy. Leave out `weight_format`, `load_in_8bit` and "
-            "`quantization_config`, or start from the 16-bit checkpoint."
+            "the same integers; quantising it again would lose accuracy. Leave out `weight_format`, `load_in_8bit` "
+            "and `quantization_config`, or start from the 16-bit checkpoint."
         )
+    if not isinstance(quantization_config, OVWeightQuantizationConfig):
+        raise ValueError(
+            f"`quantization_config` is a {type(quantization_config).__name__}; expected an "
+            "`OVWeightQuantizationConfig` or a dictionary of its arguments."
+        )
+    return _with_fallback(quantization_config)
+
+
+def _from_mapping(arguments: Mapping[str, Any]) -> OVWeightQuantizationConfig:
+    """The settings with these arguments; `dataset` may also be a text file or rows with texts."""
+    arguments = dict(arguments)
+    dataset = arguments.get("dataset")
+    if isinstance(dataset, Path) or (isinstance(dataset, str) and Path(dataset).is_file()):
+        arguments["dataset"] = list(texts.read_texts(dataset))
+    elif dataset is not None and not isinstance(dataset, (str, list)):
+        arguments["dataset"] = list(islice(texts.read_texts(dataset), arguments.get("num_samples") or _NUM_SAMPLES))
+    try:
+        return OVWeightQuantizationConfig(**arguments)
+    except TypeError as error:
+        raise ValueError(f"`quantization_config` has arguments that do not exist: {error}") from error
+
+
+def _with_fallback(quantization_config: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
+    """The settings with an answer to columns that are not a multiple of the group size.
+
+    NNCF would stop. Such a linear gets the largest group that fits, or the backup precision if that is under 32;
+    mxfp4, whose groups are always 32, leaves it as it is.
+    """
+    if quantization_config.bits != 4 or quantization_config.group_size_fallback is not None:
+        return quantization_config
+    quantization_config = deepcopy(quantization_config)
+    quantization_config.group_size_fallback = "ignore" if quantization_config.dtype == "mxfp4" else "adjust"
     return quantization_config
 
 
-def compress(model: ov.Model, quantization_config: OVWeightQuantizationConfig, tokenizer: Any = None) -> None:
-    """Quantises the weights of `model` in place with NNCF."""
+def compress(
+    model: ov.Model,
+    quantization_config: OVWeightQuantizationConfig,
+    tokenizer: Any = None,
+    dataset: str | Path | Iterable[Any] | None = None,
+) -> None:
+    """Quantises the weights of `model` in place with NNCF.
+
+    Args:
+        model: a graph of `graph.build_model`.
+        quantization_config: what to do.
+        tokenizer: the model's own; needed by the methods that look at activations.
+        dataset: texts for those (see `texts.read_texts`), instead of the settings' own.
+
+    Raises:
+        ValueError: a method needs texts or the tokenizer and has none.
+    """
+    dataset = quantization_config.dataset if dataset is None else dataset
+    needing = _needs_data(quantization_config)
+    if needing and dataset is None:
+        raise ValueError(
+            f"{needing} looks at activations and needs texts: give `dataset`, a text file, a list of strings or a "
+            "`datasets.Dataset`."
+        )
+    calibration = None
+    if dataset is not None:
+        if tokenizer is None:
+            raise ValueError("Calibration needs the tokenizer, and the checkpoint has no tokenizer files.")
+        calibration = nncf.Dataset(calibration_inputs(quantization_config, tokenizer, dataset))
     with _quiet_nncf():
-        _weight_only_quantization(model, quantization_config)
+        _weight_only_quantization(model, quantization_config, calibration)
+
+
+def calibration_inputs(
+    quantization_config: OVWeightQuantizationConfig, tokenizer: Any, dataset: str | Path | Iterable[Any]
+) -> list[dict[str, np.ndarray]]:
+    """Inputs of the stateful graph: up to `num_samples` blocks of `dataset`, each as a model generates it.
+
+    A block has 128 tokens, or the `seq_len` of a data set named like "wikitext2:seq_len=64".
+
+    Raises:
+        ValueError: `dataset` holds no text.
+    """
+    settings = getattr(quantization_config, "_dataset_kwargs", None) or {}
+    blocks = texts.blocks(texts.read_texts(dataset), tokenizer, settings.get("seq_len") or _SEQUENCE_LENGTH)
+    samples = islice(blocks, quantization_config.num_samples or _NUM_SAMPLES)
+    return [_inputs(texts.generated(block, tokenizer)[0]) for block in samples]
+
+
+def _inputs(ids: list[int]) -> dict[str, np.ndarray]:
+    input_ids = np.array([ids], dtype=np.int64)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": np.ones_like(input_ids),
+        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+        "beam_idx": np.zeros(1, dtype=np.int32),
+    }
+
+
+def _needs_data(quantization_config: OVWeightQuantizationConfig) -> str | None:
+    """Name of the first setting that cannot work without texts."""
+    return next(
+        (name for name in ("scale_estimation", "gptq", "lora_correction") if getattr(quantization_config, name)), None
+    )
+
+
+def for_saving(quantization_config: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
+    """The settings without the texts that were used, which are the user's and may be long."""
+    if not isinstance(quantization_config.dataset, list):
+        return quantization_config
+    quantization_config = deepcopy(quantization_config)
+    quantization_config.dataset = None
+    return quantization_config
 
 
 @contextmanager
