@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters merged at the export against the sum computed in torch, and against PEFT itself."""
+
+import json
+import math
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from conftest import DATA, EXACT
+from safetensors.torch import load_file, save_file
+
+from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model, graph
+from optimum_chatglm_ov.adapters import merge_adapters
+from optimum_chatglm_ov.checkpoint import Checkpoint
+
+
+MODEL = DATA / "models" / "chatglm3-6b"
+LAYER = "transformer.encoder.layers.{i}."
+SHAPES = {
+    "self_attention.query_key_value": (128, 64),
+    "self_attention.dense": (64, 64),
+    "mlp.dense_h_to_4h": (352, 64),
+    "mlp.dense_4h_to_h": (64, 176),
+}
+CANONICAL = {
+    "self_attention.query_key_value": "layers.{i}.self_attn.qkv_proj.weight",
+    "self_attention.dense": "layers.{i}.self_attn.o_proj.weight",
+    "mlp.dense_h_to_4h": "layers.{i}.mlp.gate_up_proj.weight",
+    "mlp.dense_4h_to_h": "layers.{i}.mlp.down_proj.weight",
+}
+
+
+def write_adapter(folder, seed=0, rank=4, targets=tuple(SHAPES), layers=(0, 1, 2), pickled=False, **settings):
+    """A folder as PEFT's `save_pretrained` writes it; returns A and B by name of the module."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for i in layers:
+        for target in targets:
+            rows, columns = SHAPES[target]
+            ranks = settings.get("rank_pattern", {})
+            own = ranks.get(target.rpartition(".")[2], rank)
+            a, b = (torch.randn(shape, generator=generator) * 0.3 for shape in ((own, columns), (rows, own)))
+            pairs[LAYER.format(i=i) + target] = a, b
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": tensor
+        for module, pair in pairs.items()
+        for side, tensor in zip("AB", pair)
+    }
+    if pickled:
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": sorted({target.rpartition(".")[2] for target in targets}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    return pairs
+
+
+def base_weights():
+    tensors = {}
+    for file in MODEL.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def merged(adapters, dtype=torch.float32):
+    config = ChatGLMConfig.from_pretrained(MODEL)
+    return merge_adapters(Checkpoint(MODEL, config, graph.tensor_shapes(config)), adapters, config, dtype)
+
+
+def check(weights, expected_change):
+    """`expected_change(module)` is what must have been added to the linear `module` of the checkpoint."""
+    base = base_weights()
+    for i in range(3):
+        for target in SHAPES:
+            module = LAYER.format(i=i) + target
+            expected = base[f"{module}.weight"].float() + expected_change(module)
+            found = weights[CANONICAL[target].format(i=i)].data
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_one(pickled, tmp_path):
+    pairs = write_adapter(tmp_path / "lora", pickled=pickled)
+    check(merged([tmp_path / "lora"]), lambda module: 8 / 4 * pairs[module][1] @ pairs[module][0])
+
+
+def test_several_with_weights(tmp_path):
+    first = write_adapter(tmp_path / "first", seed=1)
+    second = write_adapter(tmp_path / "second", seed=2, rank=2, targets=["mlp.dense_4h_to_h"], layers=[1])
+
+    def change(module):
+        total = 0.7 * 8 / 4 * first[module][1] @ first[module][0]
+        if module in second:
+            total = total - 1.5 * 8 / 2 * second[module][1] @ second[module][0]
+        return total
+
+    check(merged([(tmp_path / "first", 0.7), (tmp_path / "second", -1.5)]), change)
+
+
+def test_rank_stabilised_scale_and_patterns(tmp_path):
+    pairs = write_adapter(
+        tmp_path / "lora",
+        use_rslora=True,
+        rank_pattern={"dense_4h_to_h": 2},
+        alpha_pattern={r"layers\.1\.self_attention\.dense": 32},
+    )
+
+    def change(module):
+        rank = 2 if module.endswith("dense_4h_to_h") else 4
+        alpha = 32 if module.endswith("layers.1.self_attention.dense") else 8
+        return alpha / math.sqrt(rank) * pairs[module][1] @ pairs[module][0]
+
+    check(merged([tmp_path / "lora"]), change)
+
+
+def test_rounded_once_to_the_stored_precision(tmp_path):
+    write_adapter(tmp_path / "lora")
+    exact, rounded = merged([tmp_path / "lora"]), merged([tmp_path / "lora"], dtype=None)
+    for name in ("layers.0.self_attn.qkv_proj.weight", "layers.2.mlp.down_proj.weight"):
+        assert rounded[name].data.dtype == torch.float16
+        torch.testing.assert_close(rounded[name].data, exact[name].data.half(), rtol=0, atol=0)
+    assert rounded["norm.weight"].data.dtype == torch.float16
+
+
+def test_export_holds_the_sum(tmp_path):
+    pairs = write_adapter(tmp_path / "lora")
+    folder = export_model(MODEL, tmp_path / "ir", weight_format="fp32", adapters=[(tmp_path / "lora", 0.5)])
+    constants = {
+        node.get_friendly_name(): node.data
+        for node in ov.Core().read_model(folder / "openvino_model.xml").get_ops()
+        if node.get_type_name() == "Constant"
+    }
+    module = LAYER.format(i=1) + "mlp.dense_4h_to_h"
+    a, b = pairs[module]
+    expected = base_weights()[f"{module}.weight"].float() + 0.5 * 8 / 4 * b @ a
+    found = constants["layers.1.mlp.down_proj.weight"]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_equal_to_peft(tmp_path):
+    """The folder that PEFT writes, and the weights that its own `merge_and_unload` computes."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = base_weights()
+    module = torch.nn.Module()
+    module.transformer = torch.nn.Module()
+    module.transformer.encoder = torch.nn.Module()
+    module.transformer.encoder.layers = torch.nn.ModuleList([torch.nn.Module() for _ in range(3)])
+    for i, layer in enumerate(module.transformer.encoder.layers):
+        for target, (rows, columns) in SHAPES.items():
+            parent, name = target.split(".")
+            if not hasattr(layer, parent):
+                layer.add_module(parent, torch.nn.Module())
+            linear = torch.nn.Linear(columns, rows, bias=False)
+            linear.weight.data = base[LAYER.format(i=i) + target + ".weight"].float()
+            getattr(layer, parent).add_module(name, linear)
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=["query_key_value", "dense_4h_to_h"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(module, settings)
+    model.save_pretrained(tmp_path / "lora")
+    reference = model.merge_and_unload().transformer.encoder.layers
+    weights = merged([tmp_path / "lora"])
+    for i, layer in enumerate(reference):
+        for target, name in CANONICAL.items():
+            expected = layer.get_submodule(target).weight.data
+            torch.testing.assert_close(weights[name.format(i=i)].data.float(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight_format", ["original", "int8"])
+def test_merged_model_runs(weight_format, tmp_path):
+    write_adapter(tmp_path / "lora")
+    folder = export_model(MODEL, tmp_path / "ir", weight_format=weight_format, adapters=[tmp_path / "lora"])
+    ids = torch.arange(1, 9)[None]
+    changed = OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT)(ids).logits
+    plain = OVChatGLMForCausalLM.from_pretrained(
+        export_model(MODEL, tmp_path / "plain", weight_format=weight_format), ov_config=EXACT
+    )(ids).logits
+    assert torch.isfinite(changed).all()
+    assert (changed - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
+        ({"r": 0}, "r is 0; expected the rank"),
+        ({"r": 5}, r"lora_A \[4, \d+\].*expected \[5, \d+\]"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"modules_to_save": ["output_layer"]}, "modules_to_save.*not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
+    ],
+)
+def test_unusable_settings(settings, message, tmp_path):
+    write_adapter(tmp_path / "lora", **settings)
+    with pytest.raises(CheckpointError, match=message):
+        merged([tmp_path / "lora"])
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({}, "no lora_A and lora_B tensors found"),
+        ({"base_model.model.transformer.encoder.layers.3.self_attention.dense.lora_A.weight": (4, 64)}, "layers.3"),
+        ({"base_model.model.lm_head.lora_A.weight": (4, 64)}, "cannot merge lm_head.*query_key_value"),
+        ({"base_model.model.embedding.lora_embedding_A": (4, 64)}, "lora_embedding_A"),
+        ({f"base_model.model.{LAYER.format(i=0)}mlp.dense_4h_to_h.lora_A.weight": (4, 176)}, "has only lora_A"),
+    ],
+)
+def test_unusable_tensors(tensors, message, tmp_path):
+    write_adapter(tmp_path / "lora")
+    save_file(
+        {name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "lora" / "adapter_model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        merged([tmp_path / "lora"])
+
+
+def test_not_an_adapter_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="adapter_config.json: not found"):
+        merged([tmp_path])
+    write_adapter(tmp_path / "lora")
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no adapter weights found"):
+        merged([tmp_path / "lora"])
+    (tmp_path / "lora" / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        merged([tmp_path / "lora"])
+
+
+def test_wrong_arguments(tmp_path):
+    write_adapter(tmp_path / "lora")
+    with pytest.raises(ValueError, match="expected a list"):
+        merged(str(tmp_path / "lora"))
+    with pytest.raises(ValueError, match="weight is nan"):
+        merged([(tmp_path / "lora", float("nan"))])
+
+
+def test_quantised_base_is_refused_and_nothing_written(tmp_path):
+    write_adapter(tmp_path / "lora")
+    with pytest.raises(CheckpointError, match="quantised.*16-bit checkpoint"):
+        export_model(DATA / "models" / "chatglm2-6b-int4", tmp_path / "ir", adapters=[tmp_path / "lora"])
+    assert not (tmp_path / "ir").exists()

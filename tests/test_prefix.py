@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""P-Tuning v2 prefixes against the original implementation and against P-Tuning written down in torch."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, EXACT, Golden
+
+from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model, graph
+from optimum_chatglm_ov.prefix import load_prefix
+
+
+NAMES = ("chatglm-6b-ptuning-v2", "chatglm2-6b-ptuning-v2")
+EMBEDDING = "transformer.prefix_encoder.embedding.weight"
+
+
+def tensors_of(name):
+    return torch.load(DATA / "models" / name / "pytorch_model.bin", weights_only=True)
+
+
+def logits(folder, ids):
+    return OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT)(torch.from_numpy(ids)).logits.numpy()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden(name, exact_model):
+    golden, model = Golden(name), exact_model(name)
+    for case in golden.cases("_logits"):
+        inputs = golden.inputs(case)
+        if case == "both_masks_model":  # the ids alone: the model finds the positions itself
+            inputs = {"input_ids": inputs["input_ids"]}
+        found, expected = model(**inputs).logits.numpy(), golden[f"{case}_logits"]
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        rows = (mask if mask.dim() == 2 else ~mask[:, 0].all(dim=1)).bool().numpy()
+        np.testing.assert_allclose(found[rows], expected[rows], atol=1e-3, rtol=0, err_msg=case)
+    for case in golden.cases("", prefix="greedy_"):
+        ids = model.generate(**golden.inputs(case), max_new_tokens=24, do_sample=False).numpy()
+        np.testing.assert_array_equal(ids, golden[f"greedy_{case}"], err_msg=case)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("saved_as", ["transformer.prefix_encoder.", "prefix_encoder.", ""])
+def test_separate_file(name, saved_as, tmp_path):
+    """A base checkpoint and the folder of its training equal one checkpoint with both."""
+    tensors = tensors_of(name)
+    base = shutil.copytree(DATA / "models" / name, tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    length = settings.pop("pre_seq_len")
+    (base / "config.json").write_text(json.dumps(settings))
+    prefix = tmp_path / "training"
+    prefix.mkdir()
+    torch.save({f"{saved_as}embedding.weight": tensors.pop(EMBEDDING)}, prefix / "pytorch_model.bin")
+    torch.save(tensors, base / "pytorch_model.bin")
+
+    folder = export_model(base, tmp_path / "ir", prefix_encoder=prefix)
+    golden = Golden(name)
+    np.testing.assert_allclose(logits(folder, golden["single_input_ids"]), golden["single_logits"], atol=1e-3, rtol=0)
+    assert ChatGLMConfig.from_pretrained(folder).pre_seq_len == length
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_projection(name, tmp_path):
+    """`prefix_projection`: embedding, Linear, tanh, Linear; equal to the prefix it computes, given directly."""
+    torch.manual_seed(0)
+    config = ChatGLMConfig.from_pretrained(DATA / "models" / name)
+    size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    embedded = config.hidden_size if config.architecture == "chatglm" else size
+    encoder = torch.nn.ModuleDict(
+        {
+            "embedding": torch.nn.Embedding(7, embedded),
+            "trans": torch.nn.Sequential(
+                torch.nn.Linear(embedded, config.hidden_size),
+                torch.nn.Tanh(),
+                torch.nn.Linear(config.hidden_size, size),
+            ),
+        }
+    )
+    computed = encoder["trans"](encoder["embedding"].weight).detach()
+    direct = shutil.copytree(DATA / "models" / name, tmp_path / "direct")
+    projected = shutil.copytree(DATA / "models" / name, tmp_path / "projected")
+    settings = json.loads((direct / "config.json").read_text()) | {"pre_seq_len": 7}
+    (direct / "config.json").write_text(json.dumps(settings))
+    (projected / "config.json").write_text(json.dumps(settings | {"prefix_projection": True}))
+    base = {name: tensor for name, tensor in tensors_of(name).items() if name != EMBEDDING}
+    torch.save(base | {EMBEDDING: computed}, direct / "pytorch_model.bin")
+    parts = {f"transformer.prefix_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    torch.save(base | parts, projected / "pytorch_model.bin")
+
+    ids = Golden(name)["single_input_ids"]
+    found, expected = (
+        logits(export_model(folder, tmp_path / f"{folder.name}-ir"), ids) for folder in (projected, direct)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_keys_are_reordered_and_values_are_not(tmp_path):
+    config = ChatGLMConfig.from_pretrained(DATA / "models" / "chatglm2-6b-ptuning-v2")
+    torch.save({EMBEDDING: tensors_of("chatglm2-6b-ptuning-v2")[EMBEDDING]}, tmp_path / "prefix.bin")
+    prefix = load_prefix({}, tmp_path / "prefix.bin", config)
+    stored = tensors_of("chatglm2-6b-ptuning-v2")[EMBEDDING].float().numpy()
+    stored = stored.reshape(5, 2, 2, 2, 16).transpose(1, 2, 3, 0, 4)
+    np.testing.assert_array_equal(prefix[:, 1], stored[:, 1])
+    np.testing.assert_array_equal(prefix[:, 0], stored[:, 0][..., graph.key_channels(config)])
+
+
+def test_prefix_projection_that_is_a_tuple_by_accident_means_false(tmp_path):
+    name = "chatglm2-6b-ptuning-v2"
+    source = shutil.copytree(DATA / "models" / name, tmp_path / "source")
+    settings = json.loads((source / "config.json").read_text()) | {"prefix_projection": [False]}
+    (source / "config.json").write_text(json.dumps(settings))
+    ids = Golden(name)["single_input_ids"]
+    found = logits(export_model(source, tmp_path / "ir"), ids)
+    np.testing.assert_allclose(found, Golden(name)["single_logits"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({"other": torch.zeros(2)}, "no tensor 'prefix_encoder.embedding.weight'"),
+        ({EMBEDDING: torch.zeros(5, 130)}, "130 numbers a token, expected 128 .*another model"),
+        (
+            {EMBEDDING: torch.zeros(5, 128), "transformer.prefix_encoder.trans.0.weight": torch.zeros(64, 128)},
+            "lacks prefix_encoder.trans.0.bias",
+        ),
+        ({EMBEDDING: torch.full((5, 128), torch.nan)}, "NaN"),
+    ],
+)
+def test_unusable_prefixes(tensors, message, tmp_path):
+    torch.save(tensors, tmp_path / "prefix.bin")
+    with pytest.raises(CheckpointError, match=message):
+        export_model(DATA / "models" / "chatglm2-6b", tmp_path / "ir", prefix_encoder=tmp_path / "prefix.bin")
+    assert [path.name for path in tmp_path.iterdir()] == ["prefix.bin"]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match="not found"):
+        export_model(DATA / "models" / "chatglm2-6b", tmp_path / "ir", prefix_encoder=tmp_path / "none")
+
+
+def test_prefix_in_a_checkpoint_without_pre_seq_len_is_not_dropped(tmp_path):
+    source = shutil.copytree(DATA / "models" / "chatglm2-6b-ptuning-v2", tmp_path / "source")
+    settings = json.loads((source / "config.json").read_text())
+    del settings["pre_seq_len"]
+    (source / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="surplus: transformer.prefix_encoder.embedding.weight"):
+        export_model(source, tmp_path / "ir")
