@@ -153,7 +153,8 @@ class Checkpoint(Mapping[str, Weight]):
         self.shapes = dict(shapes)
         self._readers = [open_shard(file) for file in weight_files(self.folder)]
         self._reader_of = {name: reader for reader in self._readers for name in reader.names()}
-        self._original_name = _original_names(config, self.shapes)
+        self._original_name = original_names(config, self.shapes)
+        self._finite: set[str] = set()
         self._check()
 
     def __iter__(self) -> Iterator[str]:
@@ -161,6 +162,9 @@ class Checkpoint(Mapping[str, Weight]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
 
     def __getitem__(self, name: str) -> Weight:
         """The tensor `name`; quantised linears come with their scale.
@@ -241,7 +245,8 @@ def read_tensor(shard: Shard, name: str) -> torch.Tensor:
     return data
 
 
-def _original_names(config: ChatGLMConfig, shapes: Mapping[str, object]) -> dict[str, str]:
+def original_names(config: ChatGLMConfig, shapes: Mapping[str, object]) -> dict[str, str]:
+    """Name in the original checkpoint of every canonical name in `shapes`."""
     table = ORIGINAL_MODULES[config.architecture]
     modules = {
         canonical.format(i=i): original.format(i=i)

@@ -211,6 +211,9 @@ class _InPrecision(Mapping):
     def __len__(self) -> int:
         return len(self._weights)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
 
 class _Counted(Mapping):
     """Weights that report each tensor's first use."""
@@ -231,3 +234,6 @@ class _Counted(Mapping):
 
     def __len__(self) -> int:
         return len(self._weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights

@@ -41,12 +41,19 @@ def complete_folder(output: str | Path) -> Iterator[Path]:
         yield folder
         _take_place(folder, output)
     except OSError as error:
-        raise ExportError(
-            f"{output}: writing failed ({error.strerror or error}); nothing was changed there. Free disk space or "
-            "choose another output folder."
-        ) from error
+        raise _writing_failed(output, error.strerror or str(error)) from error
+    except RuntimeError as error:
+        if "iostream" not in str(error):  # how OpenVINO reports that a write failed
+            raise
+        raise _writing_failed(output, "no space left on the disk, or it failed") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _writing_failed(output: Path, reason: str) -> ExportError:
+    return ExportError(
+        f"{output}: writing failed ({reason}); nothing was changed there. Free disk space or choose another output folder."
+    )
 
 
 def _take_place(folder: Path, output: Path) -> None:

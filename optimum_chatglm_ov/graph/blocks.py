@@ -162,7 +162,7 @@ def merge_heads(states: Node) -> Node:
 def state(graph: Graph, initial: Node, name: str, element_type: Type, shape: list[int]) -> tuple[Node, str]:
     """A state variable read at the start of a call, its rows reordered by `beam_idx`."""
     variable = ops.read_value(initial, name, variable_type=element_type, variable_shape=ov.PartialShape(shape))
-    return ops.gather(variable, graph.beam_idx, i64(0)), name
+    return ops.gather(variable, graph.beam_idx, ops.constant(np.int64(0))), name
 
 
 def key_value_cache(

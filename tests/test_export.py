@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An export is complete or leaves nothing, and the graph keeps its contract."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import openvino as ov
+import pytest
+from conftest import DATA
+from random_checkpoint import make
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, ExportError, export_model
+
+
+SOURCE = DATA / "models" / "chatglm3-6b"
+
+
+def content(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b-3layer-untied", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"])
+def test_exported_folder(name, exported):
+    folder = exported(name)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "chatglm" and "auto_map" not in config
+    assert AutoTokenizer.from_pretrained(folder)("你好").input_ids == (
+        AutoTokenizer.from_pretrained(DATA / "models" / name)("你好").input_ids
+    )
+    assert not [file.name for file in folder.iterdir() if file.suffix == ".py"]
+    model = ov.Core().read_model(folder / "openvino_model.xml")
+    inputs = {port.any_name: (port.element_type.get_type_name(), len(port.partial_shape)) for port in model.inputs}
+    assert inputs == {
+        "input_ids": ("i64", 2),
+        "attention_mask": ("i64", 2),
+        "position_ids": ("i64", 2),
+        "beam_idx": ("i32", 1),
+    }
+    assert [(port.any_name, port.element_type.get_type_name()) for port in model.outputs] == [("logits", "f32")]
+    assert model.get_rt_info(["optimum", "transformers_version"]).value
+
+
+@pytest.mark.parametrize("weight_format", ["original", "fp16", "fp32", "int8", "int4"])
+@pytest.mark.parametrize("architecture", ["chatglm", "chatglm2"])
+def test_plugin_fusions(architecture, weight_format, tmp_path):
+    source = make(tmp_path / "source", architecture)
+    folder = export_model(source, tmp_path / "ir", weight_format=weight_format)
+    layers = ChatGLMConfig.from_pretrained(source).num_hidden_layers
+    compiled = ov.Core().compile_model(folder / "openvino_model.xml", "CPU")
+    nodes = compiled.get_runtime_model().get_ops()
+    assert sum(kind(node) == "RoPE" for node in nodes) == 2 * layers
+    # The plugin shows `ScaledDotProductAttentionWithKVCache` as an attention node that reorders and returns the cache.
+    attention = [node for node in nodes if kind(node) == "ScaledDotProductAttention"]
+    assert len(attention) == layers
+    for node in attention:
+        sources = [port.get_source_output().get_node() for port in node.inputs()]
+        assert "beam_idx" in [source.get_friendly_name() for source in sources]
+        assert [kind(source) for source in sources].count("MemoryInput") == 2
+        assert len(node.outputs()) == 3
+
+
+def kind(node):
+    return node.get_rt_info()["layerType"].value
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "element_type"), [("fp32", "f32"), ("fp16", "f16"), ("bf16", "bf16"), ("original", "bf16")]
+)
+def test_precision_of_constants(weight_format, element_type, tmp_path):
+    folder = export_model(DATA / "models" / "glm-4-9b-chat", tmp_path / "ir", weight_format=weight_format)
+    model = ov.Core().read_model(folder / "openvino_model.xml")
+    types = {
+        op.get_element_type().get_type_name()
+        for op in model.get_ops()
+        if op.get_type_name() == "Constant" and op.get_friendly_name().endswith("proj.weight")
+    }
+    assert types == {element_type}
+
+
+def test_values_beyond_fp16_are_refused(tmp_path):
+    source = shutil.copytree(DATA / "models" / "glm-4-9b-chat", tmp_path / "source", copy_function=shutil.copyfile)
+    shard = next(source.glob("*-00001-*.safetensors"))
+    tensors = load_file(shard)
+    name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    tensors[name][0, 0] = 1e6
+    save_file(tensors, shard)
+    with pytest.raises(ExportError, match="bf16, fp32 or int8"):
+        export_model(source, tmp_path / "ir", weight_format="fp16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_failed_export_leaves_the_earlier_one(tmp_path):
+    output = export_model(SOURCE, tmp_path / "ir")
+    (output / "notes.txt").write_text("mine")
+    before = content(output)
+    source = shutil.copytree(SOURCE, tmp_path / "source", copy_function=shutil.copyfile)
+    os.truncate(next(source.glob("*-00002-*")), 100)
+    with pytest.raises(CheckpointError):
+        export_model(source, output)
+    assert content(output) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ir", "source"]
+
+    export_model(SOURCE, output, weight_format="int8")
+    after = content(output)
+    assert after["openvino_model.bin"] != before["openvino_model.bin"]
+    assert after["notes.txt"] == b"mine"
+
+
+def test_output_is_a_file(tmp_path):
+    (tmp_path / "ir").write_text("mine")
+    with pytest.raises(ExportError, match="must be a folder"):
+        export_model(SOURCE, tmp_path / "ir")
+    assert (tmp_path / "ir").read_text() == "mine"
+
+
+def test_parent_is_not_a_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ExportError, match="cannot create a folder"):
+        export_model(SOURCE, tmp_path / "file" / "ir")
+
+
+def test_no_write_permission(tmp_path):
+    (tmp_path / "closed").mkdir()
+    as_nobody = textwrap.dedent(
+        """
+        import os, sys
+        from optimum_chatglm_ov import ExportError, export_model
+        if os.getuid() == 0:
+            os.setgroups([]); os.setgid(65534); os.setuid(65534)
+        try:
+            export_model(sys.argv[1], sys.argv[2])
+        except ExportError as error:
+            print("refused:", error)
+        """
+    )
+    (tmp_path / "closed").chmod(0o555)
+    readable = tmp_path
+    while readable != readable.parent:  # a user other than root must get as far as the closed folder
+        if os.access(readable, os.W_OK) and readable.stat().st_uid == os.getuid():
+            readable.chmod(readable.stat().st_mode | 0o055)
+        readable = readable.parent
+    source = shutil.copytree(SOURCE, tmp_path / "source", copy_function=shutil.copyfile)
+    command = [sys.executable, "-c", as_nobody, str(source), str(tmp_path / "closed" / "ir")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "refused:" in done.stdout and "cannot create a folder here" in done.stdout, done.stdout + done.stderr
+    assert not list((tmp_path / "closed").iterdir())
+
+
+def _size_limited(limit, arguments):
+    """Runs an export in a process whose files cannot grow beyond `limit` bytes, as on a full disk."""
+    script = textwrap.dedent(
+        """
+        import resource, signal, sys
+        from optimum_chatglm_ov import ChatGLMError, export_model
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+        try:
+            export_model(sys.argv[2], sys.argv[3])
+        except ChatGLMError as error:
+            print("refused:", error)
+        """
+    )
+    command = [sys.executable, "-c", script, str(limit), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000, 200_000])
+def test_full_disk(limit, tmp_path):
+    output = tmp_path / "ir"
+    output.mkdir()
+    (output / "earlier").write_text("kept")
+    done = _size_limited(limit, (SOURCE, output))
+    assert "refused:" in done.stdout, done.stdout + done.stderr
+    assert content(output) == {"earlier": b"kept"}
+    assert [path.name for path in tmp_path.iterdir()] == ["ir"]
+
+
+def test_interrupted_export(tmp_path):
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        from optimum_chatglm_ov import export_model
+        def progress(description, done, total):
+            if done == total:
+                os.kill(os.getpid(), signal.SIGINT)
+        export_model(sys.argv[1], sys.argv[2], progress=progress)
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(SOURCE), str(tmp_path / "ir")], capture_output=True, text=True
+    )
+    assert done.returncode in (-signal.SIGINT, 1) and "KeyboardInterrupt" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_counts_every_tensor(tmp_path):
+    calls = []
+    export_model(SOURCE, tmp_path / "ir", progress=lambda *call: calls.append(call))
+    counts = [done for _, done, _ in calls]
+    assert counts == list(range(1, calls[-1][2] + 1))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"weight_format": "int3"}, {"weight_format": "int8", "quantization_config": {"bits": 4}}]
+)
+def test_bad_arguments(arguments, tmp_path):
+    with pytest.raises(ValueError, match="weight_format"):
+        export_model(SOURCE, tmp_path / "ir", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_models_are_int8_by_default():
+    from optimum_chatglm_ov.quantization import resolve_config
+
+    config = ChatGLMConfig()
+    settings = resolve_config(config, None, None, 6_000_000_000)
+    assert (settings.bits, settings.sym) == (8, True)
+    assert resolve_config(config, None, None, 100_000_000) is None
+    assert resolve_config(config, "original", None, 6_000_000_000) is None
