@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`chat()` and `stream_chat()` as the original model classes have them, by the rules of each generation."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from .errors import ChatGLMError
+from .token_stream import TokenStream
+
+
+# One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards.
+History = list[Any]
+# A text, or a call: `{"name", "content"}` without tools in the conversation, `{"name", "parameters"}` with them.
+Response = str | dict[str, Any]
+
+_BETWEEN_MESSAGES = "<|assistant|>"
+_PLACEHOLDER, _YEAR = "[[训练时间]]", "2023年"
+_PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+_PUNCTUATION_NEXT_TO_CHINESE = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
+
+
+class ToolCallError(ChatGLMError, ValueError):
+    """The model answered with a call whose arguments cannot be read; nothing was executed."""
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """Chooses `token_id` for sure when a score [batch, vocab_size] is NaN or infinite."""
+
+    def __init__(self, token_id: int):
+        self.token_id = token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if torch.isfinite(scores).all():
+            return scores
+        scores = torch.zeros_like(scores)
+        scores[..., self.token_id] = 5e4
+        return scores
+
+
+# What becomes of the generated text --------------------------------------------------------------------------------
+
+
+def _process_chatglm(text: str) -> str:
+    return _PUNCTUATION_NEXT_TO_CHINESE.sub(lambda mark: _PUNCTUATION[mark[0]], _process_chatglm2(text))
+
+
+def _process_chatglm2(text: str) -> str:
+    return text.strip().replace(_PLACEHOLDER, _YEAR)
+
+
+def _process_messages(
+    text: str, history: History, read_parameters: Callable[[str], dict[str, Any]]
+) -> tuple[Response, History]:
+    """The last message of `text` (each is metadata, a line break and content), and `history` with all of them."""
+    history = copy.deepcopy(history)
+    response: Response = ""
+    for message in text.split(_BETWEEN_MESSAGES):
+        metadata, line_break, content = message.partition("\n")
+        if not line_break:
+            metadata, content = "", message
+        name = metadata.strip()
+        if not name:
+            content = content.strip()
+        history.append({"role": "assistant", "metadata": metadata, "content": content})
+        if not name:
+            response = content.replace(_PLACEHOLDER, _YEAR)
+        elif history[0]["role"] == "system" and "tools" in history[0]:
+            response = {"name": name, "parameters": read_parameters(content)}
+        else:
+            response = {"name": name, "content": content}
+    return response, history
+
+
+def _parameters_of_python(content: str) -> dict[str, Any]:
+    """Keyword arguments of `tool_call(city='北京', days=3)` inside a code block; only literals, never evaluated.
+
+    Raises:
+        ToolCallError: the block holds anything else.
+    """
+    code = "\n".join(content.split("\n")[1:-1])
+    try:
+        call = ast.parse(code.strip(), mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call"):
+            raise ValueError("it is not a call of `tool_call`")
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("an argument has no name")
+        parameters = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if len(parameters) != len(call.keywords):
+            raise ValueError("a name occurs twice")
+        return parameters
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise ToolCallError(
+            f"The model's call cannot be read: {error}. Found {content!r}; expected a code block with "
+            "`tool_call(name=value, ...)` of literal values. Ask again, or lower `temperature`."
+        ) from error
+
+
+def _parameters_of_json(content: str) -> dict[str, Any]:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ToolCallError(
+            f"The model's call cannot be read: {error}. Found {content!r}; expected its arguments as JSON. Ask again, "
+            "or lower `temperature`."
+        ) from error
+
+
+# The generations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChatRules:
+    """What one generation does in its own way.
+
+    Args:
+        max_length, top_p, temperature: defaults of sampling; `max_length` counts prompt and answer.
+        invalid_score_token_id: see [`InvalidScoreLogitsProcessor`].
+        process_text: text of an answer -> response, where a conversation is pairs; else `None`.
+        read_parameters: content of a call -> its arguments, where a conversation is messages; else `None`.
+        stop_tokens: tokens that end an answer beside those of the generation configuration.
+        stream_withholds_last_token: each streamed text leaves out the newest token, which may be a stop token.
+        stream_shows_every_token: also texts that are empty or end in the middle of a character.
+        has_past_key_values: `stream_chat()` can go on from `past_key_values`.
+    """
+
+    max_length: int
+    top_p: float
+    temperature: float
+    invalid_score_token_id: int = 5
+    process_text: Callable[[str], str] | None = None
+    read_parameters: Callable[[str], dict[str, Any]] | None = None
+    stop_tokens: tuple[str, ...] = ()
+    stream_withholds_last_token: bool = False
+    stream_shows_every_token: bool = False
+    has_past_key_values: bool = True
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether a conversation is a list of messages rather than of `(query, response)` pairs."""
+        return self.read_parameters is not None
+
+    def process_response(
+        self, text: str, query: str, history: History, role: str = "user", incomplete: bool = False
+    ) -> tuple[Response, History]:
+        """The response in `text`, and the conversation with this turn.
+
+        Args:
+            text: what the model generated.
+            query, role: what it answers, and who said that.
+            history: the conversation before; it is left as it is.
+            incomplete: more text may follow; a call that cannot be read yet is given as `{"name", "content"}`.
+
+        Raises:
+            ToolCallError: the arguments of a call cannot be read.
+        """
+        if not self.has_messages:
+            response = self.process_text(text)
+            return response, [*history, (query, response)]
+        history = [*history, {"role": role, "content": query}]
+        try:
+            return _process_messages(text, history, self.read_parameters)
+        except ToolCallError:
+            if not incomplete:
+                raise
+        response, new_history = _process_messages(text, history, lambda content: {})
+        if isinstance(response, dict):
+            response = {"name": response["name"], "content": new_history[-1]["content"]}
+        return response, new_history
+
+
+_AFTER_CHATGLM2 = dict(top_p=0.8, temperature=0.8, max_length=8192)
+_RULES = {
+    "chatglm": ChatRules(
+        max_length=2048,
+        top_p=0.7,
+        temperature=0.95,
+        process_text=_process_chatglm,
+        stream_withholds_last_token=True,
+        stream_shows_every_token=True,
+        has_past_key_values=False,
+    ),
+    "chatglm2": ChatRules(**_AFTER_CHATGLM2, process_text=_process_chatglm2),
+    "chatglm2-32k": ChatRules(**{**_AFTER_CHATGLM2, "max_length": 32768}, process_text=_process_chatglm2),
+    "chatglm3": ChatRules(
+        **_AFTER_CHATGLM2,
+        read_parameters=_parameters_of_python,
+        stop_tokens=("<|user|>", "<|observation|>"),
+        stream_withholds_last_token=True,
+    ),
+    "chatglm3-128k": ChatRules(
+        max_length=131072,
+        top_p=0.7,
+        temperature=0.95,
+        read_parameters=_parameters_of_python,
+        stop_tokens=("<|user|>", "<|observation|>"),
+        stream_withholds_last_token=True,
+    ),
+    "glm4": ChatRules(
+        **_AFTER_CHATGLM2,
+        invalid_score_token_id=198,
+        read_parameters=_parameters_of_json,
+        stop_tokens=("<|user|>", "<|observation|>"),
+        stream_withholds_last_token=True,
+    ),
+}
+
+
+def chat_rules(tokenizer: Any, config: Any) -> ChatRules:
+    """Rules for the tokenizer's generation; chatglm2-6b-32k and chatglm3-6b-128k have other defaults of sampling.
+
+    Raises:
+        ValueError: `tokenizer` is not one of this package's.
+    """
+    generation = getattr(tokenizer, "chatglm_generation", None)
+    if generation not in _RULES:
+        raise ValueError(
+            f"`tokenizer` is a {type(tokenizer).__name__}; expected a ChatGLM tokenizer. Load it with "
+            "`AutoTokenizer.from_pretrained(...)` after `import optimum_chatglm_ov`."
+        )
+    if generation == "chatglm2" and config.rope_ratio not in (None, 1):
+        generation = "chatglm2-32k"
+    if generation == "chatglm3" and config.max_position_embeddings > 32768:
+        generation = "chatglm3-128k"
+    return _RULES[generation]
+
+
+@dataclass(frozen=True)
+class StreamedTokens:
+    """What `stream_chat(return_past_key_values=True)` gives as `past_key_values`.
+
+    Args:
+        input_ids: int64 [1, L], the tokens that the conversation's cache holds. The cache itself belongs to the
+            inference request, which the next call of any kind starts anew, so they are computed again.
+    """
+
+    input_ids: torch.LongTensor
+
+
+# The model's part --------------------------------------------------------------------------------------------------
+
+
+class ChatMixin:
+    """Conversations for a `GenerationMixin` with `config`; rules are those of the tokenizer's generation."""
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer: Any,
+        query: str,
+        history: History | None = None,
+        role: str = "user",
+        max_length: int | None = None,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Response, History]:
+        """Answers `query`.
+
+        Args:
+            tokenizer: the model's tokenizer, from `AutoTokenizer`.
+            query: what is said now.
+            history: earlier turns: `(query, response)` pairs for ChatGLM and ChatGLM2; messages
+                (`{"role", "content", "metadata"}`, a leading system message may have `"tools"`) for ChatGLM3 and
+                GLM-4, which append the query to this very list.
+            role: who says it, `"user"` or (ChatGLM3, GLM-4) `"observation"`.
+            max_length: tokens of prompt and answer together; unset: the generation's default.
+            num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in `generate`; unset `top_p` and
+                `temperature` are the generation's defaults, and have no effect with `do_sample=False`.
+
+        Returns:
+            The response (a text; from ChatGLM3 on also a call as a dict) and the conversation with this turn.
+
+        Raises:
+            ToolCallError: the response is a call whose arguments cannot be read; `history` has the query by then.
+            ValueError: `tokenizer` is not a ChatGLM tokenizer, or its generation has no such `role`.
+        """
+        history = [] if history is None else history
+        rules = chat_rules(tokenizer, self.config)
+        prompt = tokenizer.build_chat_input(query, history=history, role=role)["input_ids"]
+        settings = self._chat_settings(
+            rules, tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs
+        )
+        output = self.generate(**self._chat_inputs(prompt), num_beams=num_beams, **settings)
+        # The last token of ChatGLM3 and GLM-4 is taken for a stop token, whatever it is.
+        generated = output.tolist()[0][prompt.shape[1] : -1 if rules.has_messages else None]
+        earlier = list(history)
+        if rules.has_messages:
+            history.append({"role": role, "content": query})
+        return rules.process_response(tokenizer.decode(generated), query, earlier, role)
+
+    def stream_chat(
+        self,
+        tokenizer: Any,
+        query: str,
+        history: History | None = None,
+        role: str = "user",
+        past_key_values: StreamedTokens | None = None,
+        max_length: int | None = None,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[Response, History] | tuple[Response, History, StreamedTokens]]:
+        """Answers `query` piece by piece; closing the iterator stops the generation.
+
+        Args:
+            past_key_values: what an earlier call gave with `return_past_key_values=True`; the prompt is then what was
+                said and answered before, token by token, and `query`. Not for ChatGLM.
+            return_past_key_values: also give a third item, which goes on from this answer.
+            tokenizer, query, history, role, max_length, do_sample, top_p, temperature, logits_processor, kwargs: see
+                [`chat`].
+
+        Yields:
+            The whole response so far, and the conversation with it. A call that is not complete is
+            `{"name", "content"}`. Texts that end inside a character are left out, except by ChatGLM.
+
+        Raises:
+            ValueError: see [`chat`]; or ChatGLM was given `past_key_values`.
+        """
+        history = [] if history is None else history
+        rules = chat_rules(tokenizer, self.config)
+        if not rules.has_past_key_values and (past_key_values is not None or return_past_key_values):
+            raise ValueError("ChatGLM-6B streams without `past_key_values`; pass `history` alone.")
+        if past_key_values is None:
+            prompt = tokenizer.build_chat_input(query, history=history, role=role)["input_ids"]
+        else:
+            continuation = _continuation(tokenizer, query, history, role)
+            prompt = torch.cat((past_key_values.input_ids, continuation), dim=1)
+        settings = self._chat_settings(
+            rules, tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs
+        )
+        earlier, generated = list(history), []
+        with TokenStream(self.generate, **self._chat_inputs(prompt), num_beams=1, **settings) as tokens:
+            for token in tokens:
+                if rules.has_messages and not generated:
+                    history.append({"role": role, "content": query})
+                generated.append(token)
+                shown = generated[:-1] if rules.stream_withholds_last_token else generated
+                text = tokenizer.decode(shown) if shown else ""
+                if not shown or not rules.stream_shows_every_token and (not text or text.endswith("\ufffd")):
+                    continue
+                turn = rules.process_response(text, query, earlier, role, incomplete=True)
+                if return_past_key_values:
+                    cached = torch.tensor([prompt[0].tolist() + generated[:-1]])
+                    yield *turn, StreamedTokens(cached)
+                else:
+                    yield turn
+
+    def _chat_settings(
+        self,
+        rules: ChatRules,
+        tokenizer: Any,
+        max_length: int | None,
+        do_sample: bool,
+        top_p: float | None,
+        temperature: float | None,
+        logits_processor: Sequence[LogitsProcessor] | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Arguments of `generate` beside the prompt."""
+        settings: dict[str, Any] = {
+            "do_sample": do_sample,
+            # Without sampling: the values that change nothing, as transformers warns of any other.
+            "top_p": (rules.top_p if top_p is None else top_p) if do_sample else 1.0,
+            "temperature": (rules.temperature if temperature is None else temperature) if do_sample else 1.0,
+            "logits_processor": LogitsProcessorList(
+                [*(logits_processor or ()), InvalidScoreLogitsProcessor(rules.invalid_score_token_id)]
+            ),
+        }
+        if max_length is not None or kwargs.get("max_new_tokens") is None:
+            settings["max_length"] = rules.max_length if max_length is None else max_length
+        if rules.stop_tokens:
+            settings["eos_token_id"] = [
+                tokenizer.eos_token_id,
+                *tokenizer.convert_tokens_to_ids(list(rules.stop_tokens)),
+            ]
+        if self.generation_config.pad_token_id is None:
+            settings["pad_token_id"] = tokenizer.pad_token_id
+        return {**settings, **kwargs}
+
+    def _chat_inputs(self, prompt: torch.LongTensor) -> dict[str, torch.LongTensor]:
+        # A prompt has no padding, whatever its ids; positions follow from the mask.
+        prompt = prompt.to(self.device)
+        return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+
+
+def _continuation(tokenizer: Any, query: str, history: History, role: str) -> torch.LongTensor:
+    """int64 [1, L]: what follows the tokens of the conversation before, by the original's rules."""
+    if tokenizer.chatglm_generation != "chatglm2" or not history:
+        return tokenizer.build_chat_input(query, role=role)["input_ids"]
+    # The rounds before are cached; this one goes on in the same text, so without the `▁` that a text begins with.
+    this_round = f"[Round {len(history) + 1}]" + tokenizer.build_prompt(query).removeprefix("[Round 1]")
+    return torch.tensor([tokenizer.encode("\n\n" + this_round, add_special_tokens=False)[1:]])

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`chat()` and `stream_chat()` do what those of the original model classes did."""
+
+import copy
+import gzip
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tokenization_cases import NAMES, golden, tokenizer
+from transformers import AutoTokenizer, StoppingCriteria
+
+from optimum_chatglm_ov.chat import ChatMixin, InvalidScoreLogitsProcessor, ToolCallError, chat_rules
+from optimum_chatglm_ov.configuration import ChatGLMConfig
+from optimum_chatglm_ov.errors import ContextLengthError
+
+
+CHAT_IO = Path(__file__).parent / "data" / "chat_io"
+CHECKPOINTS = sorted(path.name.removesuffix(".json.gz") for path in CHAT_IO.glob("*.json.gz"))
+ONE_OF_EACH_GENERATION = ["chatglm-6b-3layer-untied", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"]
+MESSAGES = [name for name in NAMES if "chatglm3" in name or "glm-4" in name]
+TOOLS = [{"role": "system", "content": "", "tools": [{"name": "get_weather"}]}]
+
+
+def chat_cases(name):
+    with gzip.open(CHAT_IO / f"{name}.json.gz", "rt", encoding="utf-8") as file:
+        return json.load(file)["cases"]
+
+
+def history_of(items):
+    """A history as the original takes it; JSON has lists where it has tuples."""
+    return [tuple(item) if isinstance(item, list) else dict(item) for item in items]
+
+
+def rules(name):
+    return chat_rules(tokenizer(name), ChatGLMConfig(seq_length=8192))
+
+
+def role_of(case):
+    return {"role": case["role"]} if case.get("role") else {}
+
+
+@pytest.fixture(scope="module")
+def exact_tokenizer(exported):
+    return lambda name: AutoTokenizer.from_pretrained(exported(name))
+
+
+# What becomes of the generated text --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if golden(name)["chat"]])
+def test_process_response(name):
+    for case in golden(name)["process_response"]:
+        earlier = case.get("history", [{"role": "user", "content": "hi"}])
+        arguments = (case["in"], earlier[-1]["content"], earlier[:-1])
+        if isinstance(case["out"], dict) and "error" in case["out"]:
+            with pytest.raises(ToolCallError, match="bad json"):
+                rules(name).process_response(*arguments)
+            continue
+        response, history = rules(name).process_response(*arguments)
+        if name in MESSAGES:
+            assert [response, history] == case["out"]
+        else:
+            assert response == case["out"]
+            assert history == [*earlier[:-1], ("hi", response)]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "tool_call(__import__('os').getcwd())",
+        "tool_call(a=__import__('os').getcwd())",
+        "tool_call(a=1 + 1)",
+        "tool_call('x')",
+        "tool_call(**{'a': 1})",
+        "tool_call(a=1, a=2)",
+        "tool_call(a={[]: 1})",
+        "get_weather(city='x')",
+        "tool_call(a=1); tool_call(a=2)",
+        "tool_call(a=",
+        "a\0b",
+        "(" * 5000,
+        "",
+    ],
+)
+def test_calls_are_read_and_never_evaluated(call):
+    text = f"get_weather\n```python\n{call}\n```"
+    with pytest.raises(ToolCallError, match="cannot be read.*expected a code block"):
+        rules("models.chatglm3-6b").process_response(text, "hi", TOOLS)
+
+
+def test_literals_of_calls():
+    text = "f\n```python\ntool_call(a=-1.5, b=[1, (2, None)], c={'d': True}, e='你\\n好')\n```"
+    response, _ = rules("models.chatglm3-6b").process_response(text, "hi", TOOLS)
+    assert response == {"name": "f", "parameters": {"a": -1.5, "b": [1, (2, None)], "c": {"d": True}, "e": "你\n好"}}
+
+
+@pytest.mark.parametrize("name", ["models.chatglm3-6b", "models.glm-4-9b-chat"])
+def test_incomplete_calls_are_shown_as_they_are(name):
+    response, history = rules(name).process_response("f\n```python\ntool_c", "hi", TOOLS, incomplete=True)
+    assert response == {"name": "f", "content": "```python\ntool_c"}
+    assert history[-1] == {"role": "assistant", "metadata": "f", "content": "```python\ntool_c"}
+
+
+def test_invalid_scores():
+    processor = InvalidScoreLogitsProcessor(5)
+    valid = torch.randn(2, 8)
+    assert processor(None, valid) is valid
+    for value in ("nan", "inf", "-inf"):
+        scores = valid.clone()
+        scores[1, 2] = float(value)
+        expected = torch.zeros(2, 8)
+        expected[:, 5] = 5e4
+        torch.testing.assert_close(processor(None, scores), expected)
+
+
+# What the model gets -----------------------------------------------------------------------------------------------
+
+
+class Recorder(ChatMixin):
+    """Generates the ids it is given; the golden prompts and arguments were recorded from the originals like this."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, generated, **config):
+        self.config = ChatGLMConfig(**config)
+        self.generation_config = self.config
+        self.generated = generated
+
+    def generate(self, input_ids, **arguments):
+        self.input_ids, self.arguments = input_ids, arguments
+        return torch.cat((input_ids, torch.tensor([self.generated])), dim=1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if golden(name)["chat"]])
+def test_prompts_and_arguments(name):
+    for case in golden(name)["chat"]:
+        model = Recorder(case["fake_generated"], seq_length=8192)
+        history = history_of(case["history"])
+        response, new_history = model.chat(tokenizer(name), case["query"], history, max_length=64, **role_of(case))
+        assert response == case["response"]
+        assert new_history == history_of(case["new_history"])
+        assert history == history_of(case.get("passed_history_after", case["history"]))
+        input_ids = case["build_chat_input" if "build_chat_input" in case else "input_ids"]
+        input_ids = input_ids["input_ids"] if isinstance(input_ids, dict) else input_ids
+        assert model.input_ids.tolist() == (input_ids if isinstance(input_ids[0], list) else [input_ids])
+        arguments = dict(case["generate_kwargs"], do_sample=True)
+        if "128k" in name:  # which of the two models a tokenizer belongs to is not its business
+            arguments.update(top_p=0.8, temperature=0.8)
+        assert {key: model.arguments[key] for key in arguments} == arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("models.chatglm-6b", {}, (2048, 0.7, 0.95, 5)),
+        ("models.chatglm2-6b", {"seq_length": 32768}, (8192, 0.8, 0.8, 5)),
+        ("models.chatglm2-6b", {"seq_length": 32768, "rope_ratio": 16}, (32768, 0.8, 0.8, 5)),
+        ("models.codegeex2-6b", {"seq_length": 8192}, (8192, 0.8, 0.8, 5)),
+        ("models.chatglm3-6b", {"seq_length": 8192}, (8192, 0.8, 0.8, 5)),
+        ("models.chatglm3-6b", {"seq_length": 32768, "rope_ratio": 50}, (8192, 0.8, 0.8, 5)),
+        ("models.chatglm3-6b", {"seq_length": 131072, "rope_ratio": 500}, (131072, 0.7, 0.95, 5)),
+        ("models.glm-4-9b-chat", {"seq_length": 131072, "rope_ratio": 500}, (8192, 0.8, 0.8, 198)),
+    ],
+)
+def test_defaults(name, config, expected):
+    model = Recorder([300], **config)
+    model.chat(tokenizer(name), "hi")
+    arguments = model.arguments
+    assert arguments["do_sample"] and arguments["num_beams"] == 1
+    processor = arguments["logits_processor"][-1]
+    assert expected == (
+        arguments["max_length"],
+        arguments["top_p"],
+        arguments["temperature"],
+        processor.token_id,
+    )
+
+
+def test_arguments_of_generate_are_passed_on():
+    model = Recorder([300], seq_length=8192)
+    first = InvalidScoreLogitsProcessor(7)
+    processors = [first]
+    model.chat(
+        tokenizer("models.chatglm3-6b"), "hi", logits_processor=processors, max_new_tokens=4, top_k=3, eos_token_id=9
+    )
+    assert "max_length" not in model.arguments and model.arguments["max_new_tokens"] == 4
+    assert model.arguments["top_k"] == 3 and model.arguments["eos_token_id"] == 9
+    assert [processor.token_id for processor in model.arguments["logits_processor"]] == [7, 5]
+    assert processors == [first]
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="expected a ChatGLM tokenizer"):
+        Recorder([300]).chat(object(), "hi")
+
+
+@pytest.mark.parametrize("name", ["models.chatglm-6b", "models.chatglm2-6b"])
+def test_pairs_have_no_role(name):
+    with pytest.raises(ValueError, match="role 'user' only; found 2048"):
+        Recorder([300]).chat(tokenizer(name), "hi", [], 2048)
+
+
+# With a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_chat(name, exact_model, exact_tokenizer):
+    model, tok = exact_model(name), exact_tokenizer(name)
+    for case in chat_cases(name):
+        history = history_of(case["history"])
+        settings = dict(max_length=case["max_length"], do_sample=False, **role_of(case))
+        response, new_history = model.chat(tok, case["query"], history, **settings)
+        assert response == case["response"]
+        assert new_history == history_of(case["new_history"])
+        assert history == history_of(case["passed_history_after"])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_stream_chat(name, exact_model, exact_tokenizer):
+    model, tok = exact_model(name), exact_tokenizer(name)
+    for case in chat_cases(name):
+        history = history_of(case["history"])
+        settings = dict(max_length=case["max_length"], do_sample=False, **role_of(case))
+        turns = list(model.stream_chat(tok, case["query"], history, **settings))
+        assert [response for response, _ in turns] == case["stream_responses"]
+        assert history == history_of(case["passed_history_after"])
+        for response, new_history in turns:
+            last = new_history[-1]
+            assert response == (last["content"] if isinstance(last, dict) else last[1])
+            assert new_history[:-1] == history_of(case["new_history"])[:-1]
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"])
+def test_stream_goes_on_from_past_key_values(name, exact_model, exact_tokenizer):
+    model, tok = exact_model(name), exact_tokenizer(name)
+    case = chat_cases(name)[0]
+    settings = dict(max_length=case["max_length"], do_sample=False)
+    *_, (response, history, past) = model.stream_chat(
+        tok, case["query"], history_of(case["history"]), return_past_key_values=True, **settings
+    )
+    assert response == case["stream_responses"][-1]
+    assert past.input_ids.tolist() == [case["output_ids"][:-1]]
+
+    if name == "chatglm2-6b":  # the round goes on in the same text
+        full = tok.encode(tok.build_prompt("你好", history))
+        following = tok.encode("\n\n[Round 2]\n\n问：你好\n\n答：", add_special_tokens=False)[1:]
+        assert full[-len(following) :] == following
+    else:
+        following = tok.build_chat_input("你好")["input_ids"][0].tolist()
+    prompt = torch.tensor([case["output_ids"][:-1] + following])
+    expected = model.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :].tolist()
+    *_, (_, new_history, past) = model.stream_chat(
+        tok, "你好", history, past_key_values=past, max_new_tokens=8, do_sample=False, return_past_key_values=True
+    )
+    generated = past.input_ids[0, prompt.shape[1] :].tolist()
+    assert past.input_ids[0, : prompt.shape[1]].tolist() == prompt[0].tolist()
+    assert generated and generated == expected[: len(generated)]
+    assert len(new_history) == len(history) + 1  # ChatGLM3 and GLM-4 have put the query into `history`
+
+
+def test_chatglm_streams_without_past_key_values(exact_model, exact_tokenizer):
+    name = "chatglm-6b-3layer-untied"
+    with pytest.raises(ValueError, match="without `past_key_values`"):
+        next(exact_model(name).stream_chat(exact_tokenizer(name), "hi", return_past_key_values=True))
+
+
+class CountSteps(StoppingCriteria):
+    """Never stops; counts the steps."""
+
+    steps = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.steps += 1
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
+def test_closing_a_stream_stops_the_generation(name, exact_model, exact_tokenizer):
+    model, tok, case = exact_model(name), exact_tokenizer(name), chat_cases(name)[0]
+    threads, counter = threading.active_count(), CountSteps()
+    settings = dict(do_sample=False, max_length=1500, eos_token_id=-1, stopping_criteria=[counter])
+    stream = model.stream_chat(tok, case["query"], history_of(case["history"]), **settings)
+    response, _ = next(stream)
+    stream.close()
+    assert response == case["stream_responses"][0]
+    assert threading.active_count() == threads
+    assert counter.steps < 1400
+    steps = counter.steps
+    # the model is free for the next call
+    settings = dict(max_length=case["max_length"], do_sample=False)
+    assert model.chat(tok, case["query"], history_of(case["history"]), **settings)[0] == case["response"]
+    assert counter.steps == steps
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
+def test_errors_of_the_generation_reach_the_caller(name, exact_model, exact_tokenizer):
+    model, tok, case = exact_model(name), exact_tokenizer(name), chat_cases(name)[0]
+    history = history_of(case["history"])
+    before, threads = copy.deepcopy(history), threading.active_count()
+    too_many = model.config.max_position_embeddings
+    with pytest.raises(ContextLengthError):
+        list(model.stream_chat(tok, case["query"], history, max_new_tokens=too_many))
+    with pytest.raises(ContextLengthError):
+        model.chat(tok, case["query"], history, max_new_tokens=too_many)
+    assert history == before
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
+def test_sampling_and_beams(name, exact_model, exact_tokenizer):
+    model, tok, query = exact_model(name), exact_tokenizer(name), "你好"
+    torch.manual_seed(0)
+    first = model.chat(tok, query, max_new_tokens=8)
+    torch.manual_seed(0)
+    assert model.chat(tok, query, max_new_tokens=8) == first
+    torch.manual_seed(0)
+    *_, last = model.stream_chat(tok, query, max_new_tokens=8)
+    assert isinstance(last[0], str) and last[1]
+    response, history = model.chat(tok, query, max_new_tokens=8, num_beams=3, do_sample=False)
+    assert isinstance(response, str) and history
