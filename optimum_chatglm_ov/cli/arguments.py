@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that several sub-commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+WEIGHT_FORMATS = ("original", "fp32", "fp16", "bf16", "int8", "int4", "nf4", "mxfp4", "cb4")
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+class UsageError(Exception):
+    """Arguments that contradict each other; the exit code is 2."""
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what finds a checkpoint on the Hub."""
+    group = parser.add_argument_group("Hugging Face Hub")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the main branch)")
+    group.add_argument("--token", help="access token (default: HF_TOKEN, or the one that `hf auth login` stored)")
+    group.add_argument(
+        "--cache-dir", "--cache_dir", metavar="DIR", help="folder for downloads (default: HF_HUB_CACHE)"
+    )
+    group.add_argument("--local-files-only", action="store_true", help="use what was downloaded before, no network")
+    group.add_argument("--force-download", action="store_true", help="download again what is in the cache")
+    group.add_argument("--subfolder", default="", metavar="DIR", help="folder inside the repository")
+
+
+def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `resolve_checkpoint` and `export_model`."""
+    return {name: getattr(args, name) for name in _HUB_ARGUMENTS}
+
+
+def add_weight_format(parser: Any) -> None:
+    """Adds `--weight-format` to a parser or a group of arguments."""
+    parser.add_argument(
+        "--weight-format",
+        choices=WEIGHT_FORMATS,
+        help="precision of the weights (default: int8 above 10^9 parameters, else as in the checkpoint)",
+    )
+
+
+def positive_integer(text: str) -> int:
+    """An argument that must be an integer above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """An argument that must be a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Talks to a model in the terminal; without --model, to the tiny one that comes with the package. Answers appear as
+they are generated. /clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from .arguments import (
+    UsageError,
+    add_hub_arguments,
+    add_weight_format,
+    hub_arguments,
+    positive_integer,
+    positive_number,
+)
+
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `chatglm-ov chat`."""
+    parser.add_argument("--model", metavar="MODEL", help="Hub id or folder, original or exported")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and leave (default: a conversation)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_integer, metavar="N", help="longest answer (default: what the context holds)"
+    )
+    sampling = parser.add_mutually_exclusive_group()
+    sampling.add_argument(
+        "--temperature", type=positive_number, help="of sampling (default: that of the model's generation)"
+    )
+    sampling.add_argument(
+        "--greedy", action="store_true", help="always the likeliest token (default for the model of the package)"
+    )
+    parser.add_argument("--device", default="CPU", help="OpenVINO device (default: CPU)")
+    add_weight_format(parser)
+    add_hub_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers one prompt, or talks until the user leaves."""
+    if args.prompt is not None and not args.prompt.strip():
+        raise UsageError("--prompt is empty; leave it out for a conversation")
+    from transformers import AutoTokenizer
+
+    from optimum_chatglm_ov import OVChatGLMForCausalLM
+
+    from .conversation import Conversation
+
+    with model_folder(args) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = OVChatGLMForCausalLM.from_pretrained(folder, device=args.device)
+        conversation = Conversation(model, tokenizer, _settings(args))
+        if args.prompt is None:
+            return _talk(conversation, args.model or "the tiny model of the package")
+        return 130 if conversation.answer(args.prompt) else 0
+
+
+@contextmanager
+def model_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """Yields the folder of an IR: the embedded model's, the one that was named, or that of a temporary export."""
+    from optimum_chatglm_ov import export_model
+    from optimum_chatglm_ov.hub import has_openvino_model, resolve_checkpoint
+
+    from .embedded import embedded_model
+    from .progress import export_progress
+
+    if args.model is None:
+        with embedded_model(args.weight_format) as folder:
+            yield folder
+        return
+    source = resolve_checkpoint(args.model, **hub_arguments(args))
+    if has_openvino_model(source):
+        if args.weight_format is not None:
+            raise UsageError(
+                f"--weight-format: {args.model} is exported already; name the original checkpoint instead"
+            )
+        yield source
+        return
+    print(f"To export only once: chatglm-ov export {args.model} FOLDER", file=sys.stderr)
+    with TemporaryDirectory(prefix="optimum_chatglm_ov-") as temporary:
+        with export_progress() as progress:
+            folder = export_model(
+                source, Path(temporary) / "model", weight_format=args.weight_format, progress=progress
+            )
+        yield folder
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `stream_chat`."""
+    settings: dict[str, Any] = {}
+    if args.max_new_tokens is not None:
+        settings["max_new_tokens"] = args.max_new_tokens
+    if args.temperature is not None:
+        settings["temperature"] = args.temperature
+    elif args.greedy or args.model is None:
+        settings["do_sample"] = False
+    return settings
+
+
+def _talk(conversation: Conversation, name: str) -> int:
+    """Reads queries until /exit, the end of the input, or Ctrl-C twice."""
+    from .main import one_line
+
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        print(f"Talking to {name}. /clear forgets, /exit leaves, Ctrl-C stops an answer.", file=sys.stderr)
+        try:
+            import readline  # noqa: F401  gives `input` a history and an editor that knows wide characters
+        except ImportError:
+            pass
+    interrupted = False
+    while True:
+        try:
+            query = input("> " if at_terminal else "").strip()
+        except EOFError:
+            if at_terminal:
+                print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            if interrupted:
+                return 0
+            interrupted = True
+            print("(Ctrl-C again, Ctrl-D or /exit leaves)", file=sys.stderr)
+            continue
+        interrupted = False
+        if query == "/exit":
+            return 0
+        if query == "/clear":
+            conversation.clear()
+        elif query.startswith("/") and " " not in query:
+            print(f"{query}: unknown; there are /clear and /exit", file=sys.stderr)
+        elif query:
+            try:
+                interrupted = conversation.answer(query)
+            except (OSError, ValueError) as error:
+                print(f"error: {one_line(error)}", file=sys.stderr)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports an original ChatGLM checkpoint to a folder with an OpenVINO model, its configuration and its tokenizer. The
+folder appears complete or not at all."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .arguments import UsageError, add_hub_arguments, add_weight_format, hub_arguments, positive_integer
+
+
+_FLOATING_FORMATS = ("original", "fp32", "fp16", "bf16")
+# Argument names that OVWeightQuantizationConfig has too; None means that the user did not say.
+_QUANTIZATION_ARGUMENTS = (
+    "group_size",
+    "group_size_fallback",
+    "ratio",
+    "sym",
+    "all_layers",
+    "backup_precision",
+    "sensitivity_metric",
+    "scale_estimation",
+    "gptq",
+    "lora_correction",
+    "num_samples",
+)
+# Options whose names differ from those arguments.
+_OPTIONS = {"quant_method": "awq", "statistics_path": "quantization_statistics_path"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `chatglm-ov export`."""
+    parser.add_argument("model", help="Hub id or folder of an original checkpoint, such as THUDM/chatglm3-6b")
+    parser.add_argument("output", type=Path, help="folder to write")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds all but the model and the output, whose form `optimum-cli` prescribes; names and meanings are its own."""
+    weights = parser.add_argument_group("weights")
+    add_weight_format(weights)
+    weights.add_argument(
+        "--sym",
+        action=argparse.BooleanOptionalAction,
+        help="symmetric integers, without zero points (default: yes for int8, no for int4)",
+    )
+    weights.add_argument(
+        "--group-size", type=int, metavar="N", help="weights per scale, -1: a whole row (default: 64)"
+    )
+    weights.add_argument(
+        "--group-size-fallback",
+        choices=("error", "ignore", "adjust"),
+        help="what to do with layers that the group size does not divide",
+    )
+    weights.add_argument("--ratio", type=float, help="part of the layers that becomes 4-bit, 0 to 1 (default: 1)")
+    weights.add_argument(
+        "--backup-precision", choices=("none", "int8_sym", "int8_asym"), help="of the layers that do not become 4-bit"
+    )
+    weights.add_argument(
+        "--all-layers", action="store_true", default=None, help="4-bit embedding and output layer as well"
+    )
+    weights.add_argument(
+        "--dataset", metavar="TEXT", help="for the methods below: a text file, wikitext2, c4, c4-new or gsm8k"
+    )
+    weights.add_argument("--num-samples", type=positive_integer, metavar="N", help="texts to take from the data set")
+    weights.add_argument("--awq", action="store_true", help="activation-aware scaling of weights")
+    weights.add_argument(
+        "--scale-estimation", action="store_true", default=None, help="scales that minimise the error of each layer"
+    )
+    weights.add_argument("--gptq", action="store_true", default=None, help="rounding that minimises the error (slow)")
+    weights.add_argument(
+        "--lora-correction", action="store_true", default=None, help="low-rank layers that take up the error"
+    )
+    weights.add_argument(
+        "--sensitivity-metric", metavar="NAME", help="which layers stay 8-bit when the ratio is below 1"
+    )
+    weights.add_argument(
+        "--quantization-statistics-path", metavar="DIR", help="keeps statistics of activations for the next export"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=adapter,
+        metavar="DIR[=WEIGHT]",
+        help="folder of a PEFT LoRA adapter to merge; may be given several times",
+    )
+    model.add_argument("--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training")
+    model.add_argument(
+        "--rope-ratio-type",
+        choices=("linear", "theta"),
+        help="what rope_ratio means: positions divided by it, or the base multiplied (default: the tokenizer tells)",
+    )
+    add_hub_arguments(parser)
+
+
+def adapter(text: str) -> str | tuple[str, float]:
+    """`DIR` or `DIR=WEIGHT`; a folder whose name has an equals sign is taken as it is."""
+    folder, equals, weight = text.rpartition("=")
+    if not equals or Path(text).is_dir():
+        return text
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: the weight {weight!r} is not a number") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports and says where the result is."""
+    weights = weight_arguments(args)
+    from optimum_chatglm_ov import export_model
+
+    from .progress import export_progress
+
+    with export_progress() as progress:
+        output = export_model(
+            args.model,
+            args.output,
+            **weights,
+            **hub_arguments(args),
+            rope_ratio_type=args.rope_ratio_type,
+            adapters=args.adapter,
+            prefix_encoder=args.prefix_encoder,
+            progress=progress,
+        )
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output}: {size / 1e6:,.1f} MB. Try it: chatglm-ov chat --model {args.output}")
+    return 0
+
+
+def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `export_model`: a format by name, or the settings that details make of it.
+
+    Raises:
+        UsageError: details without a format that they could refine.
+        ValueError: optimum-intel refuses the combination.
+    """
+    details = {name: getattr(args, name) for name in _QUANTIZATION_ARGUMENTS if getattr(args, name) is not None}
+    if args.awq:
+        details["quant_method"] = "awq"
+    if args.quantization_statistics_path is not None:
+        details["statistics_path"] = args.quantization_statistics_path
+    if args.weight_format is None or args.weight_format in _FLOATING_FORMATS:
+        names = [*details, *(["dataset"] if args.dataset else [])]
+        if names:
+            given = ", ".join("--" + _OPTIONS.get(name, name).replace("_", "-") for name in names)
+            raise UsageError(
+                f"{given}: only for quantised weights, but --weight-format is "
+                f"{args.weight_format or 'not given'}; add for example --weight-format int4"
+            )
+        return {"weight_format": args.weight_format}
+    dataset = {"dataset": args.dataset} if args.dataset else {}
+    if not details:
+        return {"weight_format": args.weight_format, **dataset}
+    from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
+
+    from optimum_chatglm_ov.quantization import default_config
+
+    default = default_config(args.weight_format)
+    settings = {
+        name: getattr(default, name) for name in ("bits", "dtype", "sym", "group_size", "ratio", "backup_precision")
+    }
+    return {"quantization_config": OVWeightQuantizationConfig(**{**settings, **details}), **dataset}
