@@ -226,7 +226,7 @@ def weight_precision(model: Any) -> str:
 def model_card(
     config: PretrainedConfig,
     *,
-    repo_id: str,
+    repo_id: str = ".",
     base_model: str | None = None,
     precision: str | None = None,
     versions: Mapping[str, str] | None = None,
@@ -235,7 +235,7 @@ def model_card(
 
     Args:
         config: configuration of the model.
-        repo_id: what the snippet gives to `from_pretrained`: a Hub id or a folder.
+        repo_id: what the snippet gives to `from_pretrained`: a Hub id or a folder; by default the folder it is run in.
         base_model: Hub id of the original checkpoint; from `config` when `None`.
         precision: of the weights, `"fp16"`, `"int8"`, ...
         versions: version by package name; those that are installed when `None`.
@@ -310,35 +310,10 @@ def _installed_versions() -> dict[str, str]:
 
 
 class HubMixin:
-    """`save_pretrained` with a model card, and `push_to_hub` in one commit, for an optimum-intel model class.
+    """`push_to_hub` in one commit and the model card, for an optimum-intel model class.
 
     Comes before `OVModelForCausalLM` in the list of base classes.
     """
-
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Saves model, configurations and a model card to a folder.
-
-        Args:
-            save_directory: created when it does not exist.
-            push_to_hub: also upload the folder; `kwargs` are those of [`push_to_hub`], and the repository has the
-                folder's name unless `repository_id` (or `repo_id`) is given.
-
-        Returns:
-            `CommitInfo` of the upload, or `None` without one.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-        """
-        save_directory = Path(save_directory)
-        if save_directory.is_file():
-            raise NotADirectoryError(f"`save_directory` is {save_directory}, a file; expected a folder.")
-        super().save_pretrained(save_directory)
-        self._save_model_card(save_directory, repo_id=str(save_directory))
-        if not push_to_hub:
-            return None
-        if not (kwargs.get("repository_id") or kwargs.get("repo_id")):
-            kwargs["repository_id"] = save_directory.resolve().name
-        return self.push_to_hub(save_directory, **kwargs)
 
     def push_to_hub(
         self,
@@ -356,10 +331,11 @@ class HubMixin:
         """Uploads a saved model to the Hub in one commit, folders kept.
 
         Both conventions work: `push_to_hub(save_directory, repository_id)` of optimum uploads an existing folder, and
-        `push_to_hub(repo_id)` of transformers saves the model to a temporary folder first.
+        `push_to_hub(repo_id)` of transformers saves the model to a temporary folder first. A single name is a Hub id
+        if it can be one; a `Path`, or a string that cannot, is a folder, and the repository gets its name.
 
         Args:
-            save_directory: folder made by [`save_pretrained`]; as the only name given, the Hub id.
+            save_directory: folder made by `save_pretrained`, or the Hub id.
             repository_id: Hub id `"user/name"`; created when it does not exist.
             private: whether a repository that is created is private; the account's default when `None`.
             token: access token; `None` or `True` takes the one stored by `hf auth login`.
@@ -383,7 +359,10 @@ class HubMixin:
         if repository_id is None:
             if save_directory is None:
                 raise ValueError('No Hub id: call `push_to_hub("user/name")`.')
-            save_directory, repository_id = None, str(save_directory)
+            if isinstance(save_directory, str) and _is_hub_id(save_directory):
+                save_directory, repository_id = None, save_directory
+            else:
+                repository_id = Path(save_directory).resolve().name
         validate_repo_id(repository_id)
         options = {
             "revision": revision,
@@ -409,12 +388,12 @@ class HubMixin:
         revision = options["revision"]
         if revision not in (None, constants.DEFAULT_REVISION) and not options["create_pr"]:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        self._save_model_card(folder, repo_id=repo_id)
+        self.save_model_card(folder, repo_id)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
-    def _save_model_card(self, folder: Path, *, repo_id: str) -> None:
-        """Writes README.md, unless there is one that was not generated."""
-        file = folder / "README.md"
+    def save_model_card(self, folder: str | Path, repo_id: str = ".") -> None:
+        """Writes README.md into `folder`, unless there is one that was not generated (see [`model_card`])."""
+        file = Path(folder) / "README.md"
         if file.exists() and _CARD_MARK not in file.read_text(encoding="utf-8"):
             return
         model = getattr(self, "model", None)

@@ -3,11 +3,15 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import transformers
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants, file_download
 from huggingface_hub.errors import (
@@ -17,10 +21,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import ChatGLMConfig
+from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM
 from optimum_chatglm_ov.errors import CheckpointError
-from optimum_chatglm_ov.hub import DownloadError, HubMixin, has_openvino_model, model_card, resolve_checkpoint
+from optimum_chatglm_ov.hub import DownloadError, has_openvino_model, model_card, resolve_checkpoint
 
 
 MODELS = Path(__file__).parent / "data" / "models"
@@ -41,6 +46,9 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False, raising=False)
+        monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "cache"), raising=False)
+        getattr(huggingface_hub, "reset_sessions", lambda: None)()  # a session made offline stays so
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub
@@ -301,106 +309,156 @@ def test_a_connection_that_stays_cut_leaves_no_half_file_in_place(hub, tmp_path,
 # Pushing -------------------------------------------------------------------------------------------------------------
 
 
-class SavedModel:
-    """What `save_pretrained` of a model class leaves behind, without the cost of a model."""
-
-    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, data in EXPORTED.items():
-            Path(save_directory, name).write_bytes(data)
-        Path(save_directory, "nested").mkdir(exist_ok=True)
-        Path(save_directory, "nested", "large.bin").write_bytes(b"l" * 200_000)
+@pytest.fixture(scope="module")
+def model():
+    return OVChatGLMForCausalLM.from_pretrained(MODELS / "chatglm3-6b", compile=False)
 
 
-class PushableModel(HubMixin, SavedModel):
-    config = ChatGLMConfig.from_pretrained(MODELS / "chatglm3-6b")
+@pytest.fixture
+def saved(model, tmp_path):
+    """A saved model with a folder inside and a file that is large enough for LFS."""
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "nested").mkdir()
+    (tmp_path / "saved" / "nested" / "large.dat").write_bytes(b"l" * 200_000)
+    return tmp_path / "saved"
 
 
-UPLOADED = {*EXPORTED, "nested/large.bin", "README.md", ".gitattributes"}
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_push_in_the_convention_of_optimum(hub, tmp_path, log):
-    model = PushableModel()
-    assert model.save_pretrained(tmp_path / "saved") is None
+def test_push_in_the_convention_of_optimum(hub, model, saved, log):
     commit = model.push_to_hub(
-        tmp_path / "saved", "user/pushed", private=True, token=TOKEN, commit_message="A message", revision="v1.0"
+        saved, "user/pushed", private=True, token=TOKEN, commit_message="A message", revision="v1.0"
     )
     repository = hub.repositories["user/pushed"]
     assert repository.private
-    assert set(repository.branches) == {"main", "v1.0"} and set(repository.branches["main"].files) == {
-        ".gitattributes"
-    }
+    assert set(repository.branches) == {"main", "v1.0"}
+    assert set(repository.branches["main"].files) == {".gitattributes"}
     pushed = repository.branches["v1.0"]
-    assert set(pushed.files) == UPLOADED and pushed.message == "A message"
+    assert pushed.message == "A message"
     assert (commit.oid, commit.commit_url) == (pushed.oid, f"{hub.endpoint}/user/pushed/commit/{pushed.oid}")
+    assert {name: data for name, data in pushed.files.items() if name != ".gitattributes"} == files_of(saved)
     assert hub.counts()["POST", "commit"] == 1
     assert 'model_id = "user/pushed"' in pushed.files["README.md"].decode()
 
 
-def test_push_in_the_convention_of_transformers(hub, log):
-    commit = PushableModel().push_to_hub("user/pushed", token=TOKEN, commit_description="Longer")
+def test_push_in_the_convention_of_transformers(hub, model, saved, log):
+    commit = model.push_to_hub("user/pushed", token=TOKEN, commit_description="Longer")
     pushed = hub.repositories["user/pushed"].branches["main"]
     assert (pushed.oid, pushed.message, pushed.description) == (commit.oid, "Upload model", "Longer")
-    assert set(pushed.files) == UPLOADED and hub.counts()["POST", "commit"] == 1
+    assert set(pushed.files) == set(files_of(saved)) - {"nested/large.dat"} | {".gitattributes"}
+    assert hub.counts()["POST", "commit"] == 1
     assert 'model_id = "user/pushed"' in pushed.files["README.md"].decode()
     assert not hub.repositories["user/pushed"].private
 
 
 @pytest.mark.parametrize("keyword", ["repository_id", "repo_id", None])
-def test_push_while_saving(hub, tmp_path, keyword):
+def test_push_while_saving(hub, model, tmp_path, keyword):
     arguments = {keyword: "user/saved"} if keyword else {}
-    PushableModel().save_pretrained(str(tmp_path / "saved"), push_to_hub=True, token=TOKEN, **arguments)
-    assert set(hub.repositories["user/saved"].branches["main"].files) == UPLOADED
+    model.save_pretrained(str(tmp_path / "saved"), push_to_hub=True, token=TOKEN, **arguments)
+    pushed = hub.repositories["user/saved"].branches["main"].files
+    assert set(pushed) == {*files_of(tmp_path / "saved"), ".gitattributes"}
 
 
-def test_pushing_again_uploads_what_has_changed(hub, tmp_path):
-    model = PushableModel()
-    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/pushed", token=TOKEN)
-    (tmp_path / "saved" / "config.json").write_text('{"changed": true}')
-    (tmp_path / "saved" / "README.md").write_text("---\nlanguage: zh\n---\nMy own text.")
+def test_pushing_again_uploads_what_has_changed_and_keeps_an_edited_card(hub, model, saved):
+    model.push_to_hub(saved, "user/pushed", token=TOKEN)
+    (saved / "generation_config.json").write_text('{"changed": true}')
+    (saved / "README.md").write_text("---\nlanguage: zh\n---\nMy own text.")
     hub.requests.clear()
-    model.push_to_hub(tmp_path / "saved", "user/pushed", token=TOKEN)
+    model.push_to_hub(saved, "user/pushed", token=TOKEN)
     assert not any(method == "PUT" for method, _ in hub.requests)
     files = hub.repositories["user/pushed"].branches["main"].files
-    assert files["config.json"] == b'{"changed": true}' and b"My own text." in files["README.md"]
+    assert files["generation_config.json"] == b'{"changed": true}' and b"My own text." in files["README.md"]
 
 
-def test_a_pull_request_leaves_the_branch_alone(hub, tmp_path):
-    model = PushableModel()
+def test_a_pull_request_leaves_the_branch_alone(hub, model, saved):
     model.push_to_hub("user/pushed", token=TOKEN)
     before = hub.repositories["user/pushed"].branches["main"].oid
-    model.save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved" / "config.json").write_text('{"changed": true}')
-    commit = model.push_to_hub(tmp_path / "saved", "user/pushed", token=TOKEN, create_pr=True)
+    commit = model.push_to_hub(saved, "user/pushed", token=TOKEN, create_pr=True)
     assert commit.pr_revision == "refs/pr/1"
     assert hub.repositories["user/pushed"].branches["main"].oid == before
 
 
-def test_what_was_pushed_is_pulled(hub, tmp_path):
-    PushableModel().push_to_hub("user/pushed", token=TOKEN, private=True, revision="v1")
-    folder = resolve_checkpoint("user/pushed", token=TOKEN, revision="v1")
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == EXPORTED
-
-
-def test_bad_pushes(hub, tmp_path, log):
-    model = PushableModel()
+def test_refused_pushes(hub, model, saved, log):
     for token, repo_id, status in ((False, "user/x", 401), (BAD_TOKEN, "user/x", 401), (TOKEN, "other/x", 403)):
         with pytest.raises(OSError) as error:
-            model.push_to_hub(repo_id, token=token)
+            model.push_to_hub(saved, repo_id, token=token)
         assert error.value.response.status_code == status
-        assert str(token) not in str(error.value) or token is False
+        assert str(token) not in "".join(traceback.format_exception(None, error.value, None)) or token is False
+    assert not hub.repositories
+
+
+def test_pushes_that_cannot_be_meant(hub, model, tmp_path):
     with pytest.raises(ValueError, match="No Hub id"):
         model.push_to_hub()
     with pytest.raises(ValueError, match="give one of them"):
         model.push_to_hub(tmp_path, "user/a", repo_id="user/b")
     with pytest.raises(HFValidationError):
-        model.push_to_hub(tmp_path)
+        model.push_to_hub(tmp_path, "a/b/c")
     with pytest.raises(FileNotFoundError, match="openvino_model.xml.*save_pretrained"):
         model.push_to_hub(tmp_path, "user/x", token=TOKEN)
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="`save_directory`"):
-        model.save_pretrained(tmp_path / "file")
-    assert not hub.repositories
+    assert not hub.requests
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def greedy_ids(model, tokenizer) -> list[int]:
+    inputs = tokenizer("你好 hello", return_tensors="pt")
+    return model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8)[0].tolist()
+
+
+def test_a_pushed_model_is_pulled_and_generates_the_same(hub, model, saved, log):
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    expected = greedy_ids(model, tokenizer)
+    first = model.push_to_hub(saved, "user/pushed", token=TOKEN, private=True, revision="first").oid
+    (saved / "tokenizer_config.json").write_text("not the same")
+    model.push_to_hub(saved, "user/pushed", token=TOKEN)
+    hub.requests.clear()
+    for revision in ("first", first):
+        pulled = OVChatGLMForCausalLM.from_pretrained("user/pushed", token=TOKEN, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained("user/pushed", token=TOKEN, revision=revision)
+        assert greedy_ids(pulled, tokenizer) == expected
+    assert not {"README.md", "large.dat"} & hub.downloaded()
+    with pytest.raises(OSError):
+        OVChatGLMForCausalLM.from_pretrained("user/pushed", token=BAD_TOKEN, cache_dir=saved / "empty")
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"])
+def test_an_original_checkpoint_is_exported_by_id(hub, name):
+    files = checkpoint_files(name)
+    hub.create("THUDM/" + name, {"config.json": b"{}"}).commit("original", files)
+    local = greedy_ids(
+        OVChatGLMForCausalLM.from_pretrained(MODELS / name), AutoTokenizer.from_pretrained(MODELS / name)
+    )
+    arguments = {"pretrained_model_name_or_path": "THUDM/" + name, "revision": "original"}
+    tokenizer = AutoTokenizer.from_pretrained(**arguments)
+    pulled = OVChatGLMForCausalLM.from_pretrained("THUDM/" + name, revision="original")
+    assert greedy_ids(pulled, tokenizer) == local
+    assert not any(file.endswith(".py") for file in hub.downloaded())
+
+
+def test_the_snippet_of_a_pushed_card_runs_as_pasted(hub, model, tmp_path):
+    """In a process of its own, which knows the server from its environment alone."""
+    model.push_to_hub("user/pushed", token=TOKEN, private=True)
+    card = ModelCard.load("user/pushed", token=TOKEN)
+    snippet = card.text.partition("```python\n")[2].partition("```")[0]
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONIOENCODING": "utf-8",
+    }
+    command = [sys.executable, "-c", snippet]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "你好" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
 
 
 # Model card ----------------------------------------------------------------------------------------------------------
