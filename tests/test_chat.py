@@ -268,12 +268,15 @@ def test_chatglm_streams_without_past_key_values(exact_model, exact_tokenizer):
 
 
 class CountSteps(StoppingCriteria):
-    """Never stops; counts the steps."""
+    """Never stops; counts the steps, and waits in the third until `go_on` is set."""
 
-    steps = 0
+    def __init__(self):
+        self.steps, self.go_on = 0, threading.Event()
 
     def __call__(self, input_ids, scores, **kwargs):
         self.steps += 1
+        if self.steps == 3:
+            self.go_on.wait()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
@@ -284,6 +287,7 @@ def test_closing_a_stream_stops_the_generation(name, exact_model, exact_tokenize
     settings = dict(do_sample=False, max_length=1500, eos_token_id=-1, stopping_criteria=[counter])
     stream = model.stream_chat(tok, case["query"], history_of(case["history"]), **settings)
     response, _ = next(stream)
+    counter.go_on.set()
     stream.close()
     assert response == case["stream_responses"][0]
     assert threading.active_count() == threads
