@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -101,10 +102,15 @@ def _from_mapping(arguments: Mapping[str, Any]) -> OVWeightQuantizationConfig:
         arguments["dataset"] = list(texts.read_texts(dataset))
     elif dataset is not None and not isinstance(dataset, (str, list)):
         arguments["dataset"] = list(islice(texts.read_texts(dataset), arguments.get("num_samples") or _NUM_SAMPLES))
-    try:
-        return OVWeightQuantizationConfig(**arguments)
-    except TypeError as error:
-        raise ValueError(f"`quantization_config` has arguments that do not exist: {error}") from error
+    quantization_config = OVWeightQuantizationConfig(**arguments)
+    # whatever the class does not know is for NNCF
+    unknown = set(quantization_config.kwargs) - set(inspect.signature(nncf.compress_weights).parameters)
+    if unknown:
+        raise ValueError(
+            f"`quantization_config` has {', '.join(sorted(unknown))}, which neither `OVWeightQuantizationConfig` nor "
+            "`nncf.compress_weights` knows."
+        )
+    return quantization_config
 
 
 def _with_fallback(quantization_config: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:

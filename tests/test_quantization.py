@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Precision of the weights in the IR: NNCF's formats, and checkpoints that are already quantised."""
+
+from collections import Counter
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from conftest import DATA, EXACT, Golden
+from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
+from transformers import AutoTokenizer
+
+from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model, graph, quantization
+from optimum_chatglm_ov.checkpoint import Checkpoint
+
+
+CHATGLM3 = DATA / "models" / "chatglm3-6b"
+QUANTIZED = ("chatglm-6b-int8", "chatglm-6b-int4", "chatglm2-6b-int8", "chatglm2-6b-int4")
+LINEARS = 3 * 7  # q, k, v, o, gate, up and down in three layers
+TEXTS = ["The quick brown fox jumps over the lazy dog. ", "今天天气很好，我们去公园散步。"] * 20
+
+
+def constants(folder):
+    """Weight constants of an IR by name, with the group axis of group-wise ones folded: (type, shape)."""
+    found = {}
+    for node in ov.Core().read_model(folder / "openvino_model.xml").get_ops():
+        name = node.get_friendly_name()
+        if node.get_type_name() == "Constant" and name.endswith(".weight") and len(node.shape) > 1:
+            found[name] = node
+    return found
+
+
+def types_of(folder):
+    """Number of weight constants of each type in the linears, and the types of embedding and output layer."""
+    types = {name: node.get_element_type().get_type_name() for name, node in constants(folder).items()}
+    ends = {types.pop("embed_tokens.weight"), types.pop("lm_head.weight")}
+    return Counter(types.values()), ends
+
+
+# Checkpoints that are already quantised ------------------------------------------------------------------------------
+
+
+def integers_of(node):
+    """The integers of an i4 or i8 constant, int8 `[rows, columns]`."""
+    if node.get_element_type() == ov.Type.i8:
+        return node.data
+    packed = node.data.view(np.int8)  # the even column is in the low half of a byte
+    return np.stack(((packed << 4) >> 4, packed >> 4), axis=-1).reshape(tuple(node.shape))
+
+
+def original_integers(weight):
+    if weight.bits == 8:
+        return weight.data.numpy()
+    return torch.stack((weight.data >> 4, (weight.data << 4) >> 4), dim=-1).flatten(-2).numpy()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_same_integers_and_scales(name, exported):
+    """Every integer and scale of the checkpoint, bit for bit, in an i4 or i8 constant of the IR."""
+    config = ChatGLMConfig.from_pretrained(DATA / "models" / name)
+    weights = Checkpoint(DATA / "models" / name, config, graph.tensor_shapes(config))
+    nodes = {
+        node.get_friendly_name(): node
+        for node in ov.Core().read_model(exported(name) / "openvino_model.xml").get_ops()
+        if node.get_type_name() == "Constant"
+    }
+    expected_type = ov.Type.i4 if config.quantization_bit == 4 else ov.Type.i8
+    for i in range(config.num_hidden_layers):
+        linears = {"self_attn.o_proj": ["self_attn.o_proj"], "mlp.down_proj": ["mlp.down_proj"]}
+        linears["self_attn.qkv_proj"] = [f"self_attn.{part}_proj" for part in "qkv"]
+        if config.architecture == "chatglm":
+            linears["mlp.up_proj"] = ["mlp.up_proj"]
+        else:
+            linears["mlp.gate_up_proj"] = ["mlp.gate_proj", "mlp.up_proj"]
+        for original, parts in linears.items():
+            weight = weights[f"layers.{i}.{original}.weight"]
+            assert weight.bits == config.quantization_bit
+            found = [nodes[f"layers.{i}.{part}.weight"] for part in parts]
+            assert {node.get_element_type() for node in found} == {expected_type}
+            integers = np.concatenate([integers_of(node) for node in found])
+            scales = np.concatenate([nodes[f"layers.{i}.{part}.weight/scale"].data.ravel() for part in parts])
+            wanted, scale = original_integers(weight), weight.scale.numpy()
+            if len(parts) == 3:  # rows of queries and keys are reordered for the rotary embedding
+                key = [tuple(row) + (value,) for row, value in zip(integers, scales)]
+                assert sorted(key) == sorted(tuple(row) + (value,) for row, value in zip(wanted, scale))
+            else:
+                np.testing.assert_array_equal(integers, wanted)
+                np.testing.assert_array_equal(scales, scale)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_golden_of_quantised_checkpoints(name, exact_model):
+    golden, model = Golden(name), exact_model(name)
+    logits = model(torch.from_numpy(golden["single_input_ids"])).logits.numpy()
+    np.testing.assert_allclose(logits, golden["single_logits_dequant32"], atol=1e-3, rtol=0)
+    for case in golden.cases("", prefix="greedy_"):
+        ids = model.generate(**golden.inputs(case), max_new_tokens=24, do_sample=False).numpy()
+        np.testing.assert_array_equal(ids, golden[f"greedy_{case}"], err_msg=case)
+
+
+def test_quantising_again_is_refused(tmp_path):
+    source = DATA / "models" / "chatglm2-6b-int4"
+    for settings in ({"weight_format": "int8"}, {"quantization_config": {"bits": 4}}):
+        with pytest.raises(ValueError, match="already quantised"):
+            export_model(source, tmp_path / "ir", **settings)
+    assert not (tmp_path / "ir").exists()
+
+
+# NNCF ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weight_format, linears, ends",
+    [
+        ("fp16", {"f16": LINEARS}, {"f16"}),
+        ("bf16", {"bf16": LINEARS}, {"bf16"}),
+        ("fp32", {"f32": LINEARS}, {"f32"}),
+        ("original", {"f16": LINEARS}, {"f16"}),
+        ("int8", {"i8": LINEARS}, {"i8"}),
+        # 176 columns: no group of 32 or more divides them, so down_proj gets the backup precision
+        ("int4", {"u4": LINEARS - 3, "i8": 3}, {"i8"}),
+        ("nf4", {"nf4": LINEARS - 3, "i8": 3}, {"i8"}),
+        ("mxfp4", {"f4e2m1": LINEARS - 3, "f16": 3}, {"i8"}),
+    ],
+)
+def test_formats(weight_format, linears, ends, tmp_path):
+    """Each weight format gives the linears, the embedding and the output layer the precision it states."""
+    folder = export_model(CHATGLM3, tmp_path / "ir", weight_format=weight_format)
+    assert types_of(folder) == (linears, ends)
+
+
+def test_int8_is_symmetric_per_output_channel(tmp_path):
+    folder = export_model(CHATGLM3, tmp_path / "ir", weight_format="int8")
+    nodes = {node.get_friendly_name(): node for node in ov.Core().read_model(folder / "openvino_model.xml").get_ops()}
+    assert not [name for name in nodes if "zero_point" in name]
+    weight = Checkpoint(CHATGLM3, ChatGLMConfig.from_pretrained(CHATGLM3), _shapes())["layers.0.mlp.down_proj.weight"]
+    integers, scale = (nodes[f"layers.0.mlp.down_proj.weight{end}"].data for end in ("", "/scale"))
+    assert scale.shape == (64, 1)
+    scale = scale.astype(np.float32)  # NNCF makes it negative where the largest weight of the row is positive
+    error = np.abs(integers * scale - weight.data.float().numpy())
+    assert (error <= 1.1 * np.abs(scale)).all()  # half a step, the rounding of the scale, and the end of the range
+
+
+def _shapes():
+    return graph.tensor_shapes(ChatGLMConfig.from_pretrained(CHATGLM3))
+
+
+def test_tied_output_layer_shares_its_int8_table(tmp_path):
+    folder = export_model(DATA / "models" / "chatglm-6b", tmp_path / "ir", weight_format="int8")
+    tables = [node for node in constants(folder).values() if node.shape[0] == 800]
+    assert [node.get_element_type() for node in tables] == [ov.Type.i8]
+
+
+@pytest.mark.parametrize("name", ["chatglm3-6b", "chatglm-6b-3layer-untied"])
+def test_int8_stays_close(name, tmp_path, exact_model):
+    """int8 rounds each weight by at most 1/254 of its row's largest: the distributions stay nearly the same."""
+    golden = Golden(name)
+    folder = export_model(DATA / "models" / name, tmp_path / "ir", weight_format="int8")
+    ids = torch.from_numpy(golden["single_input_ids"])
+    candidate = OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT)(ids).logits.log_softmax(-1)
+    reference = exact_model(name)(ids).logits.log_softmax(-1)
+    assert (reference.exp() * (reference - candidate)).sum(-1).mean() < 5e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "awq"},
+        {"scale_estimation": True},
+        {"gptq": True},
+        {"ratio": 0.6, "sensitivity_metric": "max_activation_variance"},
+    ],
+    ids=["awq", "scale_estimation", "gptq", "mixed"],
+)
+@pytest.mark.parametrize("name", ["chatglm3-6b", "chatglm-6b-3layer-untied"])
+def test_methods_that_look_at_activations(name, settings, tmp_path):
+    """They run the stateful graph on texts, offline, with the project's tokenizer."""
+    plain = {"bits": 4, "group_size": 32, "num_samples": 4}
+    source = DATA / "models" / name
+    folder = export_model(source, tmp_path / "ir", quantization_config=plain | settings, dataset=TEXTS)
+    types, _ = types_of(folder)
+    assert types["u4"] > 0
+    model = OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT)
+    assert torch.isfinite(model(torch.from_numpy(Golden(name)["single_input_ids"])).logits).all()
+
+
+def test_texts_change_the_rounding(tmp_path):
+    """Scale estimation on texts must give other numbers than rounding alone, or the texts went nowhere."""
+    plain = {"bits": 4, "group_size": 32, "num_samples": 4}
+    rounded = constants(export_model(CHATGLM3, tmp_path / "plain", quantization_config=plain))
+    estimated = constants(
+        export_model(CHATGLM3, tmp_path / "se", quantization_config=plain | {"scale_estimation": True}, dataset=TEXTS)
+    )
+    name = "layers.0.mlp.up_proj.weight"
+    assert (rounded[name].data != estimated[name].data).any()
+
+
+def test_dataset_as_file_strings_and_rows(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(CHATGLM3)
+    config = OVWeightQuantizationConfig(bits=4, num_samples=3)
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(TEXTS), encoding="utf-8")
+    found = [
+        quantization.calibration_inputs(config, tokenizer, dataset)
+        for dataset in (file, TEXTS, [{"text": text} for text in TEXTS])
+    ]
+    assert len(found[0]) == 3
+    for samples in found:
+        for sample, first in zip(samples, found[0]):
+            assert set(sample) == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+            assert sample["input_ids"].shape == (1, 130)  # 128 tokens behind [gMASK] and sop
+            np.testing.assert_array_equal(sample["input_ids"], first["input_ids"])
+
+
+def test_text_file_in_quantization_config(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(TEXTS), encoding="utf-8")
+    settings = {"bits": 4, "group_size": 32, "scale_estimation": True, "dataset": str(file), "num_samples": 2}
+    folder = export_model(CHATGLM3, tmp_path / "ir", quantization_config=settings)
+    assert "quick brown fox" not in (folder / "openvino_config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "settings, dataset, message",
+    [
+        ({"bits": 4, "gptq": True}, None, "gptq looks at activations and needs texts"),
+        ({"bits": 4, "scale_estimation": True}, ["", " "], "No text found"),
+        ({"bits": 4, "scale_estimation": True}, "no/such/file.txt", "no/such/file.txt: cannot read"),
+        ({"bits": 4, "scale_estimation": True}, [{"content": "x"}], "'text' column"),
+        ({"bits": 3}, None, "3"),
+        ({"bits": 4, "nonsense": 1}, None, "nonsense"),
+    ],
+)
+def test_wrong_settings(settings, dataset, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_model(CHATGLM3, tmp_path / "ir", quantization_config=settings, dataset=dataset)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_arguments_and_unknown_formats_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not both"):
+        export_model(CHATGLM3, tmp_path / "ir", weight_format="int8", quantization_config={"bits": 8})
+    with pytest.raises(ValueError, match="'int5'; expected one of"):
+        export_model(CHATGLM3, tmp_path / "ir", weight_format="int5")
+
+
+def test_settings_load_back(tmp_path):
+    settings = OVWeightQuantizationConfig(bits=4, sym=True, group_size=32, ratio=0.8)
+    folder = export_model(CHATGLM3, tmp_path / "ir", quantization_config=settings)
+    loaded = OVConfig.from_pretrained(folder).quantization_config
+    assert isinstance(loaded, OVWeightQuantizationConfig)
+    assert (loaded.bits, loaded.sym, loaded.group_size, loaded.ratio) == (4, True, 32, 0.8)
+    assert loaded.group_size_fallback == "adjust"
+    assert OVChatGLMForCausalLM.from_pretrained(folder, compile=False) is not None
+
+
+@pytest.mark.parametrize("precision", ["u8", "bf16", "f16", "f32"])
+def test_cache_precision_is_an_option(precision, exported, exact_model):
+    ids = torch.from_numpy(Golden("chatglm3-6b")["single_input_ids"])
+    settings = EXACT | {"KV_CACHE_PRECISION": precision}
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), ov_config=settings)
+    first = model(ids[:, :-1])
+    mask = torch.ones_like(ids)
+    found = model(ids[:, -1:], attention_mask=mask, past_key_values=first.past_key_values).logits[:, -1]
+    expected = exact_model("chatglm3-6b")(ids).logits[:, -1]
+    bound = {"u8": 0.05, "bf16": 0.05, "f16": 0.01, "f32": 1e-4}[precision]
+    assert (found - expected).abs().max() < bound
+
+
+def test_default_follows_the_size():
+    config = ChatGLMConfig.from_pretrained(CHATGLM3)
+    assert quantization.resolve_config(config, None, None, 10**6) is None
+    chosen = quantization.resolve_config(config, None, None, 6 * 10**9)
+    assert (chosen.bits, chosen.sym) == (8, True)
