@@ -89,7 +89,14 @@ def resolve_checkpoint(
         files = _repository_files(model_id, revision=revision, token=token)
     if files is None:
         download |= {"local_files_only": True, "force_download": False}
-        folder = Path(snapshot_download(revision=revision, **download)) / subfolder
+        try:
+            folder = Path(snapshot_download(revision=revision, **download)) / subfolder
+        except LocalEntryNotFoundError as error:
+            raise LocalEntryNotFoundError(
+                f"{model_id}: no such local folder, and revision {revision or constants.DEFAULT_REVISION!r} of a Hub "
+                f"repository of that name is not in the cache ({cache_dir or constants.HF_HUB_CACHE}). Check the "
+                "name, or call again with network access (`local_files_only=False`, HF_HUB_OFFLINE unset)."
+            ) from error
         _check_complete(folder, model_id, export)
         return folder
 
@@ -112,6 +119,8 @@ def resolve_checkpoint(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, CheckpointError):
         raise
     except Exception as error:  # httpx's, requests' or urllib3's own, depending on the version of huggingface_hub
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise  # the disk: full, not writable, ...
         raise DownloadError(
             f"{model_id}: the download was interrupted ({type(error).__name__}: {error}). Call again: files that have "
             "arrived are kept, and only the rest is downloaded."
@@ -252,7 +261,7 @@ def model_card(
         base_model_relation="quantized" if quantized and base_model else None,
     )
     title = base_model.rpartition("/")[2] if base_model else "ChatGLM"
-    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a ChatGLM checkpoint"
+    origin = f"`{base_model}`" if base_model else "a ChatGLM checkpoint"
     card = f"""---
 {data.to_yaml()}
 ---
@@ -261,8 +270,8 @@ def model_card(
 
 # {title} for OpenVINO
 
-This is {origin}, exported with optimum_chatglm_ov to an OpenVINO model with a stateful key-value cache. It runs
-without remote code.
+This is {origin}, exported with optimum_chatglm_ov to an OpenVINO model with a stateful key-value cache.
+It runs without remote code.
 
 | | |
 |---|---|
@@ -270,7 +279,7 @@ without remote code.
 | Precision of the weights | {precision or "not recorded"} |
 | Layers, hidden size | {config.num_hidden_layers}, {config.hidden_size} |
 | Context length | {config.max_position_embeddings} tokens |
-{"".join(f"| Exported with {name} | {number} |" + chr(10) for name, number in versions.items())}
+{"".join(f"| Saved with {name} | {number} |" + chr(10) for name, number in versions.items())}
 ## Usage
 
 ```python

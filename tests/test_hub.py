@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM
+from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.errors import CheckpointError
-from optimum_chatglm_ov.hub import DownloadError, has_openvino_model, model_card, resolve_checkpoint
+from optimum_chatglm_ov.hub import DownloadError, has_openvino_model, model_card, resolve_checkpoint, weight_precision
 
 
 MODELS = Path(__file__).parent / "data" / "models"
@@ -217,7 +217,7 @@ def test_what_is_in_the_cache_is_not_downloaded_again(hub, tmp_path):
 
 def test_offline_uses_the_cache_without_any_request(hub, monkeypatch):
     hub.create("user/model", SMALL)
-    with pytest.raises(LocalEntryNotFoundError):
+    with pytest.raises(LocalEntryNotFoundError, match="user/model: no such local folder.*'main'.*not in the cache"):
         resolve_checkpoint("user/model", local_files_only=True)
     assert not hub.requests
     folder = resolve_checkpoint("user/model")
@@ -272,6 +272,14 @@ def test_a_bad_token_is_refused_and_not_shown(hub, log):
     assert error.value.response.status_code == 401
     assert BAD_TOKEN not in "".join(traceback.format_exception(None, error.value, error.tb)) + repr(error.value)
     assert not hub.downloaded()
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path):
+    hub.create("user/model", SMALL)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file") as error:
+        resolve_checkpoint("user/model", cache_dir=tmp_path / "file")
+    assert not isinstance(error.value, DownloadError)
 
 
 def test_a_connection_cut_once_during_a_download_is_taken_up_again(hub, monkeypatch, log):
@@ -470,15 +478,24 @@ def test_model_card():
     assert card.data.base_model == "THUDM/chatglm3-6b" and card.data.base_model_relation == "quantized"
     assert card.data.language == ["zh", "en"] and card.data.pipeline_tag == "text-generation"
     assert {"openvino", "chatglm", "text-generation", "optimum-intel", "int8"} <= set(card.data.tags)
-    assert "| Exported with openvino | 2026.1 |" in card.text and "| int8 |" in card.text
+    assert "| Saved with openvino | 2026.1 |" in card.text and "| int8 |" in card.text
     assert "from optimum_chatglm_ov import OVChatGLMForCausalLM" in card.text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
+def test_the_card_knows_the_precision_of_the_weights(tmp_path, precision):
+    export_model(MODELS / "chatglm3-6b", tmp_path / "exported", weight_format=precision)
+    model = OVChatGLMForCausalLM.from_pretrained(tmp_path / "exported", compile=False)
+    assert weight_precision(model.model) == precision
+    model.save_model_card(tmp_path)
+    assert precision in ModelCard.load(tmp_path / "README.md").data.tags
 
 
 def test_model_card_of_a_model_of_unknown_origin(tmp_path):
     config = ChatGLMConfig(num_layers=2, _name_or_path=str(tmp_path))
     card = ModelCard(model_card(config, repo_id=str(tmp_path)))
     assert card.data.base_model is None and "not recorded" in card.text and str(tmp_path) in card.text
-    assert "| Exported with openvino |" in card.text
+    assert "| Saved with openvino |" in card.text
 
 
 def test_the_server_lists_what_it_holds(hub):
