@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a candidate model (quantised, fused, another precision) is from a reference, measured on a text."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from . import texts
+from .modeling import OVChatGLMForCausalLM
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured.
+
+    Attributes:
+        tokens: tokens of the text whose distributions were compared.
+        reference_perplexity: `exp` of the mean negative log-likelihood of the text under the reference.
+        candidate_perplexity: the same under the candidate.
+        kl_divergence: mean of `KL(reference || candidate)`, in nats a token.
+        top1_agreement: share of tokens for which both find the same id the most likely.
+        greedy_prefixes: of each prompt, how many greedily generated ids are equal before the first difference.
+        greedy_tokens: of each prompt, how many ids the reference generated: the most that can be equal.
+    """
+
+    tokens: int
+    reference_perplexity: float
+    candidate_perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+    greedy_prefixes: tuple[int, ...]
+    greedy_tokens: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurements as JSON knows them."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The measurements as a markdown table."""
+        change = 100 * (self.candidate_perplexity / self.reference_perplexity - 1)
+        rows = {
+            "tokens": f"{self.tokens}",
+            "perplexity, reference": f"{self.reference_perplexity:.4f}",
+            "perplexity, candidate": f"{self.candidate_perplexity:.4f} ({change:+.2f} %)",
+            "mean KL divergence (nats)": f"{self.kl_divergence:.6f}",
+            "top-1 agreement": f"{100 * self.top1_agreement:.2f} %",
+            "common greedy prefix, sum": f"{sum(self.greedy_prefixes)} of {sum(self.greedy_tokens)} tokens",
+            "common greedy prefix, longest": f"{max(self.greedy_prefixes, default=0)}",
+        }
+        width = max(map(len, rows))
+        values = max(map(len, rows.values()))
+        lines = [f"| {'measure':<{width}} | {'value':<{values}} |", f"|{'-' * (width + 2)}|{'-' * (values + 2)}|"]
+        return "\n".join(lines + [f"| {name:<{width}} | {value:<{values}} |" for name, value in rows.items()])
+
+
+def compare(
+    reference: str | Path,
+    candidate: str | Path,
+    text: str | Path | Iterable[Any],
+    *,
+    reference_config: Mapping[str, str] | None = None,
+    candidate_config: Mapping[str, str] | None = None,
+    max_tokens: int = 4096,
+    block_length: int = 512,
+    prompts: int = 8,
+    prompt_length: int = 32,
+    new_tokens: int = 64,
+) -> Comparison:
+    """Measures the distance of two models on a text.
+
+    The models are loaded one after the other; the reference's log-probabilities wait in a temporary file of
+    `max_tokens * vocab_size * 4` bytes.
+
+    Args:
+        reference: IR folder, local checkpoint or Hub id.
+        candidate: another one with the same vocabulary, or the same under other OpenVINO properties.
+        text: text file, strings or rows with a "text" column (see `texts.read_texts`).
+        reference_config, candidate_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
+        max_tokens: tokens of the text to use.
+        block_length: tokens that are read in one call; the context of each token is its own block.
+        prompts: blocks whose beginnings are continued greedily.
+        prompt_length: tokens of those beginnings.
+        new_tokens: tokens to generate from each.
+
+    Raises:
+        ValueError: the text has less than two tokens, a number is not positive, or the vocabularies differ.
+    """
+    for name, number in {"max_tokens": max_tokens, "block_length": block_length, "new_tokens": new_tokens}.items():
+        if number < 2:
+            raise ValueError(f"`{name}` is {number}; expected at least 2.")
+    model = _load(reference, reference_config)
+    tokenizer = AutoTokenizer.from_pretrained(model.model_save_dir)
+    blocks = list(
+        islice(texts.blocks(texts.read_texts(text), tokenizer, block_length), -(-max_tokens // block_length))
+    )
+    blocks = [block for block in blocks if len(block) > 1]
+    if not blocks:
+        raise ValueError("The text has less than two tokens; give a longer one.")
+    ids = [texts.generated(block, tokenizer) for block in blocks]
+    beginnings = [texts.generated(block[:prompt_length], tokenizer)[0] for block in blocks[:prompts]]
+
+    counts = [len(block) - 1 for block in blocks]
+    shape = (sum(counts), model.config.vocab_size)
+    with tempfile.TemporaryFile() as file:
+        kept = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+        targets = torch.cat([torch.tensor(block[1:]) for block in blocks])
+        position = 0
+        for log_probabilities in _log_probabilities(model, ids):
+            kept[position : position + len(log_probabilities)] = log_probabilities.numpy()
+            position += len(log_probabilities)
+        expected = [_continue(model, prompt, new_tokens) for prompt in beginnings]
+        del model
+        gc.collect()
+
+        model = _load(candidate, candidate_config)
+        if model.config.vocab_size != shape[1]:
+            raise ValueError(
+                f"The vocabularies differ: {shape[1]} ids in {reference}, {model.config.vocab_size} in {candidate}. "
+                "Compare models of one checkpoint."
+            )
+        sums, position = np.zeros(4), 0
+        for candidates in _log_probabilities(model, ids):
+            rows = slice(position, position + len(candidates))
+            sums += _sums(torch.from_numpy(kept[rows]), candidates, targets[rows])
+            position = rows.stop
+        found = [_continue(model, prompt, new_tokens) for prompt in beginnings]
+        del kept
+    reference_loss, candidate_loss, divergence, agreement = sums / shape[0]
+    return Comparison(
+        tokens=shape[0],
+        reference_perplexity=math.exp(reference_loss),
+        candidate_perplexity=math.exp(candidate_loss),
+        kl_divergence=float(divergence),
+        top1_agreement=float(agreement),
+        greedy_prefixes=tuple(_common(a, b) for a, b in zip(expected, found)),
+        greedy_tokens=tuple(len(continuation) for continuation in expected),
+    )
+
+
+def _load(folder: str | Path, ov_config: Mapping[str, str] | None) -> OVChatGLMForCausalLM:
+    return OVChatGLMForCausalLM.from_pretrained(folder, ov_config=dict(ov_config or {}))
+
+
+def _log_probabilities(model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]]) -> Iterable[torch.Tensor]:
+    """Of each block, f32 `[tokens - 1, vocab]`: the distributions of all its tokens but the first."""
+    for block, special in ids:
+        logits = model(torch.tensor([block])).logits[0]
+        yield logits[special:-1].log_softmax(-1)
+
+
+def _sums(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    """Sums over the rows `[tokens, vocab]`: both losses, divergence and agreement."""
+    losses = [-part.gather(1, targets[:, None]).double().sum().item() for part in (reference, candidate)]
+    divergence = (reference.exp() * (reference - candidate)).sum(-1).double().sum().item()
+    agreement = (reference.argmax(-1) == candidate.argmax(-1)).sum().item()
+    return np.array([*losses, divergence, agreement])
+
+
+def _continue(model: OVChatGLMForCausalLM, prompt: list[int], new_tokens: int) -> list[int]:
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+    return output[0, len(prompt) :].tolist()
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    for i, (a, b) in enumerate(zip(first, second)):
+        if a != b:
+            return i
+    return min(len(first), len(second))
