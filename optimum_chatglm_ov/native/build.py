@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds or builds the native library: the fused attention operation for the installed OpenVINO.
+
+A library fits one OpenVINO build. It comes, in this order, from the package itself (a wheel may carry it in
+`native/prebuilt`), from the cache of earlier builds, or from a CMake build of the sources beside this file, which
+takes about 20 seconds, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import openvino
+from filelock import FileLock
+
+from ..errors import ChatGLMError
+
+
+SOURCE_DIR = Path(__file__).parent
+LIBRARY_NAME = "libchatglm_attention.so"
+# Headers newer than the wheel's library may ask it for functions that it does not have.
+TBB_REQUIREMENT = '"tbb-devel>=2021.10,<2022"'
+
+
+class NativeBuildError(ChatGLMError, RuntimeError):
+    """The native library is not there and cannot be built here; the message says what is missing."""
+
+
+def cache_dir() -> Path:
+    """Folder of built libraries: `$CHATGLM_OV_CACHE`, else `optimum_chatglm_ov` in the user's cache folder."""
+    chosen = os.environ.get("CHATGLM_OV_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_chatglm_ov"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+
+
+def prebuilt_path() -> Path:
+    """Where a wheel carries the library for the installed OpenVINO and this kind of machine."""
+    return SOURCE_DIR / "prebuilt" / _slug(f"{openvino.get_version()}-{platform.machine()}") / LIBRARY_NAME
+
+
+def _sources() -> list[Path]:
+    patterns = ("CMakeLists.txt", "src/*.?pp", "kernels/*.?pp")
+    return sorted(path for pattern in patterns for path in SOURCE_DIR.glob(pattern))
+
+
+def _compiler() -> str:
+    """Path of the C++ compiler: `$CXX`, else c++, g++ or clang++ on the path."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        path = name and shutil.which(name)
+        if path:
+            return path
+    raise NativeBuildError(
+        "no C++ compiler found (looked for $CXX, c++, g++, clang++): install one, for example Debian's package g++"
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _compiler_version(compiler: str) -> str:
+    try:
+        result = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(f"the C++ compiler {compiler} does not run: {error}") from error
+    return f"{compiler} {result.stdout.partition(chr(10))[0]}"
+
+
+def _cmake() -> str:
+    """Path of CMake: on the path, or in the PyPI package `cmake`."""
+    path = shutil.which("cmake")
+    if path:
+        return path
+    if importlib.util.find_spec("cmake"):
+        from cmake import CMAKE_BIN_DIR
+
+        return os.path.join(CMAKE_BIN_DIR, "cmake")
+    raise NativeBuildError("no CMake found: pip install cmake")
+
+
+def _tbb_include_dir() -> Path:
+    """Folder that holds `oneapi/tbb/parallel_for.h`, from the PyPI package tbb-devel or the system."""
+    folders = [os.environ.get("TBB_INCLUDE_DIR"), f"{sys.prefix}/include", f"{sysconfig.get_path('data')}/include"]
+    folders += ["/usr/include", "/usr/local/include"]
+    for folder in folders:
+        if folder and Path(folder, "oneapi", "tbb", "parallel_for.h").is_file():
+            return Path(folder)
+    raise NativeBuildError(f"the headers of TBB are missing: pip install {TBB_REQUIREMENT}")
+
+
+def built_path() -> Path:
+    """Where the library of the installed OpenVINO, these sources and this compiler is cached.
+
+    Raises `NativeBuildError` without a compiler.
+    """
+    digest = hashlib.sha256()
+    for text in (openvino.get_version(), platform.machine(), _compiler_version(_compiler())):
+        digest.update(text.encode() + b"\0")
+    for source in _sources():
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    key = f"{_slug(openvino.get_version())}-{digest.hexdigest()[:16]}"
+    return cache_dir() / "native" / key / LIBRARY_NAME
+
+
+def _run(command: list[str]) -> None:
+    try:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise NativeBuildError(f"{command[0]} does not run: {error}") from error
+    if result.returncode:
+        lines = result.stdout.strip().splitlines()
+        errors = [line for line in lines if "error" in line.lower()] or lines
+        raise NativeBuildError(
+            f"building the fused attention failed: `{' '.join(command)}` returned {result.returncode}:\n"
+            + "\n".join(errors[:20])
+        )
+
+
+def _compile(target: Path) -> None:
+    """Builds in a folder beside the target and renames, so that the target is complete whenever it exists."""
+    compiler, cmake, tbb = _compiler(), _cmake(), _tbb_include_dir()
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+        configure = [cmake, "-S", str(SOURCE_DIR), "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DTBB_INCLUDE_DIR={tbb}"]
+        _run([*configure, f"-DOpenVINO_DIR={Path(openvino.__file__).parent / 'cmake'}"])
+        _run([cmake, "--build", folder, "--target", "chatglm_attention", "--parallel"])
+        os.replace(Path(folder, LIBRARY_NAME), target)
+
+
+def build_native(force: bool = False) -> Path:
+    """Builds the library unless it is cached (or always, with `force`) and returns its path.
+
+    Safe when several processes start at once: one builds, the others wait for it. Raises `NativeBuildError`.
+    """
+    if not sys.platform.startswith("linux"):
+        raise NativeBuildError(f"the fused attention is built on Linux only, found {sys.platform}")
+    target = built_path()
+    if target.is_file() and not force:
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent.with_suffix(".lock")):
+            if target.is_file() and not force:
+                return target
+            start = time.monotonic()
+            print(f"Building the fused attention for OpenVINO {openvino.get_version()}, once ...", file=sys.stderr)
+            _compile(target)
+            print(f"... done in {time.monotonic() - start:.0f} s: {target}", file=sys.stderr)
+    except OSError as error:
+        raise NativeBuildError(
+            f"cannot write to {target.parent}: {error}; set CHATGLM_OV_CACHE to a writable folder"
+        ) from error
+    return target
+
+
+def extension_path() -> Path:
+    """Path of the library for the installed OpenVINO: carried by the package, cached, or built now.
+
+    Raises `NativeBuildError`.
+    """
+    prebuilt = prebuilt_path()
+    return prebuilt if prebuilt.is_file() else build_native()

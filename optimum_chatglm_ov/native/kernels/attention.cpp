@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+// The driver: checks arguments, picks the instruction set, divides the work among threads, merges partial results.
+#include "attention.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernel.hpp"
+
+namespace optimum_chatglm_ov {
+namespace {
+
+constexpr int64_t kMinBlocksPerSplit = 8;
+
+int64_t ceil_divide(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+void require(bool condition, const std::string& message) {
+    if (!condition) throw std::invalid_argument("ChatGLMAttention: " + message);
+}
+
+void check(const AttentionArguments& a) {
+    require(a.batch >= 1 && a.query_length >= 1 && a.past_length >= 0,
+            "batch and query length must be at least 1 and the past length at least 0, found " +
+                std::to_string(a.batch) + ", " + std::to_string(a.query_length) + ", " +
+                std::to_string(a.past_length));
+    require(a.num_key_value_heads >= 1 && a.num_attention_heads >= 1 &&
+                a.num_attention_heads % a.num_key_value_heads == 0,
+            "num_attention_heads must be a multiple of num_key_value_heads");
+    require(a.head_dim >= 16 && a.head_dim % 16 == 0 && a.head_dim <= kMaxHeadDim,
+            "head_dim must be a multiple of 16 up to " + std::to_string(kMaxHeadDim) + ", found " +
+                std::to_string(a.head_dim));
+    require(a.rotary_dim >= 0 && a.rotary_dim % 2 == 0 && a.rotary_dim <= a.head_dim,
+            "rotary_dim must be even and at most head_dim");
+    const int64_t total = a.past_length + a.query_length, capacity = a.cache_blocks * kBlockTokens;
+    require(total <= capacity, "the cache holds " + std::to_string(capacity) + " tokens, " + std::to_string(total) +
+                                   " are needed: grow it before the inference");
+    require(a.batch <= a.cache_rows, "the cache has " + std::to_string(a.cache_rows) + " rows, the batch " +
+                                         std::to_string(a.batch));
+    for (int64_t b = 0; b < a.batch; b++)
+        for (int64_t t = 0; t < a.past_length; t++) {
+            const int32_t row = a.beam_table[b * a.beam_table_stride + t];
+            if (row < 0 || row >= a.cache_rows)
+                require(false, "beam_table[" + std::to_string(b) + ", " + std::to_string(t) + "] is " +
+                                   std::to_string(row) + ", the cache has rows 0 to " +
+                                   std::to_string(a.cache_rows - 1));
+        }
+}
+
+std::vector<const Kernels*> usable_kernels() {
+    const CpuFeatures& cpu = cpu_features();
+    std::vector<const Kernels*> kernels;
+    const auto add = [&](bool usable, const Kernels* k) {
+        if (usable && k) kernels.push_back(k);
+    };
+    add(cpu.amx, amx_kernels());
+    add(cpu.bf16_dot_is_fast, avx512_bf16_kernels());
+    add(cpu.avx512, avx512_kernels());
+    add(cpu.avx512_bf16 && !cpu.bf16_dot_is_fast, avx512_bf16_kernels());
+    add(cpu.avx2, avx2_kernels());
+    add(true, portable_kernels());
+    add(true, amx_model_kernels());
+    return kernels;
+}
+
+const std::vector<const Kernels*>& all_kernels() {
+    static const std::vector<const Kernels*> kernels = usable_kernels();
+    return kernels;
+}
+
+const Kernels& choose_kernels(const AttentionArguments& a, const char* name) {
+    if (!name || !*name) name = std::getenv("CHATGLM_OV_ISA");
+    const bool forced = name && *name;
+    for (const Kernels* k : all_kernels()) {
+        if (forced && std::strcmp(name, k->name) != 0) continue;
+        if (k->accepts(a.head_dim, a.cache_precision)) return *k;
+        if (forced)
+            require(false, std::string("instruction set ") + name + " does not take head_dim " +
+                               std::to_string(a.head_dim) + " with this cache precision");
+    }
+    require(false, std::string("CHATGLM_OV_ISA: ") + name + " is not one of " + instruction_sets());
+    return *portable_kernels();
+}
+
+// 64-byte aligned memory that only grows; one for each thread.
+class Buffer {
+public:
+    void* reserve(size_t bytes) {
+        if (bytes > size_) {
+            memory_.reset();
+            size_ = 0;
+            memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+            if (!memory_) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return memory_.get();
+    }
+
+private:
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    std::unique_ptr<void, Free> memory_;
+    size_t size_ = 0;
+};
+
+Buffer& thread_buffer() {
+    thread_local Buffer buffer;
+    return buffer;
+}
+
+// What each batch row sees of each cache block.
+std::vector<BlockView> view_blocks(const AttentionArguments& a, int64_t blocks) {
+    std::vector<BlockView> views(a.batch * blocks);
+    const int64_t total = a.past_length + a.query_length;
+    for (int64_t b = 0; b < a.batch; b++) {
+        const int32_t* mask = a.attention_mask + b * a.attention_mask_stride;
+        const int32_t* rows = a.beam_table + b * a.beam_table_stride;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t first = block * kBlockTokens;
+            const int64_t count = std::min(kBlockTokens, total - first);
+            const int64_t past = std::min(std::max<int64_t>(a.past_length - first, 0), kBlockTokens);
+            uint32_t visible = 0;
+            for (int64_t j = 0; j < count; j++) visible |= static_cast<uint32_t>(mask[first + j] != 0) << j;
+            const int32_t row = past > 0 ? rows[first] : static_cast<int32_t>(b);
+            int32_t differs = past < count ? row ^ static_cast<int32_t>(b) : 0;
+            for (int64_t j = 0; j < past; j++) differs |= rows[first + j] ^ row;
+            views[b * blocks + block] = {visible, differs ? -1 : row};
+        }
+    }
+    return views;
+}
+
+// Hands out the numbers 0 .. count - 1 to threads, one at a time; an exception of one ends all and is rethrown.
+template <class Body>
+void parallel_for(const Executor& executor, int64_t count, int64_t workers, const Body& body) {
+    workers = std::min({workers, count, executor.concurrency()});
+    if (workers <= 1) {
+        for (int64_t i = 0; i < count; i++) body(i);
+        return;
+    }
+    struct Shared {
+        std::atomic<int64_t> next{0};
+        int64_t count;
+        const Body* body;
+        std::exception_ptr error;
+        std::mutex mutex;
+    } shared;
+    shared.count = count;
+    shared.body = &body;
+    executor.run(
+        workers,
+        [](void* context) {
+            auto& s = *static_cast<Shared*>(context);
+            try {
+                for (int64_t i; (i = s.next.fetch_add(1)) < s.count;) (*s.body)(i);
+            } catch (...) {
+                s.next = s.count;
+                std::lock_guard<std::mutex> lock(s.mutex);
+                s.error = std::current_exception();
+            }
+        },
+        &shared);
+    if (shared.error) std::rethrow_exception(shared.error);
+}
+
+void append(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {
+    // Parts end at block borders, so that no two threads write one cache line.
+    const int64_t first_block = a.past_length / kBlockTokens;
+    const int64_t parts = (a.past_length + a.query_length - 1) / kBlockTokens - first_block + 1;
+    const int64_t heads = a.num_key_value_heads;
+    const int64_t values = a.batch * a.query_length * heads * a.head_dim;
+    const int64_t workers = values < 32768 ? 1 : executor.concurrency();
+    parallel_for(executor, a.batch * heads * parts, workers, [&](int64_t i) {
+        const int64_t block = first_block + i % parts;
+        const int64_t first = std::max<int64_t>(block * kBlockTokens - a.past_length, 0);
+        const int64_t last = std::min((block + 1) * kBlockTokens - a.past_length, a.query_length);
+        kernels.append(a, i / parts / heads, i / parts % heads, first, last);
+    });
+}
+
+// How the work is cut: queries of one task and number of parts of the keys.
+struct Division {
+    int64_t queries, query_parts, key_parts, blocks_per_part;
+};
+
+Division divide(const AttentionArguments& a, int64_t blocks, int64_t concurrency) {
+    const int64_t group = a.num_attention_heads / a.num_key_value_heads;
+    // A task's queries and sums take a quarter of the second-level cache, beside a panel of keys and values.
+    const int64_t cached_rows = cpu_features().l2_bytes / 4 / (a.head_dim * 6);
+    const int64_t rows = std::min<int64_t>(std::max<int64_t>(cached_rows / 32 * 32, 32), 256);
+    const int64_t heads = a.batch * a.num_key_value_heads, wanted = 4 * concurrency;
+    Division d;
+    d.queries = std::max<int64_t>(rows / group, 1);
+    // Too few tasks: first fewer queries in each, down to the rows worked on at a time, then parts of the keys.
+    const int64_t smallest = std::max<int64_t>(32 / group, 1);
+    d.queries = std::max(std::min(d.queries, a.query_length * heads / wanted), smallest);
+    d.query_parts = ceil_divide(a.query_length, d.queries);
+    d.key_parts = 1;
+    if (heads * d.query_parts < wanted && concurrency > 1)
+        d.key_parts = std::max<int64_t>(
+            std::min(ceil_divide(wanted, heads * d.query_parts), blocks / kMinBlocksPerSplit), 1);
+    d.blocks_per_part = ceil_divide(blocks, d.key_parts);
+    d.key_parts = ceil_divide(blocks, d.blocks_per_part);
+    return d;
+}
+
+struct Partial {
+    float* output;  // [rows, head_dim]
+    float* max;
+    float* sum;
+};
+
+// Sums of a row over parts of the keys -> the row of the output.
+void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, int64_t row, int64_t output_offset) {
+    float max = -std::numeric_limits<float>::infinity(), sum = 0;
+    for (const Partial& p : parts) max = std::max(max, p.max[row]);
+    float merged[kMaxHeadDim] = {};
+    for (const Partial& p : parts) {
+        if (p.max[row] == -std::numeric_limits<float>::infinity()) continue;
+        const float factor = std::exp2(p.max[row] - max);
+        const float* output = p.output + row * a.head_dim;
+        for (int64_t d = 0; d < a.head_dim; d++) merged[d] += factor * output[d];
+        sum += factor * p.sum[row];
+    }
+    const float inverse = sum > 0 ? 1.0f / sum : sum;
+    for (int64_t d = 0; d < a.head_dim; d++) {
+        const float value = merged[d] * inverse;
+        if (a.activation_type == ActivationType::f32) {
+            static_cast<float*>(a.output)[output_offset + d] = value;
+        } else {
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            static_cast<uint16_t*>(a.output)[output_offset + d] =
+                value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+        }
+    }
+}
+
+void attend(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {
+    const int64_t blocks = ceil_divide(a.past_length + a.query_length, kBlockTokens);
+    const std::vector<BlockView> views = view_blocks(a, blocks);
+    const Division d = divide(a, blocks, executor.concurrency());
+    const int64_t group = a.num_attention_heads / a.num_key_value_heads, rows = d.queries * group;
+    const int64_t units = a.batch * a.num_key_value_heads * d.query_parts;
+    const size_t scratch_bytes = kernels.scratch_bytes(a, rows);
+    std::vector<float> partials;
+    if (d.key_parts > 1) partials.resize(units * d.key_parts * rows * (a.head_dim + 2));
+    const auto partial = [&](int64_t unit, int64_t part) {
+        float* base = partials.data() + (unit * d.key_parts + part) * rows * (a.head_dim + 2);
+        return Partial{base, base + rows * a.head_dim, base + rows * (a.head_dim + 1)};
+    };
+    // Unit -> batch row, KV head, queries; the last queries see the most keys, so they go first.
+    const auto describe = [&](int64_t unit) {
+        AttendTask t{};
+        const int64_t head = unit % (a.batch * a.num_key_value_heads);
+        const int64_t part = d.query_parts - 1 - unit / (a.batch * a.num_key_value_heads);
+        t.batch = head / a.num_key_value_heads;
+        t.kv_head = head % a.num_key_value_heads;
+        t.first_query = part * d.queries;
+        t.last_query = std::min(t.first_query + d.queries, a.query_length);
+        t.blocks = views.data() + t.batch * blocks;
+        t.last_block = blocks;
+        return t;
+    };
+    parallel_for(executor, units * d.key_parts, executor.concurrency(), [&](int64_t i) {
+        AttendTask t = describe(i / d.key_parts);
+        if (d.key_parts > 1) {
+            const Partial p = partial(i / d.key_parts, i % d.key_parts);
+            t.first_block = i % d.key_parts * d.blocks_per_part;
+            t.last_block = std::min(t.first_block + d.blocks_per_part, blocks);
+            t.partial_output = p.output, t.partial_max = p.max, t.partial_sum = p.sum;
+        }
+        kernels.attend(a, t, thread_buffer().reserve(scratch_bytes));
+    });
+    if (d.key_parts == 1) return;
+    const int64_t workers = static_cast<int64_t>(partials.size()) < 65536 ? 1 : executor.concurrency();
+    parallel_for(executor, units, workers, [&](int64_t unit) {
+        const AttendTask t = describe(unit);
+        std::vector<Partial> parts;
+        for (int64_t part = 0; part < d.key_parts; part++) parts.push_back(partial(unit, part));
+        for (int64_t r = 0; r < (t.last_query - t.first_query) * group; r++) {
+            const int64_t token = t.batch * a.query_length + t.first_query + r / group;
+            merge_row(a, parts, r, (token * a.num_attention_heads + t.kv_head * group + r % group) * a.head_dim);
+        }
+    });
+}
+
+}  // namespace
+
+const char* instruction_sets() {
+    static const std::string names = [] {
+        std::string joined;
+        for (const Kernels* k : all_kernels()) joined += (joined.empty() ? "" : ",") + std::string(k->name);
+        return joined;
+    }();
+    return names.c_str();
+}
+
+const char* default_instruction_set() {
+    return all_kernels().front()->name;
+}
+
+void fused_attention(const AttentionArguments& a, const Executor& executor, const char* instruction_set) {
+    check(a);
+    const Kernels& kernels = choose_kernels(a, instruction_set);
+    append(a, kernels, executor);
+    attend(a, kernels, executor);
+}
+
+}  // namespace optimum_chatglm_ov

@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: Apache-2.0
+// Append and flash-style attention of one task, over the matrix products of one instruction set.
+//   Products  DotProducts or TileProducts: Element, scores(), accumulate()
+//   Vector    f32 vectors for the softmax
+#pragma once
+
+#include "kernel.hpp"
+#include "vector.hpp"
+
+namespace optimum_chatglm_ov {
+namespace {
+
+constexpr float kHidden = -__builtin_inff();
+constexpr int64_t kRowGroup = 32;  // rows whose scores are in the first-level cache at a time
+
+// Not the standard ones: the linker may merge those across instruction sets.
+template <class T>
+inline T greater(T a, T b) {
+    return a < b ? b : a;
+}
+template <class T>
+inline T lesser(T a, T b) {
+    return b < a ? b : a;
+}
+inline void fill(float* begin, float* end, float value) {
+    while (begin < end) *begin++ = value;
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+// head_dim activations of one token and head as f32, the first rotary_dim of them rotated.
+inline void load_rotated(const AttentionArguments& a, const void* base, int64_t offset, const float* cos,
+                         const float* sin, float* __restrict row) {
+    if (a.activation_type == ActivationType::f32) {
+        std::memcpy(row, static_cast<const float*>(base) + offset, a.head_dim * 4);
+    } else {
+        const uint16_t* source = static_cast<const uint16_t*>(base) + offset;
+        for (int64_t d = 0; d < a.head_dim; d++) row[d] = from_bf16(source[d]);
+    }
+    if (!cos) return;
+    const int64_t half = a.rotary_dim / 2;
+    float* __restrict second = row + half;
+    for (int64_t d = 0; d < half; d++) {
+        const float x1 = row[d], x2 = second[d];
+        row[d] = x1 * cos[d] - x2 * sin[d];
+        second[d] = x2 * cos[half + d] + x1 * sin[half + d];
+    }
+}
+
+inline const float* rotary_row(const AttentionArguments& a, const float* table, int64_t batch, int64_t token) {
+    return table + batch * a.rotary_batch_stride + token * a.rotary_dim;
+}
+
+inline uint8_t* cache_block(const AttentionArguments& a, uint8_t* cache, int64_t row, int64_t head, int64_t block) {
+    return cache + ((row * a.num_key_value_heads + head) * a.cache_blocks + block) *
+                       cache_block_bytes(a.cache_precision, a.head_dim);
+}
+
+inline float* block_scales(uint8_t* block, int64_t head_dim) {
+    return reinterpret_cast<float*>(block + kBlockTokens * head_dim);
+}
+
+// Element offset of a channel of a token in a key block (pair = 2, or 1 in f32) and in a value block.
+inline int64_t key_offset(int64_t token, int64_t channel, int64_t head_dim, int64_t pair) {
+    return (token / 16) * 16 * head_dim + (channel / pair) * 16 * pair + (token % 16) * pair + channel % pair;
+}
+inline int64_t value_offset(int64_t token, int64_t channel, int64_t head_dim, int64_t pair) {
+    return (token / pair) * pair * head_dim + channel * pair + token % pair;
+}
+
+// Integers and the scale of one row for the int8 cache.
+inline float quantize(const float* row, int64_t head_dim, int8_t* integers) {
+    float largest = 0;
+    for (int64_t d = 0; d < head_dim; d++) largest = greater(largest, __builtin_fabsf(row[d]));
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (int64_t d = 0; d < head_dim; d++) {
+        const float scaled = lesser(greater(row[d] * inverse, -127.0f), 127.0f);
+        integers[d] = static_cast<int8_t>(std::nearbyint(scaled == scaled ? scaled : 0.0f));
+    }
+    return largest / 127.0f;
+}
+
+// Stores one row of f32 into slot `token` of a key block or a value block.
+template <bool kIsKey>
+void store_token(const AttentionArguments& a, uint8_t* block, int64_t token, const float* row) {
+    const int64_t head_dim = a.head_dim;
+    if (a.cache_precision == CachePrecision::f32) {
+        float* data = reinterpret_cast<float*>(block);
+        for (int64_t d = 0; d < head_dim; d++)
+            data[kIsKey ? key_offset(token, d, head_dim, 1) : value_offset(token, d, head_dim, 1)] = row[d];
+    } else if (a.cache_precision == CachePrecision::bf16) {
+        uint16_t* data = reinterpret_cast<uint16_t*>(block);
+        for (int64_t d = 0; d < head_dim; d++)
+            data[kIsKey ? key_offset(token, d, head_dim, 2) : value_offset(token, d, head_dim, 2)] = to_bf16(row[d]);
+    } else {
+        int8_t integers[kMaxHeadDim];
+        block_scales(block, head_dim)[token] = quantize(row, head_dim, integers);
+        int8_t* data = reinterpret_cast<int8_t*>(block);
+        for (int64_t d = 0; d < head_dim; d++)
+            data[kIsKey ? key_offset(token, d, head_dim, 2) : value_offset(token, d, head_dim, 2)] = integers[d];
+    }
+}
+
+// Values beyond the last token become zero, so that weight 0 times value is 0 whatever the memory held.
+template <class Element>
+void clear_values(Element* data, int64_t from, int64_t head_dim, int64_t pair) {
+    if (from % pair)
+        for (int64_t d = 0; d < head_dim; d++) data[value_offset(from, d, head_dim, pair)] = 0;
+    const int64_t first = round_up(from, pair) * head_dim;
+    std::memset(data + first, 0, (kBlockTokens * head_dim - first) * sizeof(Element));
+}
+
+inline void append_tokens(const AttentionArguments& a, int64_t batch, int64_t head, int64_t first, int64_t last) {
+    alignas(64) float row[kMaxHeadDim];
+    for (int64_t t = first; t < last; t++) {
+        const int64_t slot = a.past_length + t, block = slot / kBlockTokens;
+        const int64_t token = batch * a.query_length + t;
+        load_rotated(a, a.key, token * a.key_stride + head * a.head_dim,
+                     a.rotary_dim ? rotary_row(a, a.cos, batch, t) : nullptr,
+                     a.rotary_dim ? rotary_row(a, a.sin, batch, t) : nullptr, row);
+        store_token<true>(a, cache_block(a, a.key_cache, batch, head, block), slot % kBlockTokens, row);
+        load_rotated(a, a.value, token * a.value_stride + head * a.head_dim, nullptr, nullptr, row);
+        store_token<false>(a, cache_block(a, a.value_cache, batch, head, block), slot % kBlockTokens, row);
+    }
+    const int64_t used = (a.past_length + last) % kBlockTokens;
+    if (last != a.query_length || used == 0) return;
+    uint8_t* block = cache_block(a, a.value_cache, batch, head, (a.past_length + last) / kBlockTokens);
+    if (a.cache_precision == CachePrecision::f32) {
+        clear_values(reinterpret_cast<float*>(block), used, a.head_dim, 1);
+    } else if (a.cache_precision == CachePrecision::bf16) {
+        clear_values(reinterpret_cast<uint16_t*>(block), used, a.head_dim, 2);
+    } else {
+        clear_values(reinterpret_cast<int8_t*>(block), used, a.head_dim, 2);
+        float* scales = block_scales(block, a.head_dim);
+        fill(scales + used, scales + kBlockTokens, 0.0f);
+    }
+}
+
+// A block whose tokens live in several cache rows, put together in `target` in the cache's own layout.
+template <class Element, bool kIsKey>
+void gather_tokens(const AttentionArguments& a, uint8_t* cache, int64_t batch, int64_t head, int64_t block,
+                   uint8_t* target, int64_t pair) {
+    const int64_t head_dim = a.head_dim, total = a.past_length + a.query_length;
+    std::memset(target, 0, cache_block_bytes(a.cache_precision, head_dim));
+    for (int64_t t = 0; t < kBlockTokens && block * kBlockTokens + t < total; t++) {
+        const int64_t slot = block * kBlockTokens + t;
+        const int64_t row = slot < a.past_length ? a.beam_table[batch * a.beam_table_stride + slot] : batch;
+        uint8_t* source = cache_block(a, cache, row, head, block);
+        for (int64_t d = 0; d < head_dim; d += kIsKey ? pair : 1) {
+            const int64_t at = kIsKey ? key_offset(t, d, head_dim, pair) : value_offset(t, d, head_dim, pair);
+            std::memcpy(reinterpret_cast<Element*>(target) + at, reinterpret_cast<Element*>(source) + at,
+                        sizeof(Element) * (kIsKey ? pair : 1));
+        }
+        if (a.cache_precision == CachePrecision::i8)
+            block_scales(target, head_dim)[t] = block_scales(source, head_dim)[t];
+    }
+}
+
+template <class Stored>
+inline float widen(Stored value) {
+    if constexpr (sizeof(Stored) == 2)
+        return from_bf16(value);
+    else
+        return static_cast<float>(value);
+}
+
+// 16 tokens x 2 channels (keys) or 2 tokens x head_dim channels (values) -> two rows of `count` f32.
+template <class Stored>
+void split_pairs(const Stored* source, int64_t rows, int64_t count, float* __restrict target) {
+    for (int64_t r = 0; r < rows; r++, source += 2 * count, target += 2 * count) {
+        float* __restrict odd = target + count;
+        for (int64_t i = 0; i < count; i++) {
+            target[i] = widen(source[2 * i]);
+            odd[i] = widen(source[2 * i + 1]);
+        }
+    }
+}
+
+inline void convert_block(const AttentionArguments& a, const uint8_t* block, bool is_key, float* target) {
+    const int64_t rows = is_key ? a.head_dim : kBlockTokens / 2, count = is_key ? 16 : a.head_dim;
+    if (a.cache_precision == CachePrecision::bf16)
+        split_pairs(reinterpret_cast<const uint16_t*>(block), rows, count, target);
+    else
+        split_pairs(reinterpret_cast<const int8_t*>(block), rows, count, target);
+}
+
+inline void convert_block(const AttentionArguments& a, const uint8_t* block, bool, uint16_t* __restrict target) {
+    const int8_t* source = reinterpret_cast<const int8_t*>(block);
+    for (int64_t i = 0; i < kBlockTokens * a.head_dim; i++)  // exact: 8 significant bits
+        target[i] = static_cast<uint16_t>(as_bits(static_cast<float>(source[i])) >> 16);
+}
+
+template <class Products, class Vector>
+struct Flash {
+    using Element = typename Products::Element;
+    static constexpr bool kBf16 = sizeof(Element) == 2;
+    static constexpr int64_t kPanelBlocks = Products::kPanelBlocks;
+    static constexpr int64_t kPanelTokens = kPanelBlocks * kBlockTokens;
+
+    static bool accepts(int64_t head_dim, CachePrecision precision) {
+        return Products::accepts(head_dim) && !(kBf16 && precision == CachePrecision::f32);
+    }
+
+    // Where the parts of the scratch memory are.
+    struct Scratch {
+        Element* query;    // [rows, head_dim]; the scale is applied to the scores
+        float* output;     // [rows, head_dim]
+        float* row_max;    // [rows]
+        float* row_sum;    // [rows]
+        float* scores;     // [kRowGroup, kPanelTokens]
+        Element* weights;  // [kRowGroup, kPanelTokens]
+        Element* converted;  // [2 * kPanelBlocks] blocks
+        uint8_t* gathered;   // [2 * kPanelBlocks] blocks of the cache's layout
+        size_t bytes;
+
+        Scratch(const AttentionArguments& a, int64_t rows, void* memory) {
+            uint8_t* base = static_cast<uint8_t*>(memory);
+            size_t offset = 0;
+            const auto take = [&](size_t size) {
+                uint8_t* part = base + offset;
+                offset += round_up(size, 64);
+                return part;
+            };
+            rows = round_up(rows, kRowGroup);
+            query = reinterpret_cast<Element*>(take(rows * a.head_dim * sizeof(Element)));
+            output = reinterpret_cast<float*>(take(rows * a.head_dim * 4));
+            row_max = reinterpret_cast<float*>(take(rows * 4));
+            row_sum = reinterpret_cast<float*>(take(rows * 4));
+            scores = reinterpret_cast<float*>(take(kRowGroup * kPanelTokens * 4));
+            weights = reinterpret_cast<Element*>(take(kRowGroup * kPanelTokens * sizeof(Element)));
+            converted = reinterpret_cast<Element*>(take(2 * kPanelTokens * a.head_dim * sizeof(Element)));
+            gathered = take(2 * kPanelBlocks * cache_block_bytes(a.cache_precision, a.head_dim));
+            bytes = offset;
+        }
+    };
+
+    static size_t scratch_bytes(const AttentionArguments& a, int64_t rows) { return Scratch(a, rows, nullptr).bytes; }
+
+    // Up to kPanelBlocks cache blocks in the form the products read.
+    struct Panel {
+        int64_t count = 0;
+        int64_t first_token[kPanelBlocks];
+        uint32_t visible[kPanelBlocks];
+        const Element* keys[kPanelBlocks];
+        const Element* values[kPanelBlocks];
+        const float* key_scales[kPanelBlocks];
+        const float* value_scales[kPanelBlocks];
+    };
+
+    static const Element* readable(const AttentionArguments& a, const AttendTask& task, int64_t block, bool is_key,
+                                   Scratch& scratch, int64_t index, const float** scales) {
+        uint8_t* cache = is_key ? a.key_cache : a.value_cache;
+        const int64_t row = task.blocks[block].cache_row;
+        uint8_t* data;
+        if (row >= 0) {
+            data = cache_block(a, cache, row, task.kv_head, block);
+        } else {
+            data = scratch.gathered + index * cache_block_bytes(a.cache_precision, a.head_dim);
+            if (a.cache_precision == CachePrecision::f32)
+                is_key ? gather_tokens<float, true>(a, cache, task.batch, task.kv_head, block, data, 1)
+                       : gather_tokens<float, false>(a, cache, task.batch, task.kv_head, block, data, 1);
+            else if (a.cache_precision == CachePrecision::bf16)
+                is_key ? gather_tokens<uint16_t, true>(a, cache, task.batch, task.kv_head, block, data, 2)
+                       : gather_tokens<uint16_t, false>(a, cache, task.batch, task.kv_head, block, data, 2);
+            else
+                is_key ? gather_tokens<int8_t, true>(a, cache, task.batch, task.kv_head, block, data, 2)
+                       : gather_tokens<int8_t, false>(a, cache, task.batch, task.kv_head, block, data, 2);
+        }
+        *scales = a.cache_precision == CachePrecision::i8 ? block_scales(data, a.head_dim) : nullptr;
+        if (a.cache_precision == (kBf16 ? CachePrecision::bf16 : CachePrecision::f32))
+            return reinterpret_cast<const Element*>(data);
+        Element* target = scratch.converted + index * kBlockTokens * a.head_dim;
+        convert_block(a, data, is_key, target);
+        return target;
+    }
+
+    // First key that query `position` (counted from the start of the cache) does not see.
+    static int64_t key_limit(int64_t context_length, int64_t position) {
+        return greater(context_length, position + 1);
+    }
+
+    static void store_weights(Element* target, Vector weights) {
+        if constexpr (kBf16)
+            weights.store_bf16(target);
+        else
+            weights.store(target);
+    }
+
+    // One row of scores -> weights 2^(score - row_max); updates the running maximum and sum, returns the factor by
+    // which what was summed before shrinks.
+    static float softmax_row(float* scores, Element* weights, const Panel& panel, int64_t count, int64_t limit,
+                             float scale, float& row_max, float& row_sum) {
+        for (int64_t b = 0; b < count; b++) {
+            float* s = scores + b * kBlockTokens;
+            if (panel.key_scales[b])
+                for (int64_t j = 0; j < kBlockTokens; j++) s[j] *= panel.key_scales[b][j];
+            const int64_t before = lesser<int64_t>(greater<int64_t>(limit - panel.first_token[b], 0), kBlockTokens);
+            const uint32_t visible =
+                panel.visible[b] & (before == kBlockTokens ? ~0u : (static_cast<uint32_t>(1) << before) - 1);
+            if (visible != ~0u)
+                for (int64_t j = 0; j < kBlockTokens; j++) s[j] = (visible >> j & 1) ? s[j] : kHidden;
+        }
+        const int64_t length = count * kBlockTokens;
+        Vector largest = Vector::load(scores);
+        for (int64_t j = Vector::kLanes; j < length; j += Vector::kLanes)
+            largest = Vector::maximum(largest, Vector::load(scores + j));
+        const float new_max = greater(row_max, largest.max_lane() * scale);
+        if (new_max == kHidden) {  // nothing visible so far
+            std::memset(weights, 0, length * sizeof(Element));
+            return 1.0f;
+        }
+        const Vector factor = Vector::all(scale), shift = Vector::all(-new_max);
+        Vector sum = Vector::all(0.0f);
+        for (int64_t j = 0; j < length; j += Vector::kLanes) {
+            const Vector w =
+                Vector::template exp2<kBf16 ? 4 : 6>(Vector::multiply_add(Vector::load(scores + j), factor, shift));
+            sum = Vector::add(sum, w);
+            if (panel.value_scales[0])
+                store_weights(weights + j, Vector::multiply(w, Vector::load(panel.value_scales[j / kBlockTokens] +
+                                                                            j % kBlockTokens)));
+            else
+                store_weights(weights + j, w);
+        }
+        const float shrink = row_max == new_max ? 1.0f : std::exp2(row_max - new_max);
+        row_sum = row_sum * shrink + sum.sum_lanes();
+        row_max = new_max;
+        return shrink;
+    }
+
+    static void attend(const AttentionArguments& a, const AttendTask& task, void* memory) {
+        const int64_t head_dim = a.head_dim, group = a.num_attention_heads / a.num_key_value_heads;
+        const int64_t rows = (task.last_query - task.first_query) * group;
+        const int64_t padded_rows = round_up(rows, Products::kRowMultiple);
+        const int64_t context_length = a.context_length ? a.context_length[task.batch] : 0;
+        const float scale = a.scale * 1.44269504f;  // the softmax runs on powers of two
+        Scratch scratch(a, rows, memory);
+        load_queries(a, task, group, rows, padded_rows, scratch);
+        std::memset(scratch.output, 0, padded_rows * head_dim * 4);
+        fill(scratch.row_max, scratch.row_max + rows, kHidden);
+        fill(scratch.row_sum, scratch.row_sum + rows, 0.0f);
+
+        typename Products::Session session;
+        const int64_t end = lesser(
+            task.last_block,
+            (key_limit(context_length, a.past_length + task.last_query - 1) + kBlockTokens - 1) / kBlockTokens);
+        for (int64_t block = task.first_block; block < end;) {
+            Panel panel;
+            for (; block < end && panel.count < kPanelBlocks; block++) {
+                if (task.blocks[block].visible == 0) continue;
+                const int64_t i = panel.count++;
+                panel.first_token[i] = block * kBlockTokens;
+                panel.visible[i] = task.blocks[block].visible;
+                panel.keys[i] = readable(a, task, block, true, scratch, i, &panel.key_scales[i]);
+                panel.values[i] =
+                    readable(a, task, block, false, scratch, kPanelBlocks + i, &panel.value_scales[i]);
+            }
+            for (int64_t first = 0; first < rows; first += kRowGroup) {
+                const int64_t last = lesser(first + kRowGroup, rows);
+                const int64_t furthest =
+                    key_limit(context_length, a.past_length + task.first_query + (last - 1) / group);
+                int64_t count = panel.count;
+                while (count > 0 && panel.first_token[count - 1] >= furthest) count--;
+                if (count == 0) continue;
+                attend_rows(session, a, task, panel, count, first, last, group, context_length, scale, scratch);
+            }
+        }
+        write_results(a, task, group, rows, scratch);
+    }
+
+private:
+    static void attend_rows(typename Products::Session& session, const AttentionArguments& a, const AttendTask& task,
+                            const Panel& panel, int64_t count, int64_t first, int64_t last, int64_t group,
+                            int64_t context_length, float scale, Scratch& scratch) {
+        const int64_t head_dim = a.head_dim, padded = round_up(last - first, Products::kRowMultiple);
+        Products::scores(session, scratch.query + first * head_dim, padded, panel.keys, count, head_dim,
+                         scratch.scores, kPanelTokens);
+        for (int64_t r = first; r < last; r++) {
+            const int64_t limit = key_limit(context_length, a.past_length + task.first_query + r / group);
+            const float shrink =
+                softmax_row(scratch.scores + (r - first) * kPanelTokens, scratch.weights + (r - first) * kPanelTokens,
+                            panel, count, limit, scale, scratch.row_max[r], scratch.row_sum[r]);
+            if (shrink == 1.0f) continue;
+            float* output = scratch.output + r * head_dim;
+            const Vector factor = Vector::all(shrink);
+            for (int64_t d = 0; d < head_dim; d += Vector::kLanes)
+                Vector::multiply(Vector::load(output + d), factor).store(output + d);
+        }
+        for (int64_t r = last - first; r < padded; r++)
+            std::memset(scratch.weights + r * kPanelTokens, 0, kPanelTokens * sizeof(Element));
+        Products::accumulate(session, scratch.weights, kPanelTokens, padded, panel.values, count, head_dim,
+                             scratch.output + first * head_dim);
+    }
+
+    static void load_queries(const AttentionArguments& a, const AttendTask& task, int64_t group, int64_t rows,
+                             int64_t padded_rows, Scratch& scratch) {
+        const int64_t head_dim = a.head_dim;
+        alignas(64) float row[kMaxHeadDim];
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t token = task.first_query + r / group, head = task.kv_head * group + r % group;
+            load_rotated(a, a.query, (task.batch * a.query_length + token) * a.query_stride + head * head_dim,
+                         a.rotary_dim ? rotary_row(a, a.cos, task.batch, token) : nullptr,
+                         a.rotary_dim ? rotary_row(a, a.sin, task.batch, token) : nullptr, row);
+            Element* query = scratch.query + r * head_dim;
+            for (int64_t d = 0; d < head_dim; d += Vector::kLanes)
+                store_weights(query + d, Vector::load(row + d));
+        }
+        std::memset(scratch.query + rows * head_dim, 0, (padded_rows - rows) * head_dim * sizeof(Element));
+    }
+
+    static void write_results(const AttentionArguments& a, const AttendTask& task, int64_t group, int64_t rows,
+                              Scratch& scratch) {
+        const int64_t head_dim = a.head_dim;
+        if (task.partial_output) {
+            std::memcpy(task.partial_output, scratch.output, rows * head_dim * 4);
+            std::memcpy(task.partial_max, scratch.row_max, rows * 4);
+            std::memcpy(task.partial_sum, scratch.row_sum, rows * 4);
+            return;
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t token = task.first_query + r / group, head = task.kv_head * group + r % group;
+            const int64_t offset =
+                ((task.batch * a.query_length + token) * a.num_attention_heads + head) * head_dim;
+            const float* source = scratch.output + r * head_dim;
+            const float inverse = scratch.row_sum[r] > 0 ? 1.0f / scratch.row_sum[r] : scratch.row_sum[r];
+            if (a.activation_type == ActivationType::f32) {
+                float* __restrict target = static_cast<float*>(a.output) + offset;
+                for (int64_t d = 0; d < head_dim; d++) target[d] = source[d] * inverse;
+            } else {
+                uint16_t* __restrict target = static_cast<uint16_t*>(a.output) + offset;
+                for (int64_t d = 0; d < head_dim; d++) target[d] = to_bf16(source[d] * inverse);
+            }
+        }
+    }
+};
+
+template <class Products, class Vector>
+const Kernels* make_kernels(const char* name) {
+    using F = Flash<Products, Vector>;
+    static const Kernels kernels{name, append_tokens, F::scratch_bytes, F::attend, F::accepts};
+    return &kernels;
+}
+
+}  // namespace
+}  // namespace optimum_chatglm_ov

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// f32 vectors of one instruction set each. Included by one source file per instruction set, compiled with its own
+// flags: everything has internal linkage, so that the linker never merges code of different instruction sets.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#    include <immintrin.h>
+#endif
+
+namespace optimum_chatglm_ov {
+namespace {
+
+inline float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+// Round to nearest even; a NaN stays a NaN.
+inline uint16_t to_bf16(float value) {
+    const uint32_t bits = as_bits(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+inline float from_bf16(uint16_t value) {
+    return as_float(static_cast<uint32_t>(value) << 16);
+}
+
+// Coefficients of 2^f = sum (ln 2)^i / i! f^i. On |f| <= 1/2 degree 6 leaves 1.2e-7 and degree 4 leaves 4.5e-5.
+constexpr float kExp2[] = {1.0f,           0.693147181f,   0.240226507f,  0.0555041087f,
+                           0.00961812911f, 0.00133335581f, 0.000154035304f};
+
+struct PortableVector {
+    static constexpr int kLanes = 8;
+    float lane[kLanes];
+
+    static PortableVector load(const float* p) {
+        PortableVector r;
+        std::memcpy(r.lane, p, sizeof(r.lane));
+        return r;
+    }
+    static PortableVector all(float x) {
+        PortableVector r;
+        for (float& v : r.lane) v = x;
+        return r;
+    }
+    void store(float* p) const { std::memcpy(p, lane, sizeof(lane)); }
+    static PortableVector multiply(PortableVector a, PortableVector b) {
+        for (int i = 0; i < kLanes; i++) a.lane[i] *= b.lane[i];
+        return a;
+    }
+    static PortableVector add(PortableVector a, PortableVector b) {
+        for (int i = 0; i < kLanes; i++) a.lane[i] += b.lane[i];
+        return a;
+    }
+    static PortableVector multiply_add(PortableVector a, PortableVector b, PortableVector c) {
+        for (int i = 0; i < kLanes; i++) c.lane[i] += a.lane[i] * b.lane[i];
+        return c;
+    }
+    static PortableVector maximum(PortableVector a, PortableVector b) {
+        for (int i = 0; i < kLanes; i++) a.lane[i] = a.lane[i] < b.lane[i] ? b.lane[i] : a.lane[i];
+        return a;
+    }
+    float max_lane() const {
+        float m = lane[0];
+        for (float v : lane) m = m < v ? v : m;
+        return m;
+    }
+    float sum_lanes() const {
+        float s = 0;
+        for (float v : lane) s += v;
+        return s;
+    }
+    // 2^x for x <= 0; exactly 0 below -126.5.
+    template <int kDegree>
+    static PortableVector exp2(PortableVector x) {
+        for (float& v : x.lane) {
+            const float clamped = v < -127.0f ? -127.0f : v;
+            const float whole = clamped == clamped ? std::nearbyint(clamped) : 0.0f;
+            const float f = clamped - whole;
+            float p = kExp2[kDegree];
+            for (int i = kDegree - 1; i >= 0; i--) p = p * f + kExp2[i];
+            v = p * as_float(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
+        }
+        return x;
+    }
+    void store_bf16(uint16_t* p) const {
+        for (int i = 0; i < kLanes; i++) p[i] = to_bf16(lane[i]);
+    }
+};
+
+#if defined(__AVX2__) && defined(__FMA__)
+struct Avx2Vector {
+    static constexpr int kLanes = 8;
+    __m256 v;
+
+    static Avx2Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static Avx2Vector all(float x) { return {_mm256_set1_ps(x)}; }
+    void store(float* p) const { _mm256_storeu_ps(p, v); }
+    static Avx2Vector multiply(Avx2Vector a, Avx2Vector b) { return {_mm256_mul_ps(a.v, b.v)}; }
+    static Avx2Vector add(Avx2Vector a, Avx2Vector b) { return {_mm256_add_ps(a.v, b.v)}; }
+    static Avx2Vector multiply_add(Avx2Vector a, Avx2Vector b, Avx2Vector c) {
+        return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+    }
+    static Avx2Vector maximum(Avx2Vector a, Avx2Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
+    float max_lane() const {
+        __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+        return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+    }
+    float sum_lanes() const {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+    }
+    template <int kDegree>
+    static Avx2Vector exp2(Avx2Vector x) {
+        const __m256 clamped = _mm256_max_ps(_mm256_set1_ps(-127.0f), x.v);  // in this order a NaN stays
+        const __m256 whole = _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m256 f = _mm256_sub_ps(clamped, whole);
+        __m256 p = _mm256_set1_ps(kExp2[kDegree]);
+        for (int i = kDegree - 1; i >= 0; i--) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2[i]));
+        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+        return {_mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+    }
+};
+#endif
+
+#if defined(__AVX512F__)
+struct Avx512Vector {
+    static constexpr int kLanes = 16;
+    __m512 v;
+
+    static Avx512Vector load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Avx512Vector all(float x) { return {_mm512_set1_ps(x)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, v); }
+    static Avx512Vector multiply(Avx512Vector a, Avx512Vector b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    static Avx512Vector add(Avx512Vector a, Avx512Vector b) { return {_mm512_add_ps(a.v, b.v)}; }
+    static Avx512Vector multiply_add(Avx512Vector a, Avx512Vector b, Avx512Vector c) {
+        return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+    }
+    static Avx512Vector maximum(Avx512Vector a, Avx512Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
+    float max_lane() const { return _mm512_reduce_max_ps(v); }
+    float sum_lanes() const { return _mm512_reduce_add_ps(v); }
+    template <int kDegree>
+    static Avx512Vector exp2(Avx512Vector x) {
+        // Below -126.5 to zero, as on the other instruction sets: no denormal weights.
+        const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-127.0f), x.v);  // in this order a NaN stays
+        const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512 f = _mm512_sub_ps(clamped, whole);
+        __m512 p = _mm512_set1_ps(kExp2[kDegree]);
+        for (int i = kDegree - 1; i >= 0; i--) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[i]));
+        const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
+        return {_mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)))};
+    }
+#    if defined(__AVX512BF16__)
+    void store_bf16(uint16_t* p) const {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+#    endif
+};
+#endif
+
+}  // namespace
+}  // namespace optimum_chatglm_ov

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ChatGLMAttention` as a graph node, and the layout of its caches."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+
+import openvino as ov
+from openvino.utils.node_factory import NodeFactory
+
+from .build import extension_path
+
+
+BLOCK_TOKENS = 32
+"""Tokens of one cache block; a cache is u8 `[rows, num_key_value_heads, blocks, cache_block_bytes]`."""
+
+CACHE_PRECISIONS = ("bf16", "i8", "f32")
+
+
+def cache_block_bytes(cache_precision: str, head_dim: int) -> int:
+    """Bytes of the keys, or of the values, of `BLOCK_TOKENS` tokens of one head; i8 has one f32 scale a token."""
+    token_bytes = {"bf16": 2 * head_dim, "i8": head_dim + 4, "f32": 4 * head_dim}
+    return BLOCK_TOKENS * token_bytes[cache_precision]
+
+
+@functools.lru_cache(maxsize=1)
+def _factory() -> NodeFactory:
+    factory = NodeFactory("opset13")
+    factory.add_extension(os.fspath(extension_path()))
+    return factory
+
+
+def chatglm_attention(
+    inputs: Sequence[ov.Output],
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    scale: float,
+    cache_precision: str = "bf16",
+) -> ov.Node:
+    """The operation on its eleven inputs, in this order:
+
+    query `[B, L, num_attention_heads * head_dim]`, key and value `[B, L, num_key_value_heads * head_dim]`, f32 or
+    bf16; cos and sin f32 `[B or 1, (1,) L, rotary_dim]`; key_cache and value_cache u8, written in place; past_length
+    i32 `[1]`; beam_table i32 `[B, at least past]`; attention_mask i32 `[B, past + L]`; context_length i32 `[B]`.
+    The output has query's shape; a query that sees no key gives zeros.
+    Raises `NativeBuildError` without the native library and `RuntimeError` when an input does not fit.
+    """
+    attributes = {
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+        "scale": float(scale),
+        "cache_precision": cache_precision,
+    }
+    return _factory().create("ChatGLMAttention", list(inputs), attributes)

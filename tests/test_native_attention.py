@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused attention operation inside OpenVINO, against float64 numpy, on every instruction set of this CPU."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import openvino as ov
+import pytest
+from native.attention_reference import Sequence, Shape, attention_model, compile_attention, relative_error
+
+from optimum_chatglm_ov.native import instruction_sets, load
+
+
+SETS = instruction_sets()
+TOLERANCE = {"f32": 2e-5, "bf16": 1e-2, "i8": 2e-2}
+LAYERS = [
+    Shape(32, 2, 128, 64),  # chatglm2, chatglm3, glm-4
+    Shape(32, 32, 128, 128),  # chatglm-6b
+    Shape(4, 2, 16, 8),
+    Shape(8, 8, 64, 32),
+]
+LAYER_NAMES = ["chatglm3", "chatglm-6b", "tiny", "head_dim-64"]
+
+
+@pytest.fixture
+def use(monkeypatch):
+    return lambda name: monkeypatch.setenv("CHATGLM_OV_ISA", name)
+
+
+def takes(instruction_set: str, shape: Shape) -> bool:
+    if "bf16" in instruction_set and shape.cache_precision == "f32":
+        return False
+    return not instruction_set.startswith("amx") or (shape.head_dim % 32 == 0 and shape.cache_precision != "f32")
+
+
+def with_precision(shape: Shape, cache_precision: str) -> Shape:
+    return Shape(shape.heads, shape.kv_heads, shape.head_dim, shape.rotary_dim, cache_precision)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=LAYER_NAMES)
+@pytest.mark.parametrize("cache_precision", ["bf16", "f32", "i8"])
+def test_prefill_decode_and_beams(layer, cache_precision, use):
+    shape = with_precision(layer, cache_precision)
+    request = compile_attention(shape).create_infer_request()
+    for name in SETS:
+        if not takes(name, shape):
+            continue
+        use(name)
+        rows = 3 if shape.heads < 32 else 2
+        sequence = Sequence(shape, rows, capacity=96, seed=len(name))
+        mask = np.ones((rows, 96))
+        mask[0, :5] = 0  # left padding
+        for step, length in enumerate([37, 1, 1, 9, 1]):
+            error = relative_error(*sequence.step(request, length, mask[:, : sequence.past + length]))
+            assert error <= TOLERANCE[cache_precision], (name, step, error)
+            sequence.reorder([rows - 1, *range(rows - 1)] if step % 2 else [0] * rows)
+            mask = mask[[rows - 1, *range(rows - 1)] if step % 2 else [0] * rows]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_bidirectional_prefix(name, use):
+    use(name)
+    shape = Shape(4, 4, 32, 32)
+    request = compile_attention(shape).create_infer_request()
+    sequence = Sequence(shape, 2, capacity=128)
+    context = np.array([50, 7])
+    for length in (70, 1, 12):
+        mask = np.ones((2, sequence.past + length))
+        assert relative_error(*sequence.step(request, length, mask, context)) <= 1e-2
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16", "f16"])
+def test_inference_precisions_of_the_plugin(precision):
+    shape = Shape(32, 2, 128, 64)
+    request = compile_attention(shape, precision).create_infer_request()
+    sequence = Sequence(shape, 1, capacity=64)
+    for length in (20, 1):
+        mask = np.ones((1, sequence.past + length))
+        assert relative_error(*sequence.step(request, length, mask)) <= 1e-2
+
+
+def test_long_past_and_split_keys():
+    shape = Shape(32, 2, 128, 64)
+    sequence = Sequence(shape, 1, capacity=4200)
+    request = compile_attention(shape, threads=2).create_infer_request()
+    sequence.append(request, 4090, np.ones((1, 4090)), np.zeros(1))
+    for length in (1, 5):
+        assert relative_error(*sequence.step(request, length, np.ones((1, sequence.past + length)))) <= 1e-2
+
+
+def test_queries_that_see_nothing_give_zeros():
+    shape = Shape()
+    request = compile_attention(shape).create_infer_request()
+    sequence = Sequence(shape, 2, capacity=32)
+    mask = np.ones((2, 10))
+    mask[0, :4] = 0
+    output, expected = sequence.step(request, 10, mask)
+    assert not output[0, :4].any() and output[1].any()
+    assert relative_error(output, expected) <= 1e-2
+
+
+def test_several_requests_and_threads_share_nothing():
+    shape = Shape(32, 2, 128, 64)
+    compiled = compile_attention(shape)
+    errors = []
+
+    def generate(seed: int) -> None:
+        request = compiled.create_infer_request()
+        sequence = Sequence(shape, 1, capacity=160, seed=seed)
+        for length in (100, 1, 1, 20, 1):
+            errors.append(relative_error(*sequence.step(request, length, np.ones((1, sequence.past + length)))))
+
+    threads = [threading.Thread(target=generate, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 30 and max(errors) <= 1e-2
+
+
+def test_model_with_the_operation_survives_saving(tmp_path):
+    shape = Shape()
+    ov.save_model(attention_model(shape), tmp_path / "model.xml")
+    core = ov.Core()
+    load(core)
+    request = core.compile_model(core.read_model(tmp_path / "model.xml"), "CPU").create_infer_request()
+    sequence = Sequence(shape, 2, capacity=32)
+    assert relative_error(*sequence.step(request, 8, np.ones((2, 8)))) <= 1e-2
+
+
+def test_what_does_not_fit_is_refused(use):
+    shape = Shape()
+    request = compile_attention(shape).create_infer_request()
+    with pytest.raises(RuntimeError, match="the cache holds 32 tokens, 40 are needed"):
+        Sequence(shape, 1, capacity=32).step(request, 40, np.ones((1, 40)))
+    with pytest.raises(RuntimeError, match="attention_mask must be"):
+        Sequence(shape, 1, capacity=32).step(request, 8, np.ones((1, 9)))
+    sequence = Sequence(shape, 1, capacity=32)
+    sequence.step(request, 8, np.ones((1, 8)))
+    sequence.beam_table[0, 3] = 7
+    with pytest.raises(RuntimeError, match=r"beam_table\[0, 3\] is 7, the cache has rows 0 to 0"):
+        sequence.step(request, 1, np.ones((1, 9)))
+    use("sse9")
+    with pytest.raises(RuntimeError, match="CHATGLM_OV_ISA: sse9 is not one of .*portable"):
+        Sequence(shape, 1, capacity=32).step(request, 8, np.ones((1, 8)))
+    with pytest.raises(RuntimeError, match="head_dim must be a multiple of 16"):
+        attention_model(Shape(head_dim=24))
+    with pytest.raises(RuntimeError, match="must be a multiple of num_key_value_heads"):
+        attention_model(Shape(heads=4, kv_heads=3))

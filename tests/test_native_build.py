@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building, caching and finding the native library; its kernels under the sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import openvino as ov
+import pytest
+
+from optimum_chatglm_ov.native import NativeBuildError, build, build_native, extension_path
+
+
+KERNELS = build.SOURCE_DIR / "kernels"
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHATGLM_OV_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pretend_compile(monkeypatch):
+    """Stands in for the compiler run alone, where a test is about what happens around it."""
+    runs = []
+
+    def compile_to(target: Path) -> None:
+        runs.append(target)
+        target.write_bytes(b"library")
+
+    monkeypatch.setattr(build, "_compile", compile_to)
+    return runs
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("CHATGLM_OV_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_dir() == tmp_path / "optimum_chatglm_ov"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build.cache_dir() == tmp_path / "home" / ".cache" / "optimum_chatglm_ov"
+    monkeypatch.setenv("CHATGLM_OV_CACHE", str(tmp_path / "own"))
+    assert build.cache_dir() == tmp_path / "own"
+
+
+def test_built_once_then_cached(cache, pretend_compile, capfd):
+    path = build_native()
+    assert path == build_native() and len(pretend_compile) == 1
+    assert capfd.readouterr().err.count("Building the fused attention") == 1
+    assert build_native(force=True) == path and len(pretend_compile) == 2
+
+
+def test_key_follows_openvino_compiler_and_sources(cache, monkeypatch, tmp_path):
+    paths = {build.built_path()}
+    monkeypatch.setattr(ov, "get_version", lambda: "2031.0.0-1")
+    paths.add(build.built_path())
+    monkeypatch.setattr(build, "_compiler_version", lambda compiler: "another compiler 99")
+    paths.add(build.built_path())
+    copy = shutil.copytree(build.SOURCE_DIR, tmp_path / "native")
+    (copy / "kernels" / "vector.hpp").write_text("// changed\n")
+    monkeypatch.setattr(build, "SOURCE_DIR", copy)
+    paths.add(build.built_path())
+    assert len(paths) == 4
+
+
+def test_library_carried_by_the_package_comes_first(cache, pretend_compile, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "SOURCE_DIR", shutil.copytree(build.SOURCE_DIR, tmp_path / "native"))
+    assert extension_path() == build.built_path()
+    carried = build.prebuilt_path()
+    carried.parent.mkdir(parents=True)
+    carried.write_bytes(b"library")
+    assert extension_path() == carried
+
+
+def test_two_processes_build_once(cache):
+    code = (
+        "import time, pathlib; from optimum_chatglm_ov.native import build\n"
+        "def slow(target):\n"
+        "    assert not target.exists(); time.sleep(1); target.write_bytes(b'library'); print('built')\n"
+        "build._compile = slow; print(build.build_native())"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(map(len, outputs)) == [1, 2]  # one of them printed "built"
+
+
+def test_missing_tools_are_named(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NativeBuildError, match=r"no C\+\+ compiler found"):
+        build_native()
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho compiler 1.0\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NativeBuildError, match="pip install cmake"):
+        build_native()
+    cmake = tmp_path / "cmake"
+    cmake.write_text("#!/bin/sh\necho 'fatal error: out of paper'\nexit 3\n")
+    cmake.chmod(0o755)
+    with pytest.raises(NativeBuildError, match="(?s)returned 3.*out of paper"):
+        build_native()
+    monkeypatch.setattr(build.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    if not Path("/usr/include/oneapi/tbb/parallel_for.h").exists():
+        with pytest.raises(NativeBuildError, match="pip install .tbb-devel"):
+            build_native()
+    assert not list(cache.rglob("*.so")) and not list(cache.rglob(".build-*"))
+
+
+def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CHATGLM_OV_CACHE", str(tmp_path / "file"))
+    with pytest.raises(NativeBuildError, match="set CHATGLM_OV_CACHE to a writable folder"):
+        build_native()
+
+
+def test_library_of_another_openvino_is_refused(cache, monkeypatch, tmp_path):
+    from optimum_chatglm_ov import native
+
+    broken = tmp_path / "libbroken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "extension_path", lambda: broken)
+    with pytest.raises(NativeBuildError, match="does not load .*libbroken.so"):
+        native.load(ov.Core())
+
+
+def test_kernels_under_the_sanitizers(tmp_path):
+    """Random shapes and masks on every instruction set, checked for bad addresses and undefined behaviour."""
+    compiler = build._compiler()
+    flags = ["-std=c++17", "-g1", "-Wno-maybe-uninitialized", f"-I{KERNELS}"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    avx512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    own_flags = {
+        "kernels_avx2": ["-mavx2", "-mfma"],
+        "kernels_avx512": avx512,
+        "kernels_avx512_bf16": [*avx512, "-mavx512bf16"],
+    }
+    if build.platform.machine() != "x86_64":
+        own_flags = {}
+    compilers = [
+        subprocess.Popen(
+            [compiler, *flags, "-O1", *sanitize, *own_flags.get(source.stem, []), "-c", source],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for source in sorted(KERNELS.glob("*.cpp"))
+    ]
+    for process in compilers:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    # The reference needs no checks, only speed; its buffers are watched all the same.
+    fuzz = HERE / "native" / "fuzz_attention.cpp"
+    subprocess.run([compiler, *flags, "-O2", "-c", fuzz, "-o", tmp_path / "fuzz.o"], check=True)
+    subprocess.run([compiler, *sanitize, *tmp_path.glob("*.o"), "-o", tmp_path / "fuzz", "-lpthread"], check=True)
+    result = subprocess.run(
+        [tmp_path / "fuzz", "20", "16", "60"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "portable: 16 problems" in result.stdout and "amx-model: 16 problems" in result.stdout
