@@ -45,8 +45,9 @@ def main() -> None:
             process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(process.stdout.splitlines()[-1])
             seconds, written = found["seconds"], size(Path(folder) / "export")
+            memory = f"{found['peak']:.2f} | {found['imports']:.2f}"
             print(
-                f"| {weight_format} | {written:.2f} | {found['peak']:.2f} | {found['imports']:.2f} | {seconds:.1f} | {seconds / copy_time:.1f} |",
+                f"| {weight_format} | {written:.2f} | {memory} | {seconds:.1f} | {seconds / copy_time:.1f} |",
                 flush=True,
             )
             shutil.rmtree(f"{folder}/export")
