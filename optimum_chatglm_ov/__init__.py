@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ChatGLM, every generation, on OpenVINO: a plugin of optimum-intel.
 
-Importing it makes `AutoConfig`, `AutoTokenizer`, `AutoModelForCausalLM` and pipelines know ChatGLM checkpoints, original
-and exported, without remote code.
+Importing it makes `AutoConfig`, `AutoTokenizer`, `AutoModelForCausalLM` and pipelines know ChatGLM checkpoints,
+original and exported, without remote code.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +16,9 @@ AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
 tokenization.register(ChatGLMConfig)
 remote_code.replace_remote_code(AutoConfig, AutoTokenizer, AutoModelForCausalLM)
 
+from .chat import ToolCallError  # noqa: E402
 from .export import export_model  # noqa: E402  the modules below read checkpoints through the classes above
+from .hub import DownloadError  # noqa: E402
 from .modeling import OVChatGLMForCausalLM  # noqa: E402
 from .tokenization import (  # noqa: E402
     ChatGLM1Tokenizer,
@@ -43,7 +45,9 @@ __all__ = [
     "ChatGLMTokenizer",
     "CheckpointError",
     "ContextLengthError",
+    "DownloadError",
     "ExportError",
     "OVChatGLMForCausalLM",
+    "ToolCallError",
     "export_model",
 ]

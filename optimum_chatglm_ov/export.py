@@ -91,6 +91,7 @@ def export_model(
         local_files_only=local_files_only,
         force_download=force_download,
         subfolder=subfolder,
+        export=True,
     )
     tokenizer = _load_tokenizer(source)
     config = load_config(source, rope_ratio_type, tokenizer)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,7 +124,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         dtype = kwargs.pop("torch_dtype", dtype)
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
-        source = resolve_checkpoint(model_id, subfolder=subfolder, **hub_arguments)
+        source = resolve_checkpoint(model_id, subfolder=subfolder, export=bool(export), **hub_arguments)
         has_ir = has_openvino_model(source)
         if export is False and not has_ir:
             raise FileNotFoundError(
@@ -136,7 +135,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         if export or not has_ir:
             if compile_only:
                 raise ValueError(
-                    "`compile_only` loads an IR and cannot export; run `chatglm-ov export` (or `save_pretrained`) first."
+                    "`compile_only` loads an IR and cannot export; run `chatglm-ov export` or `save_pretrained` first."
                 )
             if quantization_config is None and load_in_8bit:
                 quantization_config = {"bits": 8}
@@ -346,7 +345,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 AutoTokenizer.from_pretrained(source).save_pretrained(folder)
             self.save_model_card(folder)
         if push_to_hub:
-            return self.push_to_hub(os.fspath(save_directory), **kwargs)
+            return self.push_to_hub(Path(save_directory), **kwargs)
 
 
 def _with_logits_to_keep(model: ov.Model) -> ov.Model:

@@ -224,3 +224,11 @@ def test_large_models_are_int8_by_default():
     assert (settings.bits, settings.sym) == (8, True)
     assert resolve_config(config, None, None, 100_000_000) is None
     assert resolve_config(config, "original", None, 6_000_000_000) is None
+
+
+def test_original_weights_beside_an_ir(tmp_path):
+    """A folder with both: `export=True` takes the original weights, otherwise the IR is loaded."""
+    folder = shutil.copytree(SOURCE, tmp_path / "both", copy_function=shutil.copyfile)
+    export_model(folder, folder)
+    assert {"openvino_model.xml", "model.safetensors.index.json"} <= {file.name for file in folder.iterdir()}
+    assert export_model(folder, tmp_path / "again").joinpath("openvino_model.bin").is_file()
