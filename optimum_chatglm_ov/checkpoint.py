@@ -344,8 +344,8 @@ def open_shard(file: Path) -> Shard:
         return _SafetensorsShard(file) if file.suffix == ".safetensors" else _PickleShard(file)
     except Exception as error:  # torch.load and safetensors raise many types for a damaged or hostile file
         raise CheckpointError(
-            f"{file}: not a readable weight file ({file.stat().st_size} bytes): {_first_line(error)}. It is truncated, "
-            "damaged or holds more than tensors; download it again."
+            f"{file}: not a readable weight file ({file.stat().st_size} bytes): {_first_line(error)}. It is "
+            "truncated, damaged or holds more than tensors; download it again."
         ) from error
 
 
