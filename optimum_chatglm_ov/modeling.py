@@ -295,6 +295,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
 
         Raises:
             ContextLengthError: the prompt and the tokens to generate are more than the context length; nothing is run.
+            ValueError: assisted generation was asked for.
         """
         kwargs["attention_mask"], kwargs["position_ids"], layout = self._two_dimensional(
             kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -304,6 +305,11 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 del kwargs[name]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
+        if kwargs.get("assistant_model") is not None or settings.prompt_lookup_num_tokens:
+            raise ValueError(
+                "Assisted generation (`assistant_model`, `prompt_lookup_num_tokens`) is not supported: it needs to take "
+                "tokens back, and the key/value cache inside the model cannot. Leave these arguments out."
+            )
         if input_ids is not None:
             prompt = input_ids.shape[-1]
             if settings.max_new_tokens is not None:

@@ -195,6 +195,13 @@ def test_context_length(exact_model):
         model.generate(long)
 
 
+def test_assisted_generation_is_refused(exact_model):
+    model, ids = exact_model("chatglm3-6b"), torch.tensor([[5, 6, 7]])
+    for arguments in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        with pytest.raises(ValueError, match="Assisted generation .* not supported"):
+            model.generate(ids, max_new_tokens=4, do_sample=False, **arguments)
+
+
 def test_first_generation_needs_its_prompt_tokens(exact_model):
     with pytest.raises(ValueError, match=r"\[gMASK\].*<sop>"):
         exact_model("chatglm-6b-3layer-untied")(torch.tensor([[10, 11, 12]]))

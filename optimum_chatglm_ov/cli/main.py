@@ -18,6 +18,7 @@ from .arguments import UsageError
 SUBCOMMANDS = (
     ("chat", "chat", "talk to a model in the terminal"),
     ("export", "export", "export a checkpoint to OpenVINO"),
+    ("compare", "compare", "compare two models on a text"),
 )
 
 
