@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pass from the portable stateful graph to the fused one, and what a fused graph says about its caches.
+
+Before, in every layer: heads split, rotary embedding, state variables for keys and values reordered by `beam_idx`, key
+and value heads repeated, `ScaledDotProductAttention` with an L x S mask. After: one `ChatGLMAttention` whose caches are
+u8 inputs of the model, bound by `FusedAttentionState`. The pass finds the former by its structure; a model it does not
+recognise completely is left as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from openvino import Node, Output, Type
+from openvino import opset13 as ops
+
+from .operation import BLOCK_TOKENS, CACHE_PRECISIONS, cache_block_bytes, chatglm_attention
+
+
+logger = logging.getLogger(__name__)
+
+BEAM_TABLE = "beam_table"
+
+
+class _Unrecognised(Exception):
+    """Some part of the graph is not what the pass knows; the message says which."""
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The caches of a fused model: one key and one value input for each layer, all of one shape."""
+
+    layers: tuple[tuple[str, str], ...]
+    """Names of the key cache and value cache inputs."""
+    num_key_value_heads: int
+    head_dim: int
+    cache_precision: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache memory of one token of one batch row, all layers."""
+        token = cache_block_bytes(self.cache_precision, self.head_dim) // BLOCK_TOKENS
+        return 2 * len(self.layers) * self.num_key_value_heads * token
+
+    def shape(self, rows: int, blocks: int) -> tuple[int, int, int, int]:
+        """Shape of one cache, u8."""
+        return rows, self.num_key_value_heads, blocks, cache_block_bytes(self.cache_precision, self.head_dim)
+
+
+@dataclass
+class _Rotary:
+    states: Node  # [B, H, L, D], before the rotation
+    cos: Output
+    sin: Output
+
+
+@dataclass
+class _Layer:
+    attention: Node  # ScaledDotProductAttention
+    merged: Node  # [B, L, H * D]
+    query: Output  # [B, L, H * D]
+    key: Output
+    value: Output
+    cos: Output
+    sin: Output
+    assignments: list[Node]
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    scale: float
+
+
+def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> bool:
+    """Replaces the attention of every layer of `model`, in place; `False` (and one log line) leaves it untouched.
+
+    The fused model keeps its inputs and outputs and gains i32 `beam_table` `[B, capacity]` and u8 `key_cache.<i>`,
+    `value_cache.<i>`; of its state only v1's prompt layout stays.
+
+    Args:
+        model: a stateful model of this package, of any weight format.
+        cache_precision: "bf16", "i8" (one scale for each token and head) or "f32".
+
+    Raises:
+        NativeBuildError: the native library is not there and cannot be built.
+        ValueError: an unknown cache precision.
+    """
+    if cache_precision not in CACHE_PRECISIONS:
+        raise ValueError(f"cache_precision must be one of {', '.join(CACHE_PRECISIONS)}, found {cache_precision!r}")
+    if cache_layout(model) is not None:
+        return True
+    try:
+        nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "ScaledDotProductAttention"]
+        if not nodes:
+            raise _Unrecognised("it has no ScaledDotProductAttention node")
+        layers = [_match_layer(node) for node in nodes]
+        mask = nodes[0].input_value(3)
+        if any(node.input_value(3) != mask for node in nodes):
+            raise _Unrecognised("its layers have different attention masks")
+        visible_to_all = _match_visible_to_all(mask.get_node(), model)
+    except _Unrecognised as reason:
+        logger.warning("Attention is not fused, the model runs on stock operations: %s.", reason)
+        return False
+    _replace(model, layers, visible_to_all, cache_precision)
+    return True
+
+
+def cache_layout(model: ov.Model) -> CacheLayout | None:
+    """The caches of a fused model, `None` for any other."""
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "ChatGLMAttention"]
+    if not nodes:
+        return None
+    layers = tuple(tuple(node.input_value(i).get_node().get_friendly_name() for i in (5, 6)) for node in nodes)
+    attributes = nodes[0].get_attributes()
+    return CacheLayout(
+        layers,
+        int(attributes["num_key_value_heads"]),
+        int(attributes["head_dim"]),
+        attributes["cache_precision"],
+    )
+
+
+def _source(node: Node, index: int = 0) -> Node:
+    return node.input_value(index).get_node()
+
+
+def _expect(node: Node, *types: str) -> Node:
+    if node.get_type_name() not in types:
+        raise _Unrecognised(f"{node.get_friendly_name()} is {node.get_type_name()}, not {' or '.join(types)}")
+    return node
+
+
+def _constant(node: Node) -> np.ndarray:
+    """The value of a constant, also of one that the IR stores in half precision."""
+    while node.get_type_name() == "Convert":
+        node = _source(node)
+    return _expect(node, "Constant").data
+
+
+def _match_channels(node: Node) -> tuple[Node, int, int]:
+    """A slice of the last axis: (whole, start, stop)."""
+    _expect(node, "Slice")
+    start, stop, step, axis = (int(_constant(_source(node, i)).ravel()[0]) for i in range(1, 5))
+    if step != 1 or axis not in (-1, 3):
+        raise _Unrecognised(f"{node.get_friendly_name()} is no slice of channels")
+    return _source(node), start, stop
+
+
+def _match_rotary(node: Node) -> _Rotary:
+    """`x * cos + concat(-x2, x1) * sin` over the first channels of a head, or over all."""
+    rotated, states = node, None
+    if node.get_type_name() == "Concat":  # the rest of the head passes through
+        rotated = _source(node, 0)
+        states, rotary_dim, _ = _match_channels(_source(node, 1))
+    _expect(rotated, "Add")
+    plain, turned = (_expect(_source(rotated, i), "Multiply") for i in (0, 1))
+    if _source(plain).get_type_name() == "Slice" and states is not None:
+        whole, start, stop = _match_channels(_source(plain))
+        if whole != states or (start, stop) != (0, rotary_dim):
+            raise _Unrecognised(f"{node.get_friendly_name()} does not put a head together again")
+    elif states is not None:
+        raise _Unrecognised(f"{node.get_friendly_name()} is no partial rotary embedding")
+    x = _source(plain)
+    halves = _expect(_source(turned), "Concat")
+    negated = _expect(_source(halves, 0), "Multiply")
+    second, half, rotary_dim = _match_channels(_source(negated))
+    first, start, stop = _match_channels(_source(halves, 1))
+    if not (second == first == x and start == 0 and stop == half and rotary_dim == 2 * half):
+        raise _Unrecognised(f"{turned.get_friendly_name()} is no half-split rotation")
+    if float(_constant(_source(negated, 1)).ravel()[0]) != -1.0:
+        raise _Unrecognised(f"{negated.get_friendly_name()} is no negation")
+    return _Rotary(x if states is None else states, plain.input_value(1), turned.input_value(1))
+
+
+def _match_heads(node: Node) -> Output:
+    """`[B, H, L, D]` made of `[B, L, H * D]`."""
+    if _constant(_source(_expect(node, "Transpose"), 1)).tolist() != [0, 2, 1, 3]:
+        raise _Unrecognised(f"{node.get_friendly_name()} does not split heads")
+    return _expect(_source(node), "Reshape").input_value(0)
+
+
+def _match_cache(node: Node) -> tuple[Node, Node]:
+    """State variable with new tokens appended, heads repeated or not: (new states `[B, G, L, D]`, Assign node)."""
+    if node.get_type_name() == "Reshape":
+        node = _source(_expect(_source(_expect(_source(node), "Broadcast")), "Unsqueeze"))
+    _expect(node, "Concat")
+    if node.get_attributes().get("axis") not in (2, -2):
+        raise _Unrecognised(f"{node.get_friendly_name()} does not append tokens")
+    reordered = _expect(_source(node, 0), "Gather")
+    variable = _expect(_source(reordered), "ReadValue")
+    if variable.get_input_size() and 0 not in (
+        d.get_length() for d in variable.input(0).get_partial_shape() if d.is_static
+    ):
+        raise _Unrecognised(f"state {variable.get_friendly_name()} does not start empty (a P-Tuning prefix)")
+    assignments = [
+        target.get_node()
+        for target in node.output(0).get_target_inputs()
+        if target.get_node().get_type_name() == "Assign"
+    ]
+    if len(assignments) != 1:
+        raise _Unrecognised(f"{node.get_friendly_name()} is not what one state variable keeps")
+    return _source(node, 1), assignments[0]
+
+
+def _match_layer(attention: Node) -> _Layer:
+    if attention.get_input_size() < 4 or attention.get_attributes().get("causal"):
+        raise _Unrecognised(f"{attention.get_friendly_name()} has no explicit mask")
+    query = _match_rotary(_source(attention, 0))
+    key_states, key_assignment = _match_cache(_source(attention, 1))
+    value_states, value_assignment = _match_cache(_source(attention, 2))
+    key = _match_rotary(key_states)
+    if key.cos != query.cos or key.sin != query.sin:
+        raise _Unrecognised(f"{attention.get_friendly_name()} rotates queries and keys by different angles")
+    consumers = [target.get_node() for target in attention.output(0).get_target_inputs()]
+    if len(consumers) != 1 or consumers[0].get_type_name() != "Transpose":
+        raise _Unrecognised(f"{attention.get_friendly_name()} is not followed by a transpose")
+    merged = [target.get_node() for target in consumers[0].output(0).get_target_inputs()]
+    if len(merged) != 1 or merged[0].get_type_name() != "Reshape":
+        raise _Unrecognised(f"the heads of {attention.get_friendly_name()} are not merged")
+    heads, head_dim = (attention.input(0).get_partial_shape()[i].get_length() for i in (1, 3))
+    groups = key_states.output(0).get_partial_shape()[1].get_length()
+    if head_dim % 16 or heads % groups:
+        raise _Unrecognised(f"head_dim {head_dim} is not a multiple of 16")
+    scale = head_dim**-0.5
+    if attention.get_input_size() > 4:
+        scale = float(_constant(_source(attention, 4)).ravel()[0])
+    return _Layer(
+        attention,
+        merged[0],
+        _match_heads(query.states),
+        _match_heads(key.states),
+        _match_heads(value_states),
+        query.cos,
+        query.sin,
+        [key_assignment, value_assignment],
+        heads,
+        groups,
+        head_dim,
+        scale,
+    )
+
+
+def _unwrap(node: Node) -> Node:
+    while node.get_type_name() == "Unsqueeze":
+        node = _source(node)
+    return node
+
+
+def _match_visible_to_all(mask: Node, model: ov.Model) -> Node | None:
+    """Boolean `[B, S]`: keys that every query sees; `None` where the mask is causal only."""
+    visible = _expect(_source(_expect(mask, "Select")), "LogicalAnd")
+    kept = _expect(_unwrap(_source(visible, 1)), "NotEqual")
+    if _source(kept) != model.input("attention_mask").get_node():
+        raise _Unrecognised(f"{kept.get_friendly_name()} does not read attention_mask")
+    rule = _unwrap(_source(visible, 0))
+    if rule.get_type_name() == "LogicalOr":
+        _expect(_unwrap(_source(rule, 0)), "LessEqual")
+        return _unwrap(_source(rule, 1))
+    _expect(rule, "LessEqual")
+    return None
+
+
+def _parameter(name: str, shape: list[int], element_type: Type) -> Node:
+    parameter = ops.parameter(ov.PartialShape(shape), element_type, name=name)
+    parameter.output(0).set_names({name})
+    return parameter
+
+
+def _replace(model: ov.Model, layers: list[_Layer], visible_to_all: Node | None, cache_precision: str) -> None:
+    def axis(value: int) -> Node:
+        return ops.constant(np.array([value], dtype=np.int64))
+
+    input_ids, attention_mask = (model.input(name).get_node() for name in ("input_ids", "attention_mask"))
+    batch, new = (ops.gather(ops.shape_of(input_ids, "i32"), axis(i), axis(0)) for i in (0, 1))
+    past = ops.subtract(ops.gather(ops.shape_of(attention_mask, "i32"), axis(1), axis(0)), new)
+    mask = ops.convert(attention_mask, "i32")
+    if visible_to_all is None:
+        context_length = ops.broadcast(ops.constant(np.int32(0)), batch)
+    else:
+        # Positions never decrease along a row, so these keys are the first ones.
+        context_length = ops.reduce_sum(ops.convert(visible_to_all, "i32"), axis(1))
+    beam_table = _parameter(BEAM_TABLE, [-1, -1], Type.i32)
+    parameters = [beam_table]
+    for i, layer in enumerate(layers):
+        block = cache_block_bytes(cache_precision, layer.head_dim)
+        caches = [
+            _parameter(f"{kind}_cache.{i}", [-1, layer.num_key_value_heads, -1, block], Type.u8)
+            for kind in ("key", "value")
+        ]
+        parameters += caches
+        inputs = [layer.query, layer.key, layer.value, layer.cos, layer.sin]
+        inputs += [node.output(0) for node in (*caches, past, beam_table, mask, context_length)]
+        node = chatglm_attention(
+            inputs,
+            layer.num_attention_heads,
+            layer.num_key_value_heads,
+            layer.head_dim,
+            layer.scale,
+            cache_precision,
+        )
+        node.set_friendly_name(layer.attention.get_friendly_name())
+        for target in list(layer.merged.output(0).get_target_inputs()):
+            target.replace_source_output(node.output(0))
+    for layer in layers:
+        for assignment in layer.assignments:
+            variable = assignment.get_attributes()["variable_id"]
+            model.remove_sink(assignment)
+            model.remove_variable(model.get_variable_by_id(variable))
+    model.add_parameters(parameters)
+    model.validate_nodes_and_infer_types()

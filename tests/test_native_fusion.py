@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pass to the fused graph and the caches behind it: the originals' logits and tokens, beams, rollback, growth."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import pytest
+from conftest import EXACT, FLOATING, Golden
+
+from optimum_chatglm_ov.native import load
+from optimum_chatglm_ov.native.runtime import FusedAttentionState
+from optimum_chatglm_ov.native.transform import CacheLayout, cache_layout, fuse_attention
+
+
+class FusedModel:
+    """A fused model driven by hand."""
+
+    def __init__(self, folder, cache_precision="f32", config=EXACT, max_tokens=4096):
+        core = ov.Core()
+        load(core)
+        self.model = core.read_model(folder / "openvino_model.xml")
+        assert fuse_attention(self.model, cache_precision)
+        self.request = core.compile_model(self.model, "CPU", config).create_infer_request()
+        self.state = FusedAttentionState(self.request, cache_layout(self.model), max_tokens)
+
+    def reset(self):
+        self.state.reset()
+        self.request.reset_state()
+
+    def __call__(self, input_ids, attention_mask=None, beam_idx=None):
+        """f32 logits `[B, L, vocab]` of int64 `input_ids` `[B, L]` after what the caches hold."""
+        rows, new = input_ids.shape
+        if attention_mask is None:
+            attention_mask = np.ones((rows, self.state.past_length + new), np.int64)
+        if beam_idx is not None:
+            self.state.reorder(beam_idx)
+        self.state.prepare(rows, new)
+        positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+        inputs["beam_idx"] = np.arange(rows, dtype=np.int32) if beam_idx is None else np.array(beam_idx, np.int32)
+        names = {name for port in self.model.inputs for name in port.names}
+        self.request.infer({name: value for name, value in inputs.items() if name in names})
+        self.state.advance(new)
+        return self.request.get_tensor("logits").data.copy()
+
+
+@pytest.fixture(scope="module")
+def fused(exported):
+    models = {}
+
+    def make(name, cache_precision="f32", config=None):
+        key = name, cache_precision
+        if key not in models:
+            models[key] = FusedModel(exported(name), cache_precision, EXACT if config is None else config)
+        models[key].reset()
+        return models[key]
+
+    return make
+
+
+def mask_of(golden, case):
+    inputs = golden.inputs(case)
+    if "attention_mask" not in inputs:
+        return np.ones(inputs["input_ids"].shape, np.int64)
+    mask = inputs["attention_mask"]
+    return (mask if mask.dim() == 2 else (~mask[:, 0].all(dim=1)).long()).numpy()
+
+
+@pytest.mark.parametrize("name", FLOATING)
+def test_fused_graph_equals_the_original(name, fused):
+    golden, model = Golden(name), fused(name)
+    types = [node.get_type_name() for node in model.model.get_ops()]
+    assert "ScaledDotProductAttention" not in types
+    assert types.count("ReadValue") == (1 if name.startswith("chatglm-6b") else 0)  # v1's prompt layout stays
+    for case in ("single", "batch"):
+        model.reset()
+        mask = mask_of(golden, case)
+        logits = model(golden[f"{case}_input_ids"], mask)
+        kept = mask.astype(bool)
+        np.testing.assert_allclose(logits[kept], golden[f"{case}_logits"][kept], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("cache_precision", ["f32", "bf16", "i8"])
+def test_cached_steps(name, cache_precision, fused):
+    golden, model = Golden(name), fused(name, cache_precision)
+    for case in golden.cases("_logits", prefix="step_"):
+        model.reset()
+        tokens, mask = golden[f"{case}_input_ids"], mask_of(golden, case)
+        for step, expected in enumerate(golden[f"step_{case}_logits"]):
+            logits = model(tokens, mask)[:, -1]
+            if cache_precision == "f32":
+                np.testing.assert_allclose(logits, expected, atol=1e-3, rtol=0)
+            else:
+                error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+                assert error < {"bf16": 0.05, "i8": 0.15}[cache_precision], (case, step)
+            if step < len(golden[f"step_{case}_tokens"]):
+                tokens = golden[f"step_{case}_tokens"][step][:, None]
+                mask = np.concatenate([mask, np.ones((len(tokens), 1), np.int64)], axis=1)
+
+
+def greedy(model, prompt, new_tokens):
+    tokens, step = list(prompt), np.array([prompt])
+    for _ in range(new_tokens):
+        logits = model(step)[0, -1]
+        tokens.append(int(logits.argmax()))
+        step = np.array([tokens[-1:]])
+    return tokens
+
+
+@pytest.mark.parametrize("name", FLOATING)
+def test_greedy_tokens_are_the_original_ones(name, fused):
+    golden = Golden(name)
+    expected = golden["greedy_single"][0].tolist()
+    prompt = golden["single_input_ids"][0].tolist()
+    assert greedy(fused(name), prompt, len(expected) - len(prompt)) == expected
+
+
+def test_beams_fork_and_join_without_copies(fused):
+    model = fused("chatglm3-6b")
+    prompt = Golden("chatglm3-6b")["single_input_ids"][0].tolist()
+    model(np.array([prompt]))
+    caches = [tensor.data.copy() for tensor in model.state._caches.values()]
+    rows = [prompt[:] for _ in range(3)]
+    beam_idx, random = [0, 0, 0], np.random.default_rng(0)
+    for step in range(40):
+        rows = [rows[parent] + [int(random.integers(5, 600))] for parent in beam_idx]
+        logits = model(np.array([row[-1:] for row in rows]), beam_idx=beam_idx)
+        beam_idx = random.integers(0, 3, 3).tolist()
+        if step == 0:
+            for before, tensor in zip(caches, model.state._caches.values()):  # the prompt is still there once
+                used = len(prompt) // 32
+                assert (tensor.data[0, :, :used] == before[0, :, :used]).all()
+    model.reset()
+    full = model(np.array(rows))[:, -1]
+    np.testing.assert_allclose(logits[:, -1], full, atol=1e-4)
+    assert model.state._rows == 3
+
+
+def test_rollback_forgets_the_last_tokens(fused):
+    for name in ("chatglm3-6b", "chatglm-6b"):
+        model = fused(name)
+        prompt = Golden(name)["single_input_ids"]
+        model(prompt)
+        first = model(np.array([[11]]))
+        model(np.array([[7, 8, 9, 10, 300, 200]]))
+        model.state.rollback(7)
+        again = model(np.array([[11]]))
+        np.testing.assert_array_equal(first, again)
+        with pytest.raises(ValueError, match="cannot roll back 1000 tokens, the caches hold"):
+            model.state.rollback(1000)
+
+
+def test_caches_grow_up_to_the_context_length(exported):
+    model = FusedModel(exported("chatglm3-6b"), max_tokens=1200)
+    tokens = np.random.default_rng(0).integers(5, 600, (1, 1200))
+    sizes, parts = set(), []
+    for start in range(0, 1200, 100):
+        parts.append(model(tokens[:, start : start + 100]))
+        sizes.add(model.state.capacity)
+    assert len(sizes) <= 3 and max(sizes) <= 1216
+    with pytest.raises(ValueError, match="exceed the context length of 1200"):
+        model(tokens[:, :1])
+    model.reset()
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), model(tokens), atol=1e-4)
+    with pytest.raises(ValueError, match="the caches hold 1 rows, the call has 2"):
+        model.state.rollback(600)
+        model(tokens[:, :20].reshape(2, 10))
+    with pytest.raises(ValueError, match="beam_idx must name rows 0 to 0"):
+        model.state.reorder([1])
+
+
+def test_default_precision_and_half_precision_files(exported, tmp_path):
+    core = ov.Core()
+    source = core.read_model(exported("chatglm3-6b") / "openvino_model.xml")
+    ov.save_model(source, tmp_path / "openvino_model.xml", compress_to_fp16=True)
+    golden = Golden("chatglm3-6b")
+    for folder in (exported("chatglm3-6b"), tmp_path):
+        model = FusedModel(folder, "bf16", config={})
+        logits = model(golden["single_input_ids"])
+        expected = golden["single_logits"]
+        assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.05
+
+
+def test_fused_model_survives_saving(exported, tmp_path):
+    golden = Golden("chatglm3-6b")
+    model = FusedModel(exported("chatglm3-6b"))
+    ov.save_model(model.model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
+    again = FusedModel(tmp_path)  # fusing what is fused already changes nothing
+    assert cache_layout(again.model) == cache_layout(model.model)
+    np.testing.assert_allclose(again(golden["single_input_ids"]), golden["single_logits"], atol=1e-3)
+
+
+def test_unknown_models_are_left_alone(exported, caplog):
+    x = ops.parameter([-1, 4], ov.Type.f32)
+    plain = ov.Model([ops.relu(x)], [x], "plain")
+    with caplog.at_level(logging.WARNING):
+        assert not fuse_attention(plain)
+    assert "it has no ScaledDotProductAttention node" in caplog.text
+    assert cache_layout(plain) is None
+    model = ov.Core().read_model(exported("chatglm3-6b") / "openvino_model.xml")
+    before = sorted(node.get_type_name() for node in model.get_ops())
+    adds = [node for node in model.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
+    mask = adds[1].input_value(3)
+    adds[1].input(3).replace_source_output(ops.multiply(mask, np.float32(1)).output(0))
+    with caplog.at_level(logging.WARNING):
+        assert not fuse_attention(model)
+    assert "different attention masks" in caplog.text
+    assert sorted(node.get_type_name() for node in model.get_ops()) == sorted([*before, "Constant", "Multiply"])
+    with pytest.raises(ValueError, match="cache_precision must be one of bf16, i8, f32, found 'u4'"):
+        fuse_attention(model, "u4")
+
+
+def test_memory_of_the_real_models():
+    chatglm3 = CacheLayout((("k", "v"),) * 28, 2, 128, "bf16")
+    assert chatglm3.bytes_per_token == 28 * 2 * 2 * 128 * 2
+    assert CacheLayout((("k", "v"),) * 28, 32, 128, "i8").bytes_per_token == 28 * 2 * 32 * (128 + 4)
