@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 
@@ -40,6 +41,11 @@ def add_weight_format(parser: Any) -> None:
         choices=WEIGHT_FORMATS,
         help="precision of the weights (default: int8 above 10^9 parameters, else as in the checkpoint)",
     )
+
+
+def unicode_text(text: str) -> str:
+    """An argument that is UTF-8 whatever the locale says."""
+    return os.fsencode(text).decode("utf-8", "replace")
 
 
 def positive_integer(text: str) -> int:

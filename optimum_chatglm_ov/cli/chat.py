@@ -19,6 +19,7 @@ from .arguments import (
     hub_arguments,
     positive_integer,
     positive_number,
+    unicode_text,
 )
 
 
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `chatglm-ov chat`."""
     parser.add_argument("--model", metavar="MODEL", help="Hub id or folder, original or exported")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and leave (default: a conversation)")
+    parser.add_argument(
+        "--prompt", type=unicode_text, metavar="TEXT", help="answer this and leave (default: a conversation)"
+    )
     parser.add_argument(
         "--max-new-tokens", type=positive_integer, metavar="N", help="longest answer (default: what the context holds)"
     )

@@ -62,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--all-layers", action="store_true", default=None, help="4-bit embedding and output layer as well"
     )
     weights.add_argument(
-        "--dataset", metavar="TEXT", help="for the methods below: a text file, wikitext2, c4, c4-new or gsm8k"
+        "--dataset", metavar="TEXT", help="for the methods below: a text file, wikitext2, c4 or c4-new"
     )
     weights.add_argument("--num-samples", type=positive_integer, metavar="N", help="texts to take from the data set")
     weights.add_argument("--awq", action="store_true", help="activation-aware scaling of weights")

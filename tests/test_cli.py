@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands `chatglm-ov` and `optimum-cli export chatglm-ov`."""
+
+import argparse
+import importlib.util
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import transformers
+from transformers import AutoTokenizer
+
+import optimum_chatglm_ov
+from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.cli import conversation
+from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
+from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
+
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = Path(__file__).parent / "data" / "models"
+CHATGLM3 = str(MODELS / "chatglm3-6b")
+COMMAND = [sys.executable, "-m", "optimum_chatglm_ov.cli.main"]
+
+
+@pytest.fixture(autouse=True)
+def unchanged_libraries(monkeypatch):
+    """Commands run in this process must not silence the libraries for other tests."""
+    verbosity = transformers.logging.get_verbosity()
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        yield
+    transformers.logging.set_verbosity(verbosity)
+
+
+def environment(**changes):
+    """The environment of a command in another process."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"}
+    return {**without, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
+
+
+def run(*arguments, stdin="", **changes):
+    """Runs `chatglm-ov` in another process, with pipes."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin.encode(),
+        capture_output=True,
+        env=environment(**changes),
+        cwd=ROOT,
+        timeout=300,
+    )
+
+
+# main ----------------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_subcommand(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"\n    {name} " in text for name, _, _ in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in SUBCOMMANDS])
+def test_every_subcommand_has_help(name, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main([name, "--help"])
+    assert leaving.value.code == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["translate"],
+        ["export", CHATGLM3],
+        ["export", CHATGLM3, "output", "--weight-format", "int3"],
+        ["export", CHATGLM3, "output", "--adapter", "folder=much"],
+        ["chat", "--greedy", "--temperature", "0.5"],
+        ["chat", "--max-new-tokens", "0"],
+        ["chat", "--temperature", "nan"],
+    ],
+)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    assert leaving.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "code, arguments, message",
+    [
+        (1, ["export", "no/such/folder", "{tmp}/output"], "no such folder"),
+        (1, ["export", "{tmp}", "{tmp}/output"], "config.json"),
+        (1, ["export", CHATGLM3, "{tmp}/file"], "a file of that name exists"),
+        (1, ["export", CHATGLM3, "{tmp}/output", "--weight-format", "int8", "--ratio", "0.5"], "`ratio`"),
+        (1, ["export", CHATGLM3, "{tmp}/output", "--adapter", "{tmp}"], "adapter_config.json"),
+        (2, ["export", CHATGLM3, "{tmp}/output", "--awq", "--group-size", "64"], "--group-size, --awq: only"),
+        (2, ["export", CHATGLM3, "{tmp}/output", "--weight-format", "fp16", "--dataset", "x"], "--dataset: only"),
+        (1, ["chat", "--model", "no/such/folder", "--prompt", "x"], "no such folder"),
+        (2, ["chat", "--prompt", " "], "--prompt is empty"),
+    ],
+)
+def test_errors_are_one_line(code, arguments, message, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"chatglm-ov \w+: error: [^\n]+\n", printed.err)
+    assert message in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_unexpected_error_names_its_class(monkeypatch, capsys):
+    monkeypatch.setattr(optimum_chatglm_ov, "export_model", lambda *_, **__: {}["missing"])
+    assert main(["export", CHATGLM3, "output"]) == 1
+    assert capsys.readouterr().err == (
+        "chatglm-ov export: error: KeyError: 'missing' (run with --debug to see where)\n"
+    )
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(OSError):
+        main(["export", "no/such/folder", str(tmp_path / "output"), "--debug"])
+
+
+# export --------------------------------------------------------------------------------------------------------------
+
+
+def test_export(tmp_path, capsys):
+    output = tmp_path / "output"
+    assert main(["export", CHATGLM3, str(output), "--weight-format", "int8"]) == 0
+    assert capsys.readouterr().out.startswith(f"{output}: ")
+    original = json.loads((MODELS / "chatglm3-6b" / "config.json").read_text())
+    exported = OVChatGLMForCausalLM.from_pretrained(output, compile=False)
+    assert exported.config.num_layers == original["num_layers"]
+    assert AutoTokenizer.from_pretrained(output).chatglm_generation == "chatglm3"
+    assert json.loads((output / "openvino_config.json").read_text())["quantization_config"]["bits"] == 8
+
+
+def test_details_of_quantisation_reach_the_model(tmp_path):
+    output = tmp_path / "output"
+    details = ["--weight-format", "int4", "--group-size", "32", "--sym", "--all-layers"]
+    assert main(["export", CHATGLM3, str(output), *details]) == 0
+    saved = json.loads((output / "openvino_config.json").read_text())["quantization_config"]
+    assert (saved["bits"], saved["group_size"], saved["sym"], saved["all_layers"]) == (4, 32, True, True)
+
+
+def parse(*options):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return parser.parse_args(options)
+
+
+def test_a_format_alone_is_given_by_name():
+    assert weight_arguments(parse()) == {"weight_format": None}
+    assert weight_arguments(parse("--weight-format", "int4")) == {"weight_format": "int4"}
+    arguments = parse("--weight-format", "int4", "--dataset", "text.txt")
+    assert weight_arguments(arguments) == {"weight_format": "int4", "dataset": "text.txt"}
+
+
+def test_details_refine_the_default_of_the_format():
+    arguments = parse("--weight-format", "int4", "--ratio", "0.8", "--awq", "--scale-estimation", "--num-samples", "7")
+    config = weight_arguments(arguments)["quantization_config"]
+    assert (config.bits, config.dtype, config.ratio) == (4, "int4", 0.8)
+    assert (config.quant_method.value, config.scale_estimation, config.num_samples) == ("awq", True, 7)
+    assert config.group_size == optimum_chatglm_ov.quantization.default_config("int4").group_size
+    config = weight_arguments(parse("--weight-format", "int8", "--no-sym"))["quantization_config"]
+    assert (config.bits, config.sym) == (8, False)
+    config = weight_arguments(parse("--weight-format", "nf4", "--backup-precision", "none"))["quantization_config"]
+    assert (config.dtype, config.backup_precision) == ("nf4", "none")
+
+
+def test_adapters_with_weights(tmp_path):
+    (tmp_path / "rank=8").mkdir()
+    assert adapter("folder") == "folder"
+    assert adapter("folder=0.5") == ("folder", 0.5)
+    assert adapter(f"{tmp_path}/rank=8") == f"{tmp_path}/rank=8"
+    assert adapter(f"{tmp_path}/rank=8=0.5") == (f"{tmp_path}/rank=8", 0.5)
+    assert parse("--adapter", "one", "--adapter", "two=2").adapter == ["one", ("two", 2.0)]
+
+
+def test_optimum_cli_finds_the_command(tmp_path):
+    paths = [str(ROOT)]
+    if importlib.util.find_spec("optimum.commands.register.register_chatglm_ov") is None:  # not installed
+        folder = tmp_path / "packages" / "optimum" / "commands" / "register"
+        folder.mkdir(parents=True)
+        shutil.copy(ROOT / "optimum_chatglm_ov/commands/register/register_chatglm_ov.py", folder)
+        paths.append(str(tmp_path / "packages"))
+    output = tmp_path / "output"
+    optimum_cli = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()"]
+    arguments = ["export", "chatglm-ov", "--model", CHATGLM3, str(output), "--weight-format", "fp16"]
+    done = subprocess.run(
+        [*optimum_cli, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(PYTHONPATH=os.pathsep.join(paths)),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{output}: ")
+    assert (output / "openvino_model.xml").is_file()
+
+
+# chat ----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_through_a_pipe_in_the_c_locale(exported):
+    folder = exported("chatglm3-6b")
+    model, tokenizer = OVChatGLMForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    *_, (expected, _) = model.stream_chat(tokenizer, "你好", max_new_tokens=24, do_sample=False)
+    arguments = ("chat", "--model", folder, "--prompt", "你好", "--greedy", "--max-new-tokens", "24")
+    done = run(*arguments, LC_ALL="C", LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode("utf-8") == expected + "\n"
+    assert re.fullmatch(r"\[24 tokens, first after [\d.]+ s, then [\d.]+ tokens/s\]\n", done.stderr.decode())
+
+
+def test_a_conversation_has_history_until_it_is_cleared(exported):
+    folder = exported("chatglm2-6b")
+    model, tokenizer = OVChatGLMForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    def answer(query, history):
+        *_, last = model.stream_chat(tokenizer, query, history=history, max_new_tokens=8, do_sample=False)
+        return last
+
+    first, history = answer("你好", [])
+    second, _ = answer("Hello", history)
+    third, _ = answer("Hello", [])
+    assert second != third
+    arguments = ("chat", "--model", folder, "--greedy", "--max-new-tokens", "8")
+    done = run(*arguments, stdin="你好\n\nHello\n/clear\n/what\nHello\n/exit\nnever\n")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == f"{first}\n{second}\n{third}\n"
+    assert "/what: unknown" in done.stderr.decode()
+
+
+def test_an_original_checkpoint_is_exported_first(capsys):
+    arguments = ["--prompt", "你好", "--greedy", "--max-new-tokens", "4", "--weight-format", "int8"]
+    assert main(["chat", "--model", CHATGLM3, *arguments]) == 0
+    printed = capsys.readouterr()
+    assert f"chatglm-ov export {CHATGLM3}" in printed.err
+    assert "[4 tokens" in printed.err
+
+
+def test_a_weight_format_for_an_exported_model_is_refused(exported, capsys):
+    assert main(["chat", "--model", str(exported("chatglm3-6b")), "--weight-format", "int8", "--prompt", "x"]) == 2
+    assert "--weight-format: " in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_does_not_end_the_session(exported, capsys, monkeypatch):
+    folder = exported("chatglm3-6b")
+    limit = OVChatGLMForCausalLM.from_pretrained(folder, compile=False).config.max_position_embeddings
+    queries = iter(["a b " * limit, "你好", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(queries))
+    assert main(["chat", "--model", str(folder), "--greedy", "--max-new-tokens", "4"]) == 0
+    printed = capsys.readouterr().err
+    assert f"the context length of this model is {limit}" in printed
+    assert "[4 tokens" in printed
+
+
+def test_a_reader_that_leaves_is_no_error(exported):
+    arguments = ["chat", "--model", str(exported("chatglm3-6b")), "--greedy", "--max-new-tokens", "4"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*COMMAND, *arguments, "--prompt", "x"], stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=300
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert b"Error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "response, settled",
+    [
+        ("你好", "你好"),
+        ("你好,", "你好"),
+        ("one, two ", "one, two"),
+        ("half \ufffd", "half"),
+        ("训练于[[训练", "训练于"),
+        ("a[0] = [1", "a[0] = [1"),
+    ],
+)
+def test_what_may_still_change_is_not_shown(response, settled):
+    assert conversation._settled(response) == settled
+
+
+def test_a_message_that_replaces_another_gets_its_own_line(capsys):
+    shown = conversation._show("one", "")
+    shown = conversation._show("one two", shown)
+    assert conversation._show("three", shown) == "three"
+    assert capsys.readouterr().out == "one two\nthree"
+
+
+# Ctrl-C --------------------------------------------------------------------------------------------------------------
+
+
+# Python's readline notices a Ctrl-C between the prompt and its waiting for a key only with the next line.
+WAKE = "\n"
+
+
+class Terminal:
+    """A command in a pseudo-terminal."""
+
+    def __init__(self, *arguments):
+        self.text = ""
+        self._screen, side = pty.openpty()
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)],
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            env=environment(TERM="dumb"),
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(side)
+
+    def type(self, text):
+        self.text = ""
+        os.write(self._screen, text.encode())
+
+    def wait_for(self, pattern):
+        """Reads until the text since the last input matches; fails if it ends or stays silent before."""
+        while not re.search(pattern, self.text):
+            ready, _, _ = select.select([self._screen], [], [], 60)
+            assert ready, f"waited for {pattern!r} in vain after {self.text!r}"
+            try:
+                self.text += os.read(self._screen, 65536).decode(errors="replace")
+            except OSError:
+                pytest.fail(f"ended before {pattern!r}: {self.text!r}")
+
+    def close(self):
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            os.close(self._screen)
+
+
+def _take_terminal():
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture(scope="module")
+def endless_model(tmp_path_factory):
+    """A model whose answers no stop token ends."""
+    folder = export_model(MODELS / "chatglm2-6b", tmp_path_factory.mktemp("endless") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["seq_length"] = 1_000_000
+    config["eos_token_id"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text("{}")
+    return folder
+
+
+def test_interrupt_stops_the_answer_and_not_the_session(endless_model):
+    terminal = Terminal("chat", "--model", endless_model, "--greedy", "--max-new-tokens", "900000")
+    terminal.wait_for("> $")
+    terminal.type("你好\n")
+    terminal.wait_for(r"你好\r\n\S+")
+    terminal.type("\x03")
+    terminal.wait_for(r"\[\d+ tokens, .*, stopped\]\r\n> $")
+    terminal.type("/clear\n")
+    terminal.wait_for("> $")
+    terminal.type("Hello\n")
+    terminal.wait_for(r"Hello\r\n\S+")
+    terminal.type("\x03")
+    terminal.wait_for(r", stopped\]\r\n> $")
+    terminal.type("\x03" + WAKE)  # a second one, at the prompt
+    assert terminal.close() == 0
+
+
+def test_interrupts_at_the_prompt(exported):
+    terminal = Terminal("chat", "--model", exported("chatglm3-6b"), "--greedy", "--max-new-tokens", "4")
+    terminal.wait_for("> $")
+    terminal.type("\x03" + WAKE)
+    terminal.wait_for(r"Ctrl-C again.*\r\n> ")
+    terminal.type("你好\n")
+    terminal.wait_for(r"\[4 tokens, .*\]\r\n> $")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_an_interrupted_prompt_tells_so(endless_model):
+    terminal = Terminal("chat", "--model", endless_model, "--greedy", "--max-new-tokens", "900000", "--prompt", "你好")
+    terminal.wait_for(r"\S+")
+    terminal.type("\x03")
+    assert terminal.close() == 130
