@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`chatglm-ov chat` without a model: the embedded one answers, and is exported once."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from optimum_chatglm_ov.assets import TINY_CHATGLM3
+from optimum_chatglm_ov.cli import embedded
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_embedded_model_answers(tmp_path):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "chat", "--prompt", "你好"],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "你好！我是一个很小的 ChatGLM 模型，运行在 OpenVINO 上。很高兴见到你！\n"
+    assert "tokens/s]" in done.stderr
+
+
+def test_the_embedded_model_is_exported_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with embedded.embedded_model() as folder:
+        changed = (folder / "openvino_model.xml").stat().st_mtime_ns
+    assert folder.is_relative_to(tmp_path)
+    with embedded.embedded_model() as again:
+        assert again == folder
+        assert (again / "openvino_model.xml").stat().st_mtime_ns == changed
+    with embedded.embedded_model("int8") as quantised:
+        assert quantised != folder
+
+
+def test_the_cache_knows_the_content(tmp_path, monkeypatch):
+    copy = tmp_path / TINY_CHATGLM3.name
+    shutil.copytree(TINY_CHATGLM3, copy)
+    before = embedded.cache_folder()
+    monkeypatch.setattr(embedded, "TINY_CHATGLM3", copy)
+    assert embedded.cache_folder() == before
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert embedded.cache_folder() != before
+
+
+def test_a_relative_cache_folder_is_ignored(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert embedded.cache_folder().is_relative_to(Path.home() / ".cache")
+
+
+def test_without_a_cache_a_temporary_folder_serves(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with embedded.embedded_model() as folder:
+        assert (folder / "openvino_model.xml").is_file()
+    assert not folder.exists()
+    assert "using a temporary folder" in capsys.readouterr().err
