@@ -28,8 +28,8 @@ for query in ("你好", "谢谢"):
         shown, history = len(response), new_history
     print()
 
-# 2. generate() takes a streamer; this one never shows half a Chinese character. It shows all that is generated: ChatGLM3
-# and GLM-4 begin with a line break and end with <|user|>, the role that speaks next.
+# 2. generate() takes a streamer; this one never shows half a Chinese character. It shows all that is generated:
+# ChatGLM3 and GLM-4 begin with a line break and end with <|user|>, the role that speaks next.
 query = "What is OpenVINO?"
 print(query, end="\n  ")
 inputs = tokenizer.build_chat_input(query)
