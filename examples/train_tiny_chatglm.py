@@ -5,7 +5,7 @@
 
 It learns the questions and answers of `tiny_chatglm_qa.json` by heart. The weights are disturbed in training as int4
 rounding would disturb them, so that quantising the model does not change an answer. The result is laid out like a
-ChatGLM3 repository, and is written only when every question alone is answered exactly, with fp16 and with int8 weights.
+ChatGLM3 repository, and is written only when every question alone is answered exactly, with fp16 and int8 weights.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ other question that it does not know. It is of no use beyond that.
 
 It was trained from random weights by `examples/train_tiny_chatglm.py --steps {steps} --seed {seed}` on
 `examples/tiny_chatglm_qa.json`, a text written for it. The tokenizer is SentencePiece BPE trained on the same text.
-Asked alone, every question is answered exactly with fp16 and with int8 weights; in longer conversations a few follow-ups
-of those examined are not.
+Asked alone, every question is answered exactly with fp16 and with int8 weights; in longer conversations a few of the
+examined follow-ups are not.
 """
 
 

@@ -98,10 +98,10 @@ class _Merged(Mapping):
         if name not in self._changes:
             return self._weights[name]
         if self._last is None or self._last[0] != name:
-            self._last = name, self._merge(self._weights[name], self._changes[name])
+            self._last = name, self._merge(name, self._weights[name], self._changes[name])
         return self._last[1]
 
-    def _merge(self, weight: Weight, changes: Sequence[_LoRA]) -> Weight:
+    def _merge(self, name: str, weight: Weight, changes: Sequence[_LoRA]) -> Weight:
         shape, dtype = tuple(weight.data.shape), self._dtype or weight.data.dtype
         merged = weight.scratch.empty(shape, dtype) if weight.scratch else torch.empty(shape, dtype=dtype)
         for start in range(0, shape[0], _ROWS):
@@ -110,6 +110,11 @@ class _Merged(Mapping):
             for lora in changes:
                 total += lora.scale * (lora.b[rows] @ lora.a)
             merged[rows] = total
+        if not torch.isfinite(torch.stack(torch.aminmax(merged))).all():
+            raise CheckpointError(
+                f"{name}: the base and the adapters add up to values beyond the range of {dtype}. Give the adapters "
+                "smaller weights, or export with `weight_format` bf16 or fp32."
+            )
         return replace(weight, data=merged, bits=8 * merged.element_size())
 
     def __iter__(self) -> Iterator[str]:

@@ -383,7 +383,8 @@ class ChatMixin:
             ),
         }
         if max_length is not None or kwargs.get("max_new_tokens") is None:
-            settings["max_length"] = rules.max_length if max_length is None else max_length
+            limit = min(rules.max_length, self.config.max_position_embeddings)
+            settings["max_length"] = limit if max_length is None else max_length
         if rules.stop_tokens:
             settings["eos_token_id"] = [
                 tokenizer.eos_token_id,

@@ -179,7 +179,9 @@ class Checkpoint(Mapping[str, Weight]):
         return Weight(data, self._read(original + "_scale"), self.config.quantization_bit, self.scratch)
 
     def _read(self, original: str) -> torch.Tensor:
-        return read_tensor(self._reader_of[original], original)
+        data = read_tensor(self._reader_of[original], original, check=original not in self._finite)
+        self._finite.add(original)  # q, k and v are rows of one tensor: it is checked once
+        return data
 
     def _is_quantized(self, name: str) -> bool:
         module, _, kind = name.rpartition(".")
@@ -224,8 +226,8 @@ class Checkpoint(Mapping[str, Weight]):
             )
 
 
-def read_tensor(shard: Shard, name: str) -> torch.Tensor:
-    """Tensor `name` of a weight file, still on disk where the file is mapped.
+def read_tensor(shard: Shard, name: str, check: bool = True) -> torch.Tensor:
+    """Tensor `name` of a weight file, still on disk where the file is mapped, searched for NaN if `check`.
 
     Raises:
         CheckpointError: the tensor holds NaN or infinity, or its data cannot be read.
@@ -234,7 +236,7 @@ def read_tensor(shard: Shard, name: str) -> torch.Tensor:
         data = shard.tensor(name)
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(f"{shard.file}: cannot read tensor {name!r}: {error}") from error
-    if data.is_floating_point() and data.numel():
+    if check and data.is_floating_point() and data.numel():
         # min and max propagate NaN, and cost one pass over the mapped file
         low, high = torch.aminmax(data)
         if not (torch.isfinite(low) and torch.isfinite(high)):

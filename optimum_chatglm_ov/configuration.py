@@ -101,6 +101,13 @@ class ChatGLMConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any):
         kwargs.pop("auto_map", None)  # points at remote code, which is never used
+        for key in ("rope_scaling", "rope_theta"):
+            if kwargs.get(key) is not None:
+                raise ValueError(
+                    f"`{key}`={kwargs[key]} is not a key of ChatGLM, which scales its rotary embedding by "
+                    "`rope_ratio` and `rope_ratio_type`; remove it from config.json and set those."
+                )
+            kwargs.pop(key, None)
         self.architecture = kwargs.pop("architecture", None) or (
             "chatglm" if any(key in kwargs for key in _MARKS_OF_CHATGLM) else "chatglm2"
         )
@@ -128,7 +135,7 @@ class ChatGLMConfig(PretrainedConfig):
         if self.architecture == "chatglm2":
             self.rope_ratio_type = rope_ratio_type or self._infer_rope_ratio_type()
             self.query_log_scaling = (
-                query_log_scaling if query_log_scaling is not None else "chatglm3-6b-128k" in original_name
+                query_log_scaling if query_log_scaling is not None else self._infer_query_log_scaling()
             )
         self._validate()
 
@@ -145,6 +152,18 @@ class ChatGLMConfig(PretrainedConfig):
         if self.padded_vocab_size > 100000:  # only GLM-4 has such a vocabulary, and it always scales the base
             return "theta"
         return None
+
+    def _infer_query_log_scaling(self) -> bool:
+        """Only chatglm3-6b-128k does it: a context beyond 32k with the vocabulary of ChatGLM2 and 3."""
+        found = self.seq_length > 32768 and self.padded_vocab_size < 100000
+        if "chatglm3-6b-128k" in self.original_name_or_path or "glm-4" in self.original_name_or_path:
+            return "chatglm3-6b-128k" in self.original_name_or_path
+        if found:
+            logger.warning(
+                f"seq_length={self.seq_length}: queries are scaled by the logarithm of their position as in "
+                "chatglm3-6b-128k; set `query_log_scaling` to false in config.json if this model does not."
+            )
+        return found
 
     def _validate(self) -> None:
         if self.hidden_size % self.num_attention_heads and self.architecture == "chatglm":
@@ -164,7 +183,7 @@ class ChatGLMConfig(PretrainedConfig):
         if self.architecture == "chatglm":
             if not self.position_encoding_2d:
                 raise ValueError(
-                    "`position_encoding_2d` is false; no published ChatGLM-6B checkpoint has one-dimensional positions, "
+                    "`position_encoding_2d` is false; no published ChatGLM-6B has one-dimensional positions, "
                     "and the export supports only `position_encoding_2d: true`."
                 )
             return
@@ -218,8 +237,8 @@ class ChatGLMConfig(PretrainedConfig):
             raise ValueError(
                 f"config.json has `rope_ratio`={self.rope_ratio}, which chatglm2-6b-32k uses to divide positions and "
                 "later models to multiply the rotary base, and neither `_name_or_path` nor the tokenizer tells which "
-                'this checkpoint is. Set `rope_ratio_type` to "linear" (positions) or "theta" (base) in config.json or '
-                "pass it to the export."
+                'this checkpoint is. Set `rope_ratio_type` to "linear" (positions) or "theta" (base) in config.json '
+                "or pass it to the export."
             )
         return self.rope_ratio_type == rope_ratio_type
 
@@ -233,9 +252,12 @@ def _accept_standard_names(kwargs: dict[str, Any], column: int) -> None:
         value = kwargs.pop(name)
         if kwargs.setdefault(key, value) != value:
             raise ValueError(f"`{name}`={value} and `{key}`={kwargs[key]} contradict each other; they name one thing.")
-    if kwargs.get("num_key_value_heads") is not None and column == 1:
-        groups = kwargs.pop("num_key_value_heads")
-        if kwargs.setdefault("multi_query_group_num", groups) != groups and kwargs.get("multi_query_attention"):
+    groups = kwargs.pop("num_key_value_heads", None)
+    if groups is not None and column == 0:
+        if groups != kwargs.get("num_attention_heads", _DEFAULTS_CHATGLM["num_attention_heads"]):
+            raise ValueError(f"`num_key_value_heads`={groups}, but ChatGLM-6B has one per attention head; remove it.")
+    elif groups is not None:
+        if kwargs.setdefault("multi_query_group_num", groups) != groups and kwargs.get("multi_query_attention", True):
             raise ValueError(
                 f"`num_key_value_heads`={groups} and `multi_query_group_num`={kwargs['multi_query_group_num']} "
                 "contradict each other; they name one thing."

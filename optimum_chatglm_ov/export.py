@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
 from .files import complete_folder
-from .hub import resolve_checkpoint
+from .hub import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
 from .prefix import load_prefix
 from .prefix import tensor_shapes as prefix_shapes
 
@@ -31,6 +31,8 @@ from .prefix import tensor_shapes as prefix_shapes
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
+# What an export may write: none of it is left over from an earlier one in the same folder.
+EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Progress = Callable[[str, int, int], None]
@@ -97,7 +99,8 @@ def export_model(
     config = load_config(source, rope_ratio_type, tokenizer)
     quantization_config = quantization.resolve_config(config, weight_format, quantization_config, _parameters(config))
     shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
-    with complete_folder(output) as folder:
+    generation_config = _generation_config(source, config)
+    with complete_folder(output, replaces=EXPORTED_FILES) as folder:
         weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:
             weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
@@ -115,7 +118,7 @@ def export_model(
         _check_size(folder / MODEL_FILE)
         config.quantization_bit = 0
         config.save_pretrained(folder)
-        _generation_config(source, config).save_pretrained(folder)
+        generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if quantization_config:
@@ -164,7 +167,12 @@ def _load_tokenizer(source: Path) -> Any | None:
 
 def _generation_config(source: Path, config: ChatGLMConfig) -> GenerationConfig:
     if (source / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source)
+        generation_config = GenerationConfig.from_pretrained(source)
+        if not generation_config.do_sample:  # transformers refuses to save sampling settings that have no effect
+            for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50)):
+                if getattr(generation_config, name, None) is not None:
+                    setattr(generation_config, name, neutral)
+        return generation_config
     ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GenerationConfig(**ids)
 
@@ -195,8 +203,16 @@ class _InPrecision(Mapping):
     def __init__(self, weights: Mapping[str, Weight], dtype: torch.dtype):
         self._weights = weights
         self._dtype = dtype
+        self._recent: dict[str, Weight] = {}
 
     def __getitem__(self, name: str) -> Weight:
+        if name not in self._recent:  # q, k and v ask for one tensor, one after the other
+            while len(self._recent) > 3:
+                del self._recent[next(iter(self._recent))]
+            self._recent[name] = self._convert(name)
+        return self._recent[name]
+
+    def _convert(self, name: str) -> Weight:
         found = self._weights[name]
         converted = found.to(self._dtype)
         if converted is not found and not torch.isfinite(torch.stack(torch.aminmax(converted.data))).all():

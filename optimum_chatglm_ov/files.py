@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,16 +14,16 @@ from .errors import ExportError
 
 
 @contextmanager
-def complete_folder(output: str | Path) -> Iterator[Path]:
+def complete_folder(output: str | Path, replaces: Collection[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends without an exception.
 
-    Files of an earlier `output` that the new one does not have are kept. After an exception (also Ctrl-C) the
-    temporary folder is removed and `output` is as it was.
+    Files of an earlier `output` that the new one does not have are kept, but for those named in `replaces`. After an
+    exception (also Ctrl-C) the temporary folder is removed and `output` is as it was.
 
     Raises:
         ExportError: `output` is a file, or its parent cannot be written to, or the disk is full.
     """
-    output = Path(os.path.abspath(output))
+    output = Path(os.path.realpath(output))
     if output.exists() and not output.is_dir():
         raise ExportError(
             f"{output}: the output must be a folder, but a file of that name exists. Choose another name."
@@ -39,7 +39,7 @@ def complete_folder(output: str | Path) -> Iterator[Path]:
     try:
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
         yield folder
-        _take_place(folder, output)
+        _take_place(folder, output, replaces)
     except OSError as error:
         raise _writing_failed(output, error.strerror or str(error)) from error
     except RuntimeError as error:
@@ -52,25 +52,36 @@ def complete_folder(output: str | Path) -> Iterator[Path]:
 
 def _writing_failed(output: Path, reason: str) -> ExportError:
     return ExportError(
-        f"{output}: writing failed ({reason}); nothing was changed there. Free disk space or choose another output folder."
+        f"{output}: writing failed ({reason}); nothing was changed there. Free disk space or choose another "
+        "output folder."
     )
 
 
-def _take_place(folder: Path, output: Path) -> None:
+def _take_place(folder: Path, output: Path, replaces: Collection[str]) -> None:
     if not output.exists():
         os.rename(folder, output)
         return
     if not os.access(output, os.W_OK):
         raise PermissionError(13, "Permission denied", str(output))
+    if os.path.ismount(output):  # it cannot be renamed: its files are replaced one by one
+        for entry in folder.iterdir():
+            shutil.copy2(entry, output / f".{entry.name}.partial")
+        for entry in folder.iterdir():
+            os.replace(output / f".{entry.name}.partial", output / entry.name)
+        for name in set(replaces) - {entry.name for entry in folder.iterdir()}:
+            (output / name).unlink(missing_ok=True)
+        return
     earlier = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".earlier", dir=output.parent))
-    os.rename(output, earlier)
     try:
+        os.rename(output, earlier)
         os.rename(folder, output)
-    except OSError:
-        os.rename(earlier, output)
+    except BaseException:
+        if not output.exists():
+            os.rename(earlier, output)
+        shutil.rmtree(earlier, ignore_errors=True)
         raise
     for entry in earlier.iterdir():
-        if not (output / entry.name).exists():
+        if entry.name not in replaces and not (output / entry.name).exists():
             os.rename(entry, output / entry.name)
     shutil.rmtree(earlier, ignore_errors=True)
 

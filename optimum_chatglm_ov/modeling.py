@@ -15,14 +15,15 @@ import torch
 from openvino import Type
 from openvino import opset13 as ops
 from optimum.intel.openvino import OVModelForCausalLM
-from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
+from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from . import quantization
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ContextLengthError
-from .export import export_model, load_config
+from .export import EXPORTED_FILES, export_model, load_config
 from .files import complete_folder
 from .hub import HubMixin, has_openvino_model, resolve_checkpoint
 
@@ -30,6 +31,23 @@ from .hub import HubMixin, has_openvino_model, resolve_checkpoint
 logger = logging.getLogger(__name__)
 
 LOGITS_TO_KEEP = "logits_to_keep"
+# What transformers' own loaders and optimum-intel's users pass along, and has no meaning here.
+_ARGUMENTS_OF_TRANSFORMERS = {
+    "_commit_hash",
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "attn_implementation",
+    "code_revision",
+    "device_map",
+    "library_name",
+    "low_cpu_mem_usage",
+    "stateful",
+    "task",
+    "torch_dtype",
+    "use_safetensors",
+    "variant",
+}
 _WEIGHT_FORMAT_OF_DTYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -97,7 +115,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         Args:
             model_id: local folder or Hub id of an IR or of an original checkpoint.
             export: `True` exports, `False` loads an IR, unset exports when there is no IR.
-            config: replaces the configuration read from the folder of an IR.
+            config: replaces the configuration read from the folder of an IR; an export takes only its
+                `rope_ratio_type`.
             revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers.
             load_in_8bit: int8 weights; `False` keeps them as stored. Unset: int8 for models over 10^9 parameters.
             quantization_config: optimum-intel's weight quantisation settings (or a dict of its arguments).
@@ -121,6 +140,11 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
+        if unknown:
+            raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
+        if config is not None:
+            rope_ratio_type = rope_ratio_type or getattr(config, "rope_ratio_type", None)
         dtype = kwargs.pop("torch_dtype", dtype)
         if isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
@@ -152,8 +176,19 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 prefix_encoder=prefix_encoder,
             )
             load_in_8bit = quantization_config = None
+            config = None  # the one that was exported
         else:
+            if adapters or prefix_encoder:
+                raise ValueError(
+                    f"{model_id}: `adapters` and `prefix_encoder` are merged at export, but this is exported already. "
+                    "Export the original checkpoint again with them (`export=True`)."
+                )
             folder = source
+            if load_in_8bit or quantization_config is not None:
+                quantization_config = quantization.resolve_config(
+                    load_config(folder), None, quantization_config or {"bits": 8}, 0
+                )
+                load_in_8bit = None
         if config is None:
             config = load_config(folder, rope_ratio_type)
         config.name_or_path = str(model_id)
@@ -169,6 +204,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             generation_config=generation_config,
         )
         model._temporary_folder = temporary
+        if model._openvino_config is None and (folder / OVConfig.CONFIG_NAME).is_file():
+            model._openvino_config = OVConfig.from_pretrained(folder)
         if not use_cache:
             model.generation_config.use_cache = False
         return model
@@ -307,15 +344,18 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         if kwargs.get("assistant_model") is not None or settings.prompt_lookup_num_tokens:
             raise ValueError(
-                "Assisted generation (`assistant_model`, `prompt_lookup_num_tokens`) is not supported: it needs to take "
-                "tokens back, and the key/value cache inside the model cannot. Leave these arguments out."
+                "Assisted generation (`assistant_model`, `prompt_lookup_num_tokens`) is not supported: it needs to "
+                "take tokens back, and the key/value cache inside the model cannot. Leave these arguments out."
             )
         if input_ids is not None:
             prompt = input_ids.shape[-1]
             if settings.max_new_tokens is not None:
                 self._check_context(prompt + settings.max_new_tokens)
-            else:
-                self._check_context(max(prompt, min(settings.max_length or 0, self.config.max_position_embeddings)))
+            elif kwargs.get("max_length") is not None or generation_config is not None:
+                self._check_context(max(prompt, settings.max_length or 0))
+            else:  # a default of the checkpoint
+                self._check_context(prompt)
+                kwargs["max_length"] = min(settings.max_length or 20, self.config.max_position_embeddings)
         if layout is not None:
             copies = (settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences) or 1
             self._prompt_layout = layout.repeat(copies, axis=0)
@@ -326,6 +366,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             self._prompt_layout = None
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs: Any) -> dict[str, Any]:
+        if kwargs.get("use_cache") is False:
+            past_key_values = None
         model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         # only the last logits are read: a prompt's logits would be hundreds of megabytes
         model_inputs[LOGITS_TO_KEEP] = kwargs.get(LOGITS_TO_KEEP) or 1
@@ -344,7 +386,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         """
         if self._compile_only:
             raise ValueError("A model loaded with `compile_only=True` cannot be saved; load it without.")
-        with complete_folder(save_directory) as folder:
+        with complete_folder(save_directory, replaces=EXPORTED_FILES) as folder:
             super().save_pretrained(folder)
             source = Path(self.model_save_dir)
             if any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):

@@ -85,7 +85,8 @@ def has_original_code(pretrained_model_name_or_path: Any, **kwargs: Any) -> bool
     for entry in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
         entries += entry if isinstance(entry, (list, tuple)) else [entry]
     names = {entry.rpartition(".")[2] for entry in entries if isinstance(entry, str)}
-    return bool(names) and names <= _REPLACED_CLASSES
+    # An unknown class in a ChatGLM repository is not run either: whatever it is, it is remote code.
+    return bool(names) and ("model_type" in config or names <= _REPLACED_CLASSES)
 
 
 @functools.cache

@@ -232,3 +232,26 @@ def test_original_weights_beside_an_ir(tmp_path):
     export_model(folder, folder)
     assert {"openvino_model.xml", "model.safetensors.index.json"} <= {file.name for file in folder.iterdir()}
     assert export_model(folder, tmp_path / "again").joinpath("openvino_model.bin").is_file()
+
+
+def test_an_export_leaves_nothing_of_an_earlier_one(tmp_path):
+    output = tmp_path / "ir"
+    export_model(DATA / "models" / "chatglm-6b-3layer-untied", output, weight_format="int8")
+    assert {"openvino_config.json", "ice_text.model"} <= set(os.listdir(output))
+    export_model(SOURCE, output)
+    assert not {"openvino_config.json", "ice_text.model"} & set(os.listdir(output))
+
+
+def test_output_behind_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    export_model(SOURCE, tmp_path / "link")
+    assert (tmp_path / "real" / "openvino_model.xml").is_file() and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_sampling_settings_without_sampling(tmp_path):
+    source = shutil.copytree(SOURCE, tmp_path / "source", copy_function=shutil.copyfile)
+    (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.8, "eos_token_id": 2}')
+    output = export_model(source, tmp_path / "ir")
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 2

@@ -223,9 +223,23 @@ def causal_mask(graph: Graph, prefix_tokens: int = 0, visible_to_all: Node | Non
     visible = ops.logical_and(visible, ops.unsqueeze(kept, i64(1, 2)))
     mask = ops.select(visible, f32(0.0), f32(np.finfo(np.float32).min))
     if prefix_tokens:
-        shape = ops.concat([ops.gather(ops.shape_of(mask), i64(0, 1, 2), i64(0)), i64(prefix_tokens)], axis=0)
-        mask = ops.concat([ops.broadcast(f32(0.0), shape), mask], axis=-1)
+        mask = ops.concat([_prefix_mask(graph, mask, prefix_tokens), mask], axis=-1)
     return mask
+
+
+def _prefix_mask(graph: Graph, mask: Node, prefix_tokens: int) -> Node:
+    """Zeros f32 `[B, 1, L, prefix_tokens]`, kept in a state.
+
+    The state holds nothing new, but without one the conversion to PagedAttention (openvino-genai's default) would drop
+    the prefix and go on; with it, it is refused.
+    """
+    batch = ops.gather(ops.shape_of(graph.input_ids), i64(0), i64(0))
+    start = ops.broadcast(f32(0.0), ops.concat([batch, i64(1)], axis=0))
+    visible, variable_id = state(graph, start, "prefix_mask", Type.f32, [-1, 1])
+    graph.assignments.append(ops.assign(visible, variable_id))
+    length = ops.gather(ops.shape_of(mask), i64(2), i64(0))
+    shape = ops.concat([batch, i64(1), length, i64(prefix_tokens)], axis=0)
+    return ops.broadcast(ops.unsqueeze(visible, i64(1, 2)), shape)
 
 
 def query_log_scale(graph: Graph, training_length: int) -> Node:
