@@ -307,7 +307,7 @@ def examine(
 def save(model: TinyChatGLM, tokenizer: ChatGLM3Tokenizer, folder: Path, steps: int, seed: int) -> None:
     """Writes everything but `tokenizer.model` into `folder`, laid out like the original repository."""
     stop_ids = [tokenizer.eos_token_id, tokenizer.get_command("<|user|>"), tokenizer.get_command("<|observation|>")]
-    generation_config = {"eos_token_id": stop_ids, "pad_token_id": 0, "do_sample": False, "max_length": 2048}
+    generation_config = {"eos_token_id": stop_ids, "pad_token_id": 0, "do_sample": False}
     config = {**CONFIG, "num_layers": model.config.num_layers}
     for name, content in (
         ("config.json", config),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,21 +17,27 @@ from openvino import Type
 from openvino import opset13 as ops
 from optimum.intel.openvino import OVModelForCausalLM
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
+from optimum.intel.openvino.modeling_base import core
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import quantization
+from . import native, quantization
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ContextLengthError
 from .export import EXPORTED_FILES, export_model, load_config
 from .files import complete_folder
 from .hub import HubMixin, has_openvino_model, resolve_checkpoint
+from .native import NativeBuildError
+from .native.runtime import FusedAttentionState
+from .native.transform import cache_layout, fuse_attention
 
 
 logger = logging.getLogger(__name__)
 
 LOGITS_TO_KEEP = "logits_to_keep"
+# KV_CACHE_PRECISION -> precision of the caches of fused attention
+_FUSED_CACHE_PRECISION = {"f32": "f32", "bf16": "bf16", "f16": "bf16", "u8": "i8", "i8": "i8"}
 # What transformers' own loaders and optimum-intel's users pass along, and has no meaning here.
 _ARGUMENTS_OF_TRANSFORMERS = {
     "_commit_hash",
@@ -104,6 +111,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         compile: bool = True,
         compile_only: bool = False,
         trust_remote_code: bool | None = None,
+        attention: str | None = None,
         rope_ratio_type: str | None = None,
         adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
         prefix_encoder: str | Path | None = None,
@@ -127,6 +135,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             compile: compile at once; otherwise at the first call.
             compile_only: hand the IR file straight to the compiler; such a model cannot be saved or changed.
             trust_remote_code: has no effect; no remote code is ever run.
+            attention: "sdpa" (OpenVINO's own), "fused" (the native operation of this package, built at first use; an
+                error if it cannot be) or "auto" (fused where it can be). Unset: `CHATGLM_OV_ATTENTION`, else "sdpa".
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 
@@ -140,6 +150,11 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        attention = attention or os.environ.get("CHATGLM_OV_ATTENTION") or "sdpa"
+        if attention not in ("sdpa", "fused", "auto"):
+            raise ValueError(f"`attention` is {attention!r}; expected 'sdpa', 'fused' or 'auto'.")
+        if attention == "fused" and compile_only:
+            raise ValueError('`compile_only` compiles the IR as it is; `attention="fused"` changes it. Leave one out.')
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
@@ -199,10 +214,13 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             quantization_config=quantization_config,
             device=device,
             ov_config=dict(ov_config or {}),
-            compile=compile,
+            compile=compile and attention == "sdpa",
             compile_only=compile_only,
             generation_config=generation_config,
         )
+        model._attention = attention
+        if compile:
+            model.compile()
         model._temporary_folder = temporary
         if model._openvino_config is None and (folder / OVConfig.CONFIG_NAME).is_file():
             model._openvino_config = OVConfig.from_pretrained(folder)
@@ -224,6 +242,41 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             model_save_dir = model_save_dir or Path(model).parent
             model = cls.load_model(model)
         return super()._compile_model(_with_logits_to_keep(model), device, ov_config, model_save_dir)
+
+    _attention = "sdpa"
+    _fused: FusedAttentionState | None = None
+
+    def compile(self) -> None:
+        """Compiles the model, unless it is compiled already.
+
+        Raises:
+            NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
+            ValueError: `attention="fused"` with another device than CPU, or a graph that the pass does not know.
+        """
+        if self.request is not None:
+            return
+        self._fused = None
+        if self._attention == "sdpa" or not self._compile_fused():
+            super().compile()
+
+    def _compile_fused(self) -> bool:
+        model = _with_logits_to_keep(self.model)
+        precision = str(self.ov_config.get("KV_CACHE_PRECISION", "bf16")).lower()
+        try:
+            if self._device != "CPU":
+                raise ValueError(f"Fused attention runs on CPU, not on {self._device}.")
+            if not fuse_attention(model, _FUSED_CACHE_PRECISION.get(precision, "bf16")):
+                raise ValueError("Fused attention does not know the graph of this model (see the log).")
+            native.load(core)
+        except (NativeBuildError, ValueError) as error:
+            if self._attention == "fused":
+                raise
+            logger.warning(f"OpenVINO's own attention is used: {error}")
+            return False
+        self.request = core.compile_model(model, self._device, self.ov_config).create_infer_request()
+        self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
+        self._fused_inputs = {name for port in model.inputs for name in port.names}
+        return True
 
     # Inference -------------------------------------------------------------------------------------------------------
 
@@ -272,8 +325,16 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             self._first_iter_beam_search = False
         inputs[LOGITS_TO_KEEP] = np.array(int(logits_to_keep), dtype=np.int64)
 
+        if self._fused is not None:
+            if past_key_values is None:
+                self._fused.reset()
+            self._fused.reorder(inputs["beam_idx"])
+            self._fused.prepare(len(inputs["input_ids"]), input_ids.shape[1])
+            inputs = {name: value for name, value in inputs.items() if name in self._fused_inputs}
         self.request.start_async(inputs, share_inputs=True)
         self.request.wait()
+        if self._fused is not None:
+            self._fused.advance(input_ids.shape[1])
         logits = torch.from_numpy(self.request.get_tensor("logits").data.copy())
         self._past_length = past_length + input_ids.shape[1]
         past_key_values = ((),)
