@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """generate() with the package's own attention operation gives the originals' tokens."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import EXACT, Golden
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
+from optimum_chatglm_ov.cli.main import main
 
 
 NAMES = ("chatglm-6b-3layer-untied", "chatglm2-6b", "chatglm2-flags-mha-layernorm", "chatglm3-6b-128k", "glm-4-9b-chat")
@@ -45,3 +48,9 @@ def test_prefix_models_fall_back(exported, caplog):
     assert model._fused is None and "own attention is used" in caplog.text
     ids = model.generate(**golden.inputs("single"), max_new_tokens=24, do_sample=False)
     np.testing.assert_array_equal(ids.numpy(), golden["greedy_single"])
+
+
+def test_build_native_command(capsys):
+    assert main(["build-native"]) == 0
+    path, kernels = capsys.readouterr().out.strip().splitlines()
+    assert Path(path).is_file() and "portable" in kernels

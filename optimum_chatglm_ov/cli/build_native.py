@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the native attention operation for the installed OpenVINO ahead of its first use."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `chatglm-ov build-native`."""
+    parser.add_argument("--force", action="store_true", help="build again, even if the cache has it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Builds the library and prints where it is and which kernels this CPU can run."""
+    from optimum_chatglm_ov import native
+
+    print(native.build_native(force=args.force))
+    print("kernels for this CPU, best first:", ", ".join(native.instruction_sets()))
+    return 0
