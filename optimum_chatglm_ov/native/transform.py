@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pass from the portable stateful graph to the fused one, and what a fused graph says about its caches.
 
-Before, in every layer: heads split, rotary embedding, state variables for keys and values reordered by `beam_idx`, key
-and value heads repeated, `ScaledDotProductAttention` with an L x S mask. After: one `ChatGLMAttention` whose caches are
-u8 inputs of the model, bound by `FusedAttentionState`. The pass finds the former by its structure; a model it does not
-recognise completely is left as it is.
+Before, in every layer: heads split, rotary embedding, state variables for keys and values reordered by `beam_idx`,
+key and value heads repeated, `ScaledDotProductAttention` with an L x S mask. After: one `ChatGLMAttention` whose caches
+are u8 inputs of the model, bound by `FusedAttentionState`. The pass finds the former by its structure; a model it does
+not recognise completely is left as it is.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class _Rotary:
 class _Layer:
     attention: Node  # ScaledDotProductAttention
     merged: Node  # [B, L, H * D]
-    query: Output  # [B, L, H * D]
-    key: Output
-    value: Output
+    query: Node  # splits [B, L, H * D] into heads
+    key: Node
+    value: Node
     cos: Output
     sin: Output
     assignments: list[Node]
@@ -174,11 +174,11 @@ def _match_rotary(node: Node) -> _Rotary:
     return _Rotary(x if states is None else states, plain.input_value(1), turned.input_value(1))
 
 
-def _match_heads(node: Node) -> Output:
-    """`[B, H, L, D]` made of `[B, L, H * D]`."""
+def _match_heads(node: Node) -> Node:
+    """`[B, H, L, D]` made of `[B, L, H * D]`: the node whose input that is."""
     if _constant(_source(_expect(node, "Transpose"), 1)).tolist() != [0, 2, 1, 3]:
         raise _Unrecognised(f"{node.get_friendly_name()} does not split heads")
-    return _expect(_source(node), "Reshape").input_value(0)
+    return _expect(_source(node), "Reshape")
 
 
 def _match_cache(node: Node) -> tuple[Node, Node]:
@@ -290,7 +290,9 @@ def _replace(model: ov.Model, layers: list[_Layer], visible_to_all: Node | None,
             for kind in ("key", "value")
         ]
         parameters += caches
-        inputs = [layer.query, layer.key, layer.value, layer.cos, layer.sin]
+        # Read now: the layer before may have just been replaced.
+        inputs = [split.input_value(0) for split in (layer.query, layer.key, layer.value)]
+        inputs += [layer.cos, layer.sin]
         inputs += [node.output(0) for node in (*caches, past, beam_table, mask, context_length)]
         node = chatglm_attention(
             inputs,

@@ -35,12 +35,26 @@ struct DotProducts {
             score_rows<Dot::kScoreRows>(query, rows, keys[b], head_dim, scores + b * kBlockTokens, scores_stride);
     }
 
+    // The same for one block, while `bytes` of memory at each of the `ahead` addresses come closer.
+    static void scores_ahead(Session& session, const Element* query, int64_t rows, const Element* const* keys,
+                             int64_t head_dim, float* scores_, int64_t scores_stride, const uint8_t* const* ahead,
+                             int64_t bytes) {
+        constexpr int kRows = Dot::kScoreRows;
+        int64_t r = 0;
+        for (int i = 0; i < 2 && r + kRows <= rows; i++, r += kRows)
+            score_tile<kRows, true>(query + r * head_dim, keys[0], head_dim, scores_ + r * scores_stride,
+                                    scores_stride, ahead[i], bytes / (head_dim / kPair));
+        if (r < rows)
+            scores(session, query + r * head_dim, rows - r, keys, 1, head_dim, scores_ + r * scores_stride,
+                   scores_stride);
+    }
+
     // output[r] += sum over the keys of the blocks of weights[r, key] * value[key]
     static void accumulate(Session&, const Element* weights, int64_t weights_stride, int64_t rows,
                            const Element* const* values, int64_t blocks, int64_t head_dim, float* output) {
         // Few rows: all channels at once reads the values in the order of memory.
         constexpr int kWide = 128 / kLanes;
-        constexpr int kWideRows = Dot::kRegisters / kWide - 1;
+        constexpr int kWideRows = Dot::kRegisters / kWide / 2;
         if constexpr (kWideRows >= 1) {
             if (rows <= 2 * kGroupRows && head_dim % 128 == 0) {
                 for (int64_t c = 0; c < head_dim; c += 128)
@@ -73,9 +87,9 @@ private:
                 score_rows<kRows / 2>(query + r * head_dim, rows - r, keys, head_dim, scores + r * stride, stride);
     }
 
-    template <int kRows>
-    static void score_tile(const Element* query, const Element* keys, int64_t head_dim, float* scores,
-                           int64_t stride) {
+    template <int kRows, bool kAhead = false>
+    static void score_tile(const Element* query, const Element* keys, int64_t head_dim, float* scores, int64_t stride,
+                           const uint8_t* ahead = nullptr, int64_t ahead_bytes = 0) {
         constexpr int kVectors = kBlockTokens / kLanes;  // of the block
         constexpr int kHalf = 16 / kLanes;               // of 16 keys
         // One or two rows alone would wait for each multiply-add: two chains, of even and odd reduction steps.
@@ -87,6 +101,10 @@ private:
         const int64_t steps = head_dim / kPair;
         const Element* second = keys + 16 * head_dim;
         for (int64_t s = 0; s < steps; s += kChains) {
+            if constexpr (kAhead) {
+                for (int64_t at = 0; at < ahead_bytes * kChains; at += 64)
+                    __builtin_prefetch(ahead + s * ahead_bytes + at, 0, 2);
+            }
 #pragma GCC unroll 2
             for (int chain = 0; chain < kChains; chain++) {
                 Operand key[kVectors];
@@ -162,9 +180,9 @@ struct F32Dot {
     static constexpr int kLanes = Vector::kLanes;
     static constexpr int kPanelBlocks = 4;
     static constexpr int kRegisters = kLanes == 16 ? 32 : 16;
-    static constexpr int kScoreRows = kLanes == 16 ? 12 : 3;
+    static constexpr int kScoreRows = kLanes == 16 ? 8 : 3;
     static constexpr int kValueVectors = 2;
-    static constexpr int kValueRows = kLanes == 16 ? 12 : 6;
+    static constexpr int kValueRows = kLanes == 16 ? 8 : 6;
 
     static Vector zero() { return Vector::all(0.0f); }
     static Vector load(const float* p) { return Vector::load(p); }
@@ -185,9 +203,9 @@ struct Bf16Dot {
     static constexpr int kLanes = 16;
     static constexpr int kPanelBlocks = 8;
     static constexpr int kRegisters = 32;
-    static constexpr int kScoreRows = 12;
+    static constexpr int kScoreRows = 8;
     static constexpr int kValueVectors = 2;
-    static constexpr int kValueRows = 12;
+    static constexpr int kValueRows = 8;
 
     static __m512 zero() { return _mm512_setzero_ps(); }
     static __m512bh load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }

@@ -12,6 +12,11 @@ namespace {
 
 constexpr float kHidden = -__builtin_inff();
 constexpr int64_t kRowGroup = 32;  // rows whose scores are in the first-level cache at a time
+// Tasks of so few queries would wait for memory: it is kept busy while earlier blocks are worked on, and blocks go
+// through the first-level cache a few at a time.
+constexpr int64_t kFewQueries = 2;
+constexpr int64_t kStreamedBlocks = 2;
+constexpr int64_t kStreamedRows = 8;  // with fewer, the processor's own prefetching does better
 
 // Not the standard ones: the linker may merge those across instruction sets.
 template <class T>
@@ -24,6 +29,11 @@ inline T lesser(T a, T b) {
 }
 inline void fill(float* begin, float* end, float value) {
     while (begin < end) *begin++ = value;
+}
+
+template <int kLevel>
+inline void prefetch(const uint8_t* address, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(address + i, 0, 4 - kLevel);
 }
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -70,38 +80,34 @@ inline int64_t value_offset(int64_t token, int64_t channel, int64_t head_dim, in
     return (token / pair) * pair * head_dim + channel * pair + token % pair;
 }
 
-// Integers and the scale of one row for the int8 cache.
-inline float quantize(const float* row, int64_t head_dim, int8_t* integers) {
-    float largest = 0;
-    for (int64_t d = 0; d < head_dim; d++) largest = greater(largest, __builtin_fabsf(row[d]));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    for (int64_t d = 0; d < head_dim; d++) {
-        const float scaled = lesser(greater(row[d] * inverse, -127.0f), 127.0f);
-        integers[d] = static_cast<int8_t>(std::nearbyint(scaled == scaled ? scaled : 0.0f));
-    }
+// Integers and the scale of one row for the int8 cache. Written for the compiler to vectorise: the largest magnitude
+// is found among bit patterns, and adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
+inline float quantize(const float* row, int64_t head_dim, int8_t* __restrict integers) {
+    int32_t bits = 0;
+    for (int64_t d = 0; d < head_dim; d++)
+        bits = greater(bits, static_cast<int32_t>(as_bits(row[d]) & 0x7fffffffu));
+    const float largest = as_float(bits);
+    const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+    for (int64_t d = 0; d < head_dim; d++)
+        integers[d] = static_cast<int8_t>(as_bits(row[d] * inverse + 12582912.0f) - 0x4b400000u);
     return largest / 127.0f;
 }
 
-// Stores one row of f32 into slot `token` of a key block or a value block.
-template <bool kIsKey>
-void store_token(const AttentionArguments& a, uint8_t* block, int64_t token, const float* row) {
-    const int64_t head_dim = a.head_dim;
-    if (a.cache_precision == CachePrecision::f32) {
-        float* data = reinterpret_cast<float*>(block);
-        for (int64_t d = 0; d < head_dim; d++)
-            data[kIsKey ? key_offset(token, d, head_dim, 1) : value_offset(token, d, head_dim, 1)] = row[d];
-    } else if (a.cache_precision == CachePrecision::bf16) {
-        uint16_t* data = reinterpret_cast<uint16_t*>(block);
-        for (int64_t d = 0; d < head_dim; d++)
-            data[kIsKey ? key_offset(token, d, head_dim, 2) : value_offset(token, d, head_dim, 2)] = to_bf16(row[d]);
-    } else {
-        int8_t integers[kMaxHeadDim];
-        block_scales(block, head_dim)[token] = quantize(row, head_dim, integers);
-        int8_t* data = reinterpret_cast<int8_t*>(block);
-        for (int64_t d = 0; d < head_dim; d++)
-            data[kIsKey ? key_offset(token, d, head_dim, 2) : value_offset(token, d, head_dim, 2)] = integers[d];
-    }
+// f32 -> what the cache holds. Returns the scale of an int8 row, 1 otherwise.
+inline float encode(const float* row, int64_t head_dim, float* target) {
+    std::memcpy(target, row, head_dim * 4);
+    return 1.0f;
 }
+inline float encode(const float* row, int64_t head_dim, uint16_t* __restrict target) {
+    for (int64_t d = 0; d < head_dim; d++) target[d] = to_bf16(row[d]);
+    return 1.0f;
+}
+inline float encode(const float* row, int64_t head_dim, int8_t* target) {
+    return quantize(row, head_dim, target);
+}
+
+template <class Element>
+constexpr int64_t kStoredPair = sizeof(Element) == 4 ? 1 : 2;
 
 // Values beyond the last token become zero, so that weight 0 times value is 0 whatever the memory held.
 template <class Element>
@@ -112,17 +118,61 @@ void clear_values(Element* data, int64_t from, int64_t head_dim, int64_t pair) {
     std::memset(data + first, 0, (kBlockTokens * head_dim - first) * sizeof(Element));
 }
 
-inline void append_tokens(const AttentionArguments& a, int64_t batch, int64_t head, int64_t first, int64_t last) {
+template <class Element>
+void append_keys(const AttentionArguments& a, int64_t batch, int64_t head, int64_t first, int64_t last) {
+    constexpr int64_t kPair = kStoredPair<Element>;
     alignas(64) float row[kMaxHeadDim];
+    alignas(64) Element encoded[kMaxHeadDim];
     for (int64_t t = first; t < last; t++) {
-        const int64_t slot = a.past_length + t, block = slot / kBlockTokens;
-        const int64_t token = batch * a.query_length + t;
-        load_rotated(a, a.key, token * a.key_stride + head * a.head_dim,
+        const int64_t slot = a.past_length + t;
+        load_rotated(a, a.key, (batch * a.query_length + t) * a.key_stride + head * a.head_dim,
                      a.rotary_dim ? rotary_row(a, a.cos, batch, t) : nullptr,
                      a.rotary_dim ? rotary_row(a, a.sin, batch, t) : nullptr, row);
-        store_token<true>(a, cache_block(a, a.key_cache, batch, head, block), slot % kBlockTokens, row);
-        load_rotated(a, a.value, token * a.value_stride + head * a.head_dim, nullptr, nullptr, row);
-        store_token<false>(a, cache_block(a, a.value_cache, batch, head, block), slot % kBlockTokens, row);
+        uint8_t* block = cache_block(a, a.key_cache, batch, head, slot / kBlockTokens);
+        const float scale = encode(row, a.head_dim, encoded);
+        if (sizeof(Element) == 1) block_scales(block, a.head_dim)[slot % kBlockTokens] = scale;
+        Element* target =
+            reinterpret_cast<Element*>(block) + key_offset(slot % kBlockTokens, 0, a.head_dim, kPair);
+        for (int64_t d = 0; d < a.head_dim; d += kPair)
+            std::memcpy(target + d * 16, encoded + d, kPair * sizeof(Element));
+    }
+}
+
+template <class Element>
+void append_values(const AttentionArguments& a, int64_t batch, int64_t head, int64_t first, int64_t last) {
+    constexpr int64_t kPair = kStoredPair<Element>;
+    alignas(64) float row[kMaxHeadDim];
+    alignas(64) Element encoded[2][kMaxHeadDim];
+    for (int64_t t = first; t < last;) {
+        const int64_t slot = a.past_length + t, token = slot % kBlockTokens;
+        const int64_t count = token % kPair == 0 && t + kPair <= last ? kPair : 1;  // a whole pair, or one of it
+        uint8_t* block = cache_block(a, a.value_cache, batch, head, slot / kBlockTokens);
+        for (int64_t i = 0; i < count; i++) {
+            load_rotated(a, a.value, (batch * a.query_length + t + i) * a.value_stride + head * a.head_dim, nullptr,
+                         nullptr, row);
+            const float scale = encode(row, a.head_dim, encoded[i]);
+            if (sizeof(Element) == 1) block_scales(block, a.head_dim)[token + i] = scale;
+        }
+        Element* __restrict target =
+            reinterpret_cast<Element*>(block) + value_offset(token, 0, a.head_dim, kPair);
+        if (count == 2)
+            for (int64_t d = 0; d < a.head_dim; d++) target[2 * d] = encoded[0][d], target[2 * d + 1] = encoded[1][d];
+        else
+            for (int64_t d = 0; d < a.head_dim; d++) target[d * kPair] = encoded[0][d];
+        t += count;
+    }
+}
+
+inline void append_tokens(const AttentionArguments& a, int64_t batch, int64_t head, int64_t first, int64_t last) {
+    if (a.cache_precision == CachePrecision::f32) {
+        append_keys<float>(a, batch, head, first, last);
+        append_values<float>(a, batch, head, first, last);
+    } else if (a.cache_precision == CachePrecision::bf16) {
+        append_keys<uint16_t>(a, batch, head, first, last);
+        append_values<uint16_t>(a, batch, head, first, last);
+    } else {
+        append_keys<int8_t>(a, batch, head, first, last);
+        append_values<int8_t>(a, batch, head, first, last);
     }
     const int64_t used = (a.past_length + last) % kBlockTokens;
     if (last != a.query_length || used == 0) return;
@@ -186,10 +236,22 @@ inline void convert_block(const AttentionArguments& a, const uint8_t* block, boo
         split_pairs(reinterpret_cast<const int8_t*>(block), rows, count, target);
 }
 
+// Exact: bf16 has 8 significant bits.
 inline void convert_block(const AttentionArguments& a, const uint8_t* block, bool, uint16_t* __restrict target) {
     const int8_t* source = reinterpret_cast<const int8_t*>(block);
-    for (int64_t i = 0; i < kBlockTokens * a.head_dim; i++)  // exact: 8 significant bits
+    const int64_t count = kBlockTokens * a.head_dim;
+#if defined(__AVX512BF16__)
+    for (int64_t i = 0; i < count; i += 32) {
+        const auto widened = [&](int64_t at) {
+            return _mm512_cvtepi32_ps(
+                _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at))));
+        };
+        _mm512_storeu_si512(target + i, (__m512i)_mm512_cvtne2ps_pbh(widened(i + 16), widened(i)));
+    }
+#else
+    for (int64_t i = 0; i < count; i++)
         target[i] = static_cast<uint16_t>(as_bits(static_cast<float>(source[i])) >> 16);
+#endif
 }
 
 template <class Products, class Vector>
@@ -243,6 +305,8 @@ struct Flash {
         int64_t count = 0;
         int64_t first_token[kPanelBlocks];
         uint32_t visible[kPanelBlocks];
+        const uint8_t* stored_keys[kPanelBlocks];
+        const uint8_t* stored_values[kPanelBlocks];
         const Element* keys[kPanelBlocks];
         const Element* values[kPanelBlocks];
         const float* key_scales[kPanelBlocks];
@@ -269,11 +333,17 @@ struct Flash {
                        : gather_tokens<int8_t, false>(a, cache, task.batch, task.kv_head, block, data, 2);
         }
         *scales = a.cache_precision == CachePrecision::i8 ? block_scales(data, a.head_dim) : nullptr;
-        if (a.cache_precision == (kBf16 ? CachePrecision::bf16 : CachePrecision::f32))
-            return reinterpret_cast<const Element*>(data);
+        if (reads_directly(a)) return reinterpret_cast<const Element*>(data);
         Element* target = scratch.converted + index * kBlockTokens * a.head_dim;
         convert_block(a, data, is_key, target);
         return target;
+    }
+
+    static bool few_queries(const AttendTask& task) { return task.last_query - task.first_query <= kFewQueries; }
+
+    // The cache holds what the products read.
+    static bool reads_directly(const AttentionArguments& a) {
+        return a.cache_precision == (kBf16 ? CachePrecision::bf16 : CachePrecision::f32);
     }
 
     // First key that query `position` (counted from the start of the cache) does not see.
@@ -345,13 +415,17 @@ struct Flash {
         const int64_t end = lesser(
             task.last_block,
             (key_limit(context_length, a.past_length + task.last_query - 1) + kBlockTokens - 1) / kBlockTokens);
+        const int64_t panel_blocks = few_queries(task) && !reads_directly(a) ? kStreamedBlocks : kPanelBlocks;
         for (int64_t block = task.first_block; block < end;) {
             Panel panel;
-            for (; block < end && panel.count < kPanelBlocks; block++) {
+            for (; block < end && panel.count < panel_blocks; block++) {
                 if (task.blocks[block].visible == 0) continue;
                 const int64_t i = panel.count++;
                 panel.first_token[i] = block * kBlockTokens;
                 panel.visible[i] = task.blocks[block].visible;
+                const int64_t row = greater<int64_t>(task.blocks[block].cache_row, 0);
+                panel.stored_keys[i] = cache_block(a, a.key_cache, row, task.kv_head, block);
+                panel.stored_values[i] = cache_block(a, a.value_cache, row, task.kv_head, block);
                 panel.keys[i] = readable(a, task, block, true, scratch, i, &panel.key_scales[i]);
                 panel.values[i] =
                     readable(a, task, block, false, scratch, kPanelBlocks + i, &panel.value_scales[i]);
@@ -374,8 +448,18 @@ private:
                             const Panel& panel, int64_t count, int64_t first, int64_t last, int64_t group,
                             int64_t context_length, float scale, Scratch& scratch) {
         const int64_t head_dim = a.head_dim, padded = round_up(last - first, Products::kRowMultiple);
-        Products::scores(session, scratch.query + first * head_dim, padded, panel.keys, count, head_dim,
-                         scratch.scores, kPanelTokens);
+        const Element* query = scratch.query + first * head_dim;
+        const bool few = few_queries(task);
+        // Values read directly are needed after the scores of this panel, converted ones with the next panel.
+        const int64_t value_distance = reads_directly(a) ? 0 : kStreamedBlocks;
+        const int64_t bytes = cache_block_bytes(a.cache_precision, head_dim);
+        if (!few) Products::scores(session, query, padded, panel.keys, count, head_dim, scratch.scores, kPanelTokens);
+        for (int64_t b = 0; few && b < count; b++) {
+            const uint8_t* const ahead[2] = {panel.stored_keys[b] + kStreamedBlocks * bytes,
+                                             panel.stored_values[b] + value_distance * bytes};
+            Products::scores_ahead(session, query, padded, panel.keys + b, head_dim,
+                                   scratch.scores + b * kBlockTokens, kPanelTokens, ahead, bytes);
+        }
         for (int64_t r = first; r < last; r++) {
             const int64_t limit = key_limit(context_length, a.past_length + task.first_query + r / group);
             const float shrink =
@@ -389,8 +473,13 @@ private:
         }
         for (int64_t r = last - first; r < padded; r++)
             std::memset(scratch.weights + r * kPanelTokens, 0, kPanelTokens * sizeof(Element));
-        Products::accumulate(session, scratch.weights, kPanelTokens, padded, panel.values, count, head_dim,
-                             scratch.output + first * head_dim);
+        const int64_t step = few && padded >= kStreamedRows ? kStreamedBlocks : count;
+        for (int64_t b = 0; b < count; b += step) {
+            for (int64_t next = b + step; next < lesser(b + 2 * step, count); next++)
+                prefetch<1>(panel.stored_values[next], bytes);
+            Products::accumulate(session, scratch.weights + b * kBlockTokens, kPanelTokens, padded, panel.values + b,
+                                 lesser(step, count - b), head_dim, scratch.output + first * head_dim);
+        }
     }
 
     static void load_queries(const AttentionArguments& a, const AttendTask& task, int64_t group, int64_t rows,

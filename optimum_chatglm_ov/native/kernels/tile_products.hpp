@@ -43,6 +43,14 @@ struct TileProducts {
             }
     }
 
+    static void scores_ahead(Session& session, const Element* query, int64_t rows, const Element* const* keys,
+                             int64_t head_dim, float* scores_, int64_t stride, const uint8_t* const* ahead,
+                             int64_t bytes) {
+        for (int i = 0; i < 2; i++)
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead[i] + at, 0, 2);
+        scores(session, query, rows, keys, 1, head_dim, scores_, stride);
+    }
+
     static void accumulate(Session& session, const Element* weights, int64_t weights_stride, int64_t rows,
                            const Element* const* values, int64_t blocks, int64_t head_dim, float* output) {
         for (int64_t r = 0; r < rows; r += 32)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the attention of one model alone: the fused operation, OpenVINO's stateful operation and torch's, in one run.
+
+All compute rotary embedding (torch: not), append to the cache, and attend, on random numbers. Every figure is the best
+of a few repetitions, the ways taken in turns, so that other load on the machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from openvino import Type
+from openvino import opset13 as ops
+
+from ..graph import blocks
+from . import load
+from .runtime import FusedAttentionState
+from .transform import cache_layout, fuse_attention
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Dimensions of one attention layer."""
+
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    rotary_dim: int = 64
+
+
+CHATGLM3 = AttentionShape()
+CHATGLM_6B = AttentionShape(32, 32, 128, 128)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way of computing attention, timed."""
+
+    way: str
+    new_tokens: int
+    past_tokens: int
+    seconds: float
+    """Of one layer and call."""
+    gigaflops: float
+    """10^9 multiplications and additions a second that causal attention needs."""
+    gigabytes: float
+    """10^9 bytes a second of the 16-bit cache; what memory delivers at most, if the way reads 16-bit caches."""
+
+
+def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
+    """Attention layers alone, in the portable stateful form; each layer's output is the next one's query.
+
+    Inputs besides the usual four: f32 `query` `[B, L, H * D]`, `key` and `value` `[B, L, G * D]`. Output:
+    `[B, L, H * D]`.
+    """
+    graph = blocks.Graph()
+    heads, groups, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    states = []
+    for name, width in (("query", heads), ("key", groups), ("value", groups)):
+        parameter = ops.parameter(ov.PartialShape([-1, -1, width * head_dim]), Type.f32, name=name)
+        parameter.output(0).set_names({name})
+        states.append(parameter)
+    inv_freq = 10000.0 ** -(np.arange(0, shape.rotary_dim, 2) / shape.rotary_dim)
+    rotary = blocks.rotary_embedding(graph.position_ids, inv_freq)
+    mask = blocks.causal_mask(graph)
+    query = states[0]
+    for i in range(layers):
+        parts = []
+        for kind, source in (("key", states[1]), ("value", states[2])):
+            part = blocks.split_heads(source, groups, head_dim)
+            if kind == "key":
+                part = blocks.apply_rotary(part, *rotary, shape.rotary_dim, head_dim)
+            part = blocks.key_value_cache(graph, part, f"{kind}.{i}", groups, head_dim, None)
+            parts.append(blocks.repeat_key_value(part, groups, heads, head_dim))
+        turned = blocks.apply_rotary(blocks.split_heads(query, heads, head_dim), *rotary, shape.rotary_dim, head_dim)
+        query = blocks.attention(turned, *parts, mask)
+    inputs = [graph.input_ids, graph.attention_mask, graph.position_ids, graph.beam_idx]
+    return ov.Model([ops.result(query)], graph.assignments, [*inputs, *states], "attention_stack")
+
+
+class _Way:
+    """One compiled attention stack and its inputs."""
+
+    def __init__(self, shape: AttentionShape, layers: int, cache_precision: str | None, config: dict[str, str]):
+        self.shape = shape
+        core = ov.Core()
+        model = attention_stack(shape, layers)
+        self.fused = cache_precision is not None
+        if self.fused:
+            load(core)
+            fuse_attention(model, cache_precision)
+        self.request = core.compile_model(model, "CPU", config).create_infer_request()
+        self.names = {name for port in model.inputs for name in port.names}
+        if self.fused:
+            self.state = FusedAttentionState(self.request, cache_layout(model), 1 << 20)
+
+    def prepare(self, new: int, past: int) -> Callable[[], None]:
+        """A call that computes `new` tokens after `past` ones."""
+        shape, random = self.shape, np.random.default_rng(0)
+        inputs = {
+            name: random.standard_normal((1, new, heads * shape.head_dim), np.float32)
+            for name, heads in (
+                ("query", shape.num_attention_heads),
+                ("key", shape.num_key_value_heads),
+                ("value", shape.num_key_value_heads),
+            )
+        }
+        inputs["input_ids"] = np.zeros((1, new), np.int64)
+        inputs["attention_mask"] = np.ones((1, past + new), np.int64)
+        inputs["position_ids"] = np.arange(past, past + new)[None]
+        inputs["beam_idx"] = np.zeros(1, np.int32)
+        inputs = {name: value for name, value in inputs.items() if name in self.names}
+        if self.fused:
+            self.state.reset()
+            self.state.prepare(1, past + new)
+            for tensor in self.state._caches.values():  # finite in every precision
+                tensor.data[:] = random.integers(0, 0x3F, (1, 1, 1, tensor.shape[3]), np.uint8)
+            self.state.advance(past)
+            return lambda: self.request.infer(inputs, share_inputs=True)
+        self.request.reset_state()
+        if past:
+            rows = random.standard_normal((1, shape.num_key_value_heads, past, shape.head_dim), np.float32)
+            for state in self.request.query_state():
+                state.state = ov.Tensor(rows)
+
+        def call() -> None:
+            if not past:
+                self.request.reset_state()
+            self.request.infer(inputs, share_inputs=True)
+            if past:  # the cache has grown, and so has the mask
+                inputs["attention_mask"] = np.ones((1, inputs["attention_mask"].shape[1] + new), np.int64)
+                inputs["position_ids"] = inputs["position_ids"] + new
+
+        return call
+
+
+def _torch_call(shape: AttentionShape, new: int, past: int, dtype: str, layers: int) -> Callable[[], None]:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    dtype = getattr(torch, dtype)
+    if past:  # queries of a group as rows: each key is read once, as in the fused operation
+        query = torch.randn(1, groups, heads // groups * new, shape.head_dim, dtype=dtype)
+        caches = [torch.randn(2, 1, groups, past + new, shape.head_dim, dtype=dtype) for _ in range(layers)]
+    else:
+        query = torch.randn(1, heads, new, shape.head_dim, dtype=dtype)
+        caches = [torch.randn(2, 1, heads, new, shape.head_dim, dtype=dtype) for _ in range(layers)]
+
+    def call() -> None:
+        for key, value in caches:
+            scaled_dot_product_attention(query, key, value, is_causal=not past)
+
+    return call
+
+
+def measure_attention(
+    shape: AttentionShape = CHATGLM3,
+    new_tokens: int = 8192,
+    past_tokens: int = 0,
+    layers: int | None = None,
+    cache_precisions: tuple[str, ...] = ("bf16", "i8"),
+    with_stock: bool = True,
+    with_torch: bool = True,
+    repetitions: int = 3,
+    threads: int = 0,
+) -> list[Measurement]:
+    """Times every way at one length.
+
+    Args:
+        shape: dimensions of a layer.
+        new_tokens, past_tokens: 8192, 0 is the prefill of a long prompt; 1, 8192 one step of decoding after it.
+        layers: how many layers, each with its own cache; unset: 1 for a prompt, 8 for decoding, so that the caches are
+            not all in the processor's cache.
+        cache_precisions: of the fused operation.
+        with_stock, with_torch: compare with OpenVINO's stateful attention at its defaults, and with torch's flash
+            attention in bf16 and f32.
+        repetitions: the best of these counts.
+        threads: 0 = as many as OpenVINO takes.
+
+    Returns:
+        One measurement for each way, the fused ones first.
+    """
+    layers = layers or (8 if past_tokens else 1)
+    config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
+    calls = {}
+    for precision in cache_precisions:
+        calls[f"fused {precision}"] = _Way(shape, layers, precision, config).prepare(new_tokens, past_tokens)
+    if with_stock:
+        calls["stock"] = _Way(shape, layers, None, config).prepare(new_tokens, past_tokens)
+    if with_torch:
+        import torch
+
+        if threads:
+            torch.set_num_threads(threads)
+        for dtype in ("bfloat16", "float32"):
+            calls[f"torch {dtype}"] = _torch_call(shape, new_tokens, past_tokens, dtype, layers)
+    best = dict.fromkeys(calls, float("inf"))
+    gc.collect()
+    for repetition in range(repetitions + 1):
+        for way, call in calls.items():
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            if repetition or elapsed > 1:  # the first call of a way warms up, unless it is long
+                best[way] = min(best[way], elapsed / layers)
+    pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) / 2
+    flops = 4 * pairs * shape.num_attention_heads * shape.head_dim
+    cache = 4 * (past_tokens + new_tokens) * shape.num_key_value_heads * shape.head_dim
+    return [
+        Measurement(way, new_tokens, past_tokens, seconds, flops / seconds / 1e9, cache / seconds / 1e9)
+        for way, seconds in best.items()
+    ]
+
+
+def main() -> None:
+    """Prints the table of both model families at a few lengths."""
+    cases = [(CHATGLM3, 2048, 0), (CHATGLM3, 8192, 0), (CHATGLM3, 1, 8192), (CHATGLM3, 1, 32768)]
+    cases += [(CHATGLM_6B, 2048, 0), (CHATGLM_6B, 1, 2048)]
+    for shape, new, past in cases:
+        results = measure_attention(shape, new, past, repetitions=20 if past else 2)
+        print(f"{shape}, {new} new tokens after {past}")
+        for m in results:
+            ratio = m.seconds / results[0].seconds
+            print(
+                f"  {m.way:16s} {m.seconds * 1e3:9.3f} ms  {m.gigaflops:7.1f} GFLOP/s  {m.gigabytes:6.1f} GB/s"
+                f"  {ratio:5.2f}x the time of {results[0].way}"
+            )
+
+
+if __name__ == "__main__":
+    main()
