@@ -84,6 +84,26 @@ def test_fused_graph_equals_the_original(name, fused):
         np.testing.assert_allclose(logits[kept], golden[f"{case}_logits"][kept], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["chatglm-6b-ptuning-v2", "chatglm2-6b-ptuning-v2"])
+def test_ptuning_prefix(name, fused):
+    golden, model = Golden(name), fused(name)
+    prefix_tokens = cache_layout(model.model).prefix_tokens
+    assert prefix_tokens == {"chatglm-6b-ptuning-v2": 6, "chatglm2-6b-ptuning-v2": 5}[name]
+    for case in ("batch", "single", "batch"):
+        model.reset()
+        mask = mask_of(golden, case)
+        logits = model(golden[f"{case}_input_ids"], mask)
+        kept = mask.astype(bool)
+        np.testing.assert_allclose(logits[kept], golden[f"{case}_logits"][kept], atol=1e-3, rtol=0)
+        rows = len(mask)
+        mask = np.pad(mask[[-1] * rows], ((0, 0), (0, 1)), constant_values=1)
+        again = model(np.full((rows, 1), 11), mask, [rows - 1] * rows)
+        np.testing.assert_allclose(again, np.repeat(again[-1:], rows, axis=0), atol=1e-3)
+    model.reset()
+    expected, prompt = golden["greedy_single"][0].tolist(), golden["single_input_ids"][0].tolist()
+    assert greedy(model, prompt, len(expected) - len(prompt)) == expected
+
+
 @pytest.mark.parametrize("name", FLOATING)
 @pytest.mark.parametrize("cache_precision", ["f32", "bf16", "i8"])
 def test_cached_steps(name, cache_precision, fused):

@@ -40,12 +40,13 @@ def chatglm_attention(
     scale: float,
     cache_precision: str = "bf16",
 ) -> ov.Node:
-    """The operation on its eleven inputs, in this order:
+    """The operation on its inputs, in this order:
 
     query `[B, L, num_attention_heads * head_dim]`, key and value `[B, L, num_key_value_heads * head_dim]`, f32 or
     bf16; cos and sin f32 `[B or 1, (1,) L, rotary_dim]`; key_cache and value_cache u8, written in place; past_length
     i32 `[1]`; beam_table i32 `[B, at least past]`; attention_mask i32 `[B, past + L]`; context_length i32 `[B]`.
-    The output has query's shape; a query that sees no key gives zeros.
+    With P-Tuning also the keys and the values of the prefix, f32 `[prefix tokens, num_key_value_heads * head_dim]`,
+    which past_length and attention_mask count. The output has query's shape; a query that sees no key gives zeros.
     Raises `NativeBuildError` without the native library and `RuntimeError` when an input does not fit.
     """
     attributes = {

@@ -35,16 +35,20 @@ class FusedAttentionState:
         Args:
             request: an inference request of a model that `fuse_attention` changed.
             layout: `cache_layout` of that model.
-            max_tokens: context length; the caches never grow beyond it.
+            max_tokens: context length, without a prefix; the caches never grow beyond it.
         """
         self.layout = layout
         self.max_tokens = max_tokens
-        self.past_length = 0
-        """Tokens in the caches, of every row of the batch."""
+        self._length = layout.prefix_tokens  # of every row, with the prefix
         self._request = request
         self._caches: dict[str, ov.Tensor] = {}
         self._table = np.zeros((0, 0), np.int32)
         self._rows = self._blocks = self._batch = 0
+
+    @property
+    def past_length(self) -> int:
+        """Tokens in the caches, of every row of the batch, without a prefix."""
+        return self._length - self.layout.prefix_tokens
 
     @property
     def capacity(self) -> int:
@@ -72,22 +76,24 @@ class FusedAttentionState:
                 f"the caches hold {self._batch} rows, the call has {batch}: reorder() or reset() comes before a change"
             )
         self._batch = batch
-        blocks = -(-needed // BLOCK_TOKENS)
+        blocks = -(-(self._length + new_tokens) // BLOCK_TOKENS)
         if blocks > self._blocks or batch > self._rows:
-            most = -(-self.max_tokens // BLOCK_TOKENS)
+            most = -(-(self.max_tokens + self.layout.prefix_tokens) // BLOCK_TOKENS)
             if blocks > self._blocks:
                 blocks = min(max(2 * blocks, _FIRST_BLOCKS), most)
             self._grow(max(batch, self._rows), max(blocks, self._blocks))
         if self._table.shape != (batch, self.capacity):
             table = np.tile(np.arange(batch, dtype=np.int32)[:, None], (1, self.capacity))
-            rows = min(batch, len(self._table))
-            table[:rows, : self.past_length] = self._table[:rows, : self.past_length]
+            if self.past_length:
+                table[:, : self._length] = self._table[:, : self._length]
             self._bind_table(table)
+        elif not self.past_length:
+            self._table[:, : self._length] = np.arange(batch)[:, None]  # a prefix is stored in every row
 
     def advance(self, new_tokens: int) -> None:
         """Counts the tokens that the call since `prepare` has appended."""
-        self._table[:, self.past_length : self.past_length + new_tokens] = np.arange(self._batch)[:, None]
-        self.past_length += new_tokens
+        self._table[:, self._length : self._length + new_tokens] = np.arange(self._batch)[:, None]
+        self._length += new_tokens
 
     def reorder(self, beam_idx: Sequence[int] | np.ndarray) -> None:
         """Row i goes on from what row `beam_idx[i]` holds; there may be more or fewer rows than before.
@@ -100,12 +106,12 @@ class FusedAttentionState:
             return
         if beam_idx.ndim != 1 or not len(beam_idx) or beam_idx.min() < 0 or beam_idx.max() >= self._batch:
             raise ValueError(f"beam_idx must name rows 0 to {self._batch - 1}, found {beam_idx.tolist()}")
-        past = self._table[beam_idx, : self.past_length]
+        past = self._table[beam_idx, : self._length]
         if len(beam_idx) == self._batch:
-            self._table[:, : self.past_length] = past
+            self._table[:, : self._length] = past
         else:
             table = np.zeros((len(beam_idx), self.capacity), np.int32)
-            table[:, : self.past_length] = past
+            table[:, : self._length] = past
             self._batch = len(beam_idx)
             self._bind_table(table)
 
@@ -117,11 +123,11 @@ class FusedAttentionState:
         """
         if not 0 <= tokens <= self.past_length:
             raise ValueError(f"cannot roll back {tokens} tokens, the caches hold {self.past_length}")
-        self.past_length -= tokens
+        self._length -= tokens
 
     def reset(self) -> None:
         """Forgets everything; the memory is kept for the next sequence."""
-        self.past_length = 0
+        self._length = self.layout.prefix_tokens
 
     def release(self) -> None:
         """Forgets everything and gives the memory back (once the request is bound to new caches or gone)."""
@@ -134,11 +140,11 @@ class FusedAttentionState:
     def _grow(self, rows: int, blocks: int) -> None:
         """Larger caches with the same content, layer by layer, so that one layer at a time is there twice."""
         shape = self.layout.shape(rows, blocks)
-        used = -(-self.past_length // BLOCK_TOKENS)
+        used = -(-self._length // BLOCK_TOKENS)
         for names in self.layout.layers:
             for name in names:
                 tensor = ov.Tensor(ov.Type.u8, ov.Shape(shape))  # aligned to 64 bytes
-                if used:
+                if self.past_length:
                     tensor.data[: self._rows, :, :used] = self._caches[name].data[:, :, :used]
                 self._request.set_tensor(name, tensor)
                 self._caches[name] = tensor

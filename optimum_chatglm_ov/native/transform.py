@@ -2,9 +2,9 @@
 """The pass from the portable stateful graph to the fused one, and what a fused graph says about its caches.
 
 Before, in every layer: heads split, rotary embedding, state variables for keys and values reordered by `beam_idx`,
-key and value heads repeated, `ScaledDotProductAttention` with an L x S mask. After: one `ChatGLMAttention` whose caches
-are u8 inputs of the model, bound by `FusedAttentionState`. The pass finds the former by its structure; a model it does
-not recognise completely is left as it is.
+key and value heads repeated, `ScaledDotProductAttention` with an L x S mask. After: one `ChatGLMAttention` whose
+caches are u8 inputs of the model, bound by `FusedAttentionState`. The pass finds the former by its structure; a model
+it does not recognise completely is left as it is.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class CacheLayout:
     num_key_value_heads: int
     head_dim: int
     cache_precision: str
+    prefix_tokens: int = 0
+    """Tokens of a P-Tuning prefix, the first in every row; the operation stores them itself."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -66,7 +68,7 @@ class _Layer:
     value: Node
     cos: Output
     sin: Output
-    assignments: list[Node]
+    prefix: list[np.ndarray]  # keys and values [1, G, P, D], or nothing
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -99,7 +101,9 @@ def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> bool:
         mask = nodes[0].input_value(3)
         if any(node.input_value(3) != mask for node in nodes):
             raise _Unrecognised("its layers have different attention masks")
-        visible_to_all = _match_visible_to_all(mask.get_node(), model)
+        if len({bool(layer.prefix) for layer in layers}) != 1:
+            raise _Unrecognised("some of its layers have a prefix and others have none")
+        visible_to_all = _match_visible_to_all(mask.get_node(), model, bool(layers[0].prefix))
     except _Unrecognised as reason:
         logger.warning("Attention is not fused, the model runs on stock operations: %s.", reason)
         return False
@@ -119,6 +123,7 @@ def cache_layout(model: ov.Model) -> CacheLayout | None:
         int(attributes["num_key_value_heads"]),
         int(attributes["head_dim"]),
         attributes["cache_precision"],
+        nodes[0].input(11).get_shape()[0] if nodes[0].get_input_size() > 11 else 0,
     )
 
 
@@ -181,8 +186,11 @@ def _match_heads(node: Node) -> Node:
     return _expect(_source(node), "Reshape")
 
 
-def _match_cache(node: Node) -> tuple[Node, Node]:
-    """State variable with new tokens appended, heads repeated or not: (new states `[B, G, L, D]`, Assign node)."""
+def _match_cache(node: Node) -> tuple[Node, np.ndarray | None]:
+    """State variable with new tokens appended, heads repeated or not.
+
+    Returns the new states `[B, G, L, D]` and the prefix `[1, G, P, D]` that the variable starts with, if any.
+    """
     if node.get_type_name() == "Reshape":
         node = _source(_expect(_source(_expect(_source(node), "Broadcast")), "Unsqueeze"))
     _expect(node, "Concat")
@@ -190,10 +198,9 @@ def _match_cache(node: Node) -> tuple[Node, Node]:
         raise _Unrecognised(f"{node.get_friendly_name()} does not append tokens")
     reordered = _expect(_source(node, 0), "Gather")
     variable = _expect(_source(reordered), "ReadValue")
-    if variable.get_input_size() and 0 not in (
-        d.get_length() for d in variable.input(0).get_partial_shape() if d.is_static
-    ):
-        raise _Unrecognised(f"state {variable.get_friendly_name()} does not start empty (a P-Tuning prefix)")
+    start = _constant(_source(_expect(_source(variable), "Broadcast")))
+    if start.size > 1 and (start.ndim != 4 or start.shape[0] != 1):
+        raise _Unrecognised(f"state {variable.get_friendly_name()} starts with a tensor of shape {start.shape}")
     assignments = [
         target.get_node()
         for target in node.output(0).get_target_inputs()
@@ -201,15 +208,17 @@ def _match_cache(node: Node) -> tuple[Node, Node]:
     ]
     if len(assignments) != 1:
         raise _Unrecognised(f"{node.get_friendly_name()} is not what one state variable keeps")
-    return _source(node, 1), assignments[0]
+    return _source(node, 1), start if start.size > 1 else None
 
 
 def _match_layer(attention: Node) -> _Layer:
     if attention.get_input_size() < 4 or attention.get_attributes().get("causal"):
         raise _Unrecognised(f"{attention.get_friendly_name()} has no explicit mask")
     query = _match_rotary(_source(attention, 0))
-    key_states, key_assignment = _match_cache(_source(attention, 1))
-    value_states, value_assignment = _match_cache(_source(attention, 2))
+    key_states, key_prefix = _match_cache(_source(attention, 1))
+    value_states, value_prefix = _match_cache(_source(attention, 2))
+    if (key_prefix is None) != (value_prefix is None):
+        raise _Unrecognised(f"{attention.get_friendly_name()} has a prefix of keys or of values alone")
     key = _match_rotary(key_states)
     if key.cos != query.cos or key.sin != query.sin:
         raise _Unrecognised(f"{attention.get_friendly_name()} rotates queries and keys by different angles")
@@ -234,7 +243,7 @@ def _match_layer(attention: Node) -> _Layer:
         _match_heads(value_states),
         query.cos,
         query.sin,
-        [key_assignment, value_assignment],
+        [] if key_prefix is None else [key_prefix, value_prefix],
         heads,
         groups,
         head_dim,
@@ -248,8 +257,9 @@ def _unwrap(node: Node) -> Node:
     return node
 
 
-def _match_visible_to_all(mask: Node, model: ov.Model) -> Node | None:
-    """Boolean `[B, S]`: keys that every query sees; `None` where the mask is causal only."""
+def _match_visible_to_all(mask: Node, model: ov.Model, has_prefix: bool) -> Node | None:
+    if has_prefix:
+        mask = _source(_expect(mask, "Concat"), 1)  # behind zeros for the prefix
     visible = _expect(_source(_expect(mask, "Select")), "LogicalAnd")
     kept = _expect(_unwrap(_source(visible, 1)), "NotEqual")
     if _source(kept) != model.input("attention_mask").get_node():
@@ -281,6 +291,12 @@ def _replace(model: ov.Model, layers: list[_Layer], visible_to_all: Node | None,
     else:
         # Positions never decrease along a row, so these keys are the first ones.
         context_length = ops.reduce_sum(ops.convert(visible_to_all, "i32"), axis(1))
+    if layers[0].prefix:
+        prefix_tokens = ops.constant(np.array([layers[0].prefix[0].shape[2]], dtype=np.int32))
+        past = ops.add(past, prefix_tokens)
+        context_length = ops.add(context_length, prefix_tokens)
+        ones = ops.broadcast(ops.constant(np.int32(1)), ops.concat([batch, prefix_tokens], axis=0))
+        mask = ops.concat([ones, mask], axis=1)
     beam_table = _parameter(BEAM_TABLE, [-1, -1], Type.i32)
     parameters = [beam_table]
     for i, layer in enumerate(layers):
@@ -294,6 +310,9 @@ def _replace(model: ov.Model, layers: list[_Layer], visible_to_all: Node | None,
         inputs = [split.input_value(0) for split in (layer.query, layer.key, layer.value)]
         inputs += [layer.cos, layer.sin]
         inputs += [node.output(0) for node in (*caches, past, beam_table, mask, context_length)]
+        for prefix in layer.prefix:
+            rows = prefix[0].transpose(1, 0, 2).reshape(prefix.shape[2], -1).astype(np.float32)
+            inputs.append(ops.constant(rows).output(0))
         node = chatglm_attention(
             inputs,
             layer.num_attention_heads,
@@ -305,10 +324,28 @@ def _replace(model: ov.Model, layers: list[_Layer], visible_to_all: Node | None,
         node.set_friendly_name(layer.attention.get_friendly_name())
         for target in list(layer.merged.output(0).get_target_inputs()):
             target.replace_source_output(node.output(0))
-    for layer in layers:
-        for assignment in layer.assignments:
-            variable = assignment.get_attributes()["variable_id"]
-            model.remove_sink(assignment)
-            model.remove_variable(model.get_variable_by_id(variable))
+    _remove_unread_state(model)
     model.add_parameters(parameters)
     model.validate_nodes_and_infer_types()
+
+
+def _remove_unread_state(model: ov.Model) -> None:
+    """Drops the state variables whose value no result, and no state that a result needs, depends on."""
+    needed: dict[str, Node] = {}
+    waiting: list[Node] = list(model.get_results())
+    unread = {_variable_id(sink): sink for sink in model.get_sinks()}
+    while waiting:
+        node = waiting.pop()
+        if node.get_name() in needed:
+            continue
+        needed[node.get_name()] = node
+        waiting += [output.get_node() for output in node.input_values()]
+        if node.get_type_name() == "ReadValue" and _variable_id(node) in unread:
+            waiting.append(unread.pop(_variable_id(node)))
+    for variable, assignment in unread.items():
+        model.remove_sink(assignment)
+        model.remove_variable(model.get_variable_by_id(variable))
+
+
+def _variable_id(node: Node) -> str:
+    return node.get_attributes()["variable_id"]

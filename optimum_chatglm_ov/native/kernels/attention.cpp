@@ -30,7 +30,7 @@ void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument("ChatGLMAttention: " + message);
 }
 
-void check(const AttentionArguments& a) {
+void check_shapes(const AttentionArguments& a) {
     require(a.batch >= 1 && a.query_length >= 1 && a.past_length >= 0,
             "batch and query length must be at least 1 and the past length at least 0, found " +
                 std::to_string(a.batch) + ", " + std::to_string(a.query_length) + ", " +
@@ -48,6 +48,9 @@ void check(const AttentionArguments& a) {
                                    " are needed: grow it before the inference");
     require(a.batch <= a.cache_rows, "the cache has " + std::to_string(a.cache_rows) + " rows, the batch " +
                                          std::to_string(a.batch));
+}
+
+void check_beam_table(const AttentionArguments& a) {
     for (int64_t b = 0; b < a.batch; b++)
         for (int64_t t = 0; t < a.past_length; t++) {
             const int32_t row = a.beam_table[b * a.beam_table_stride + t];
@@ -312,8 +315,14 @@ const char* default_instruction_set() {
     return all_kernels().front()->name;
 }
 
+void append_to_cache(const AttentionArguments& a, const Executor& executor) {
+    check_shapes(a);
+    append(a, choose_kernels(a, nullptr), executor);
+}
+
 void fused_attention(const AttentionArguments& a, const Executor& executor, const char* instruction_set) {
-    check(a);
+    check_shapes(a);
+    check_beam_table(a);
     const Kernels& kernels = choose_kernels(a, instruction_set);
     append(a, kernels, executor);
     attend(a, kernels, executor);

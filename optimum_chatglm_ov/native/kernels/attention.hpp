@@ -76,7 +76,10 @@ protected:
 void fused_attention(const AttentionArguments& arguments, const Executor& executor,
                      const char* instruction_set = nullptr);
 
-// Comma-separated names usable on this CPU for this head_dim and cache precision, best first.
+// Only rotates and stores the new keys and values; query, attention_mask, beam_table and output are not read.
+void append_to_cache(const AttentionArguments& arguments, const Executor& executor);
+
+// Comma-separated names of the kernels that this CPU can run, best first; the software model of AMX is the last.
 const char* instruction_sets();
 
 // Which one fused_attention picks. The environment variable CHATGLM_OV_ISA overrides the choice.

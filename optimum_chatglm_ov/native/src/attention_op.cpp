@@ -4,6 +4,8 @@
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
 
+#include <vector>
+
 #include "attention.hpp"
 
 namespace optimum_chatglm_ov {
@@ -30,6 +32,30 @@ CachePrecision parse(const ov::Node* node, const std::string& name) {
     return CachePrecision::i8;
 }
 
+// Stores the prefix in every row when nothing comes after it yet.
+void append_prefix(AttentionArguments a, const ov::Tensor& keys, const ov::Tensor& values) {
+    const int64_t tokens = keys.get_shape()[0], width = a.num_key_value_heads * a.head_dim;
+    OPENVINO_ASSERT(keys.get_shape() == values.get_shape() && a.past_length >= tokens,
+                    "ChatGLMAttention: past_length must count the ", tokens, " tokens of the prefix, found ",
+                    a.past_length);
+    if (a.past_length > tokens) return;
+    const auto repeat = [&](const ov::Tensor& source) {
+        std::vector<float> rows;
+        for (int64_t b = 0; b < a.batch; b++)
+            rows.insert(rows.end(), source.data<float>(), source.data<float>() + tokens * width);
+        return rows;
+    };
+    const std::vector<float> key = repeat(keys), value = repeat(values);
+    a.query_length = tokens;
+    a.past_length = 0;
+    a.rotary_dim = 0;
+    a.activation_type = ActivationType::f32;
+    a.key = key.data();
+    a.value = value.data();
+    a.key_stride = a.value_stride = width;
+    append_to_cache(a, ArenaExecutor());
+}
+
 }  // namespace
 
 ChatGLMAttention::ChatGLMAttention(const ov::OutputVector& inputs, int64_t num_attention_heads,
@@ -46,7 +72,8 @@ ChatGLMAttention::ChatGLMAttention(const ov::OutputVector& inputs, int64_t num_a
 
 void ChatGLMAttention::validate_and_infer_types() {
     using ov::element::Type_t;
-    NODE_VALIDATION_CHECK(this, get_input_size() == 11, "needs 11 inputs, found ", get_input_size());
+    const size_t inputs = get_input_size();
+    NODE_VALIDATION_CHECK(this, inputs == 11 || inputs == 13, "needs 11 inputs, or 13 with a prefix, found ", inputs);
     NODE_VALIDATION_CHECK(this, num_key_value_heads_ > 0 && num_attention_heads_ % num_key_value_heads_ == 0,
                           "num_attention_heads (", num_attention_heads_, ") must be a multiple of num_key_value_heads (",
                           num_key_value_heads_, ")");
@@ -74,6 +101,8 @@ void ChatGLMAttention::validate_and_infer_types() {
     require_shape(0, {any, any, num_attention_heads_ * head_dim_});
     for (size_t i : {8, 9}) require_shape(i, {any, any});
     require_shape(10, {any});
+    for (size_t i = 11; i < inputs; i++)
+        require_type(i, Type_t::f32), require_shape(i, {any, num_key_value_heads_ * head_dim_});
     ov::PartialShape output = get_input_partial_shape(0);
     if (output.rank().is_dynamic()) output = {any, any, num_attention_heads_ * head_dim_};
     output[2] = num_attention_heads_ * head_dim_;
@@ -156,6 +185,7 @@ bool ChatGLMAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVecto
     a.context_length = inputs[10].data<int32_t>();
     a.output = outputs[0].data();
 
+    if (inputs.size() == 13) append_prefix(a, inputs[11], inputs[12]);
     fused_attention(a, ArenaExecutor());
     return true;
 }
