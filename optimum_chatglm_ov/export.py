@@ -110,6 +110,8 @@ def export_model(
             config.pre_seq_len = prefix.shape[3]
         if weight_format in _DTYPES:
             weights = _InPrecision(weights, _DTYPES[weight_format])
+        if quantization_config:
+            weights = quantization.int8_rows(weights, quantization_config)
         model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)
         if quantization_config:
             quantization.compress(model, quantization_config, tokenizer, dataset)

@@ -19,7 +19,9 @@ from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
 from optimum.intel.openvino.quantization import _weight_only_quantization
 
 from . import texts
+from .checkpoint import Weight
 from .configuration import ChatGLMConfig
+from .int8 import Int8Rows
 
 
 FLOATING_FORMATS = ("original", "fp32", "fp16", "bf16")
@@ -126,13 +128,41 @@ def _with_fallback(quantization_config: OVWeightQuantizationConfig) -> OVWeightQ
     return quantization_config
 
 
+def int8_rows(weights: Mapping[str, Weight], quantization_config: OVWeightQuantizationConfig) -> Mapping[str, Weight]:
+    """`weights`, with those already int8 that are to become int8, symmetric per row, whatever NNCF finds.
+
+    These are all matrices under `default_config("int8")`, the embedding and the output layer under 4 bits.
+    """
+    if _all_int8(quantization_config):
+        return Int8Rows(weights, lambda name: True)
+    if _int8_ends(quantization_config):
+        return Int8Rows(weights, ("embed_tokens.weight", "lm_head.weight").__contains__)
+    return weights
+
+
+def _all_int8(quantization_config: OVWeightQuantizationConfig) -> bool:
+    return (
+        quantization_config.bits == 8
+        and quantization_config.sym
+        and not (quantization_config.ignored_scope or quantization_config.kwargs)
+    )
+
+
+def _int8_ends(quantization_config: OVWeightQuantizationConfig) -> bool:
+    return (
+        quantization_config.bits == 4
+        and quantization_config.backup_precision == _BACKUP
+        and not (quantization_config.all_layers or quantization_config.ignored_scope)
+    )
+
+
 def compress(
     model: ov.Model,
     quantization_config: OVWeightQuantizationConfig,
     tokenizer: Any = None,
     dataset: str | Path | Iterable[Any] | None = None,
 ) -> None:
-    """Quantises the weights of `model` in place with NNCF.
+    """Quantises the weights of `model` in place with NNCF, but for those that `int8_rows` has made int8.
 
     Args:
         model: a graph of `graph.build_model`.
@@ -143,6 +173,11 @@ def compress(
     Raises:
         ValueError: a method needs texts or the tokenizer and has none.
     """
+    if _all_int8(quantization_config):
+        return
+    if _int8_ends(quantization_config):  # else NNCF would take the last linear of the blocks for the output layer
+        quantization_config = deepcopy(quantization_config)
+        quantization_config.all_layers = True
     dataset = quantization_config.dataset if dataset is None else dataset
     needing = _needs_data(quantization_config)
     if needing and dataset is None:

@@ -12,7 +12,9 @@ from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationC
 from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model, graph, quantization
-from optimum_chatglm_ov.checkpoint import Checkpoint
+from optimum_chatglm_ov.checkpoint import Checkpoint, Weight
+from optimum_chatglm_ov.errors import CheckpointError
+from optimum_chatglm_ov.int8 import quantize_rows
 
 
 CHATGLM3 = DATA / "models" / "chatglm3-6b"
@@ -137,9 +139,35 @@ def test_int8_is_symmetric_per_output_channel(tmp_path):
     weight = Checkpoint(CHATGLM3, ChatGLMConfig.from_pretrained(CHATGLM3), _shapes())["layers.0.mlp.down_proj.weight"]
     integers, scale = (nodes[f"layers.0.mlp.down_proj.weight{end}"].data for end in ("", "/scale"))
     assert scale.shape == (64, 1)
-    scale = scale.astype(np.float32)  # NNCF makes it negative where the largest weight of the row is positive
+    scale = scale.astype(np.float32)  # negative where the largest weight of the row is positive
     error = np.abs(integers * scale - weight.data.float().numpy())
     assert (error <= 0.51 * np.abs(scale)).all()
+
+
+def test_int8_rows_are_what_nncf_makes(tmp_path):
+    """The same integers but where the scale rounded to fp16 moves a number over the middle between two; no more error."""
+    settings = {"bits": 8, "sym": True, "ignored_scope": {"names": ["no such node"], "validate": False}}
+    reference = constants(export_model(CHATGLM3, tmp_path / "nncf", quantization_config=settings))
+    found = constants(export_model(CHATGLM3, tmp_path / "ir", weight_format="int8"))
+    assert found.keys() == reference.keys()
+    for name, node in found.items():
+        difference = node.data.astype(int) - reference[name].data.astype(int)
+        assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.02, name
+
+
+def test_int8_of_unusual_rows():
+    """Rows of zeros, of one sign, with tiny and with huge numbers, in any stored precision."""
+    rows = torch.zeros(6, 64)
+    rows[1], rows[2], rows[3] = 1.0, -3.0, 1e-6
+    rows[4, :2], rows[5] = torch.tensor([60000.0, -2.0]), torch.linspace(-1, 2, 64)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        weight = Weight(rows.to(dtype))
+        found = quantize_rows(weight, "rows")
+        assert found.bits == 8 and found.data.dtype == torch.int8 and found.scale.dtype == torch.float16
+        error = (found.data.float() * found.scale.float()[:, None] - weight.data.float()).abs()
+        assert (error <= 0.56 * found.scale.float().abs()[:, None]).all()
+    with pytest.raises(CheckpointError, match="lm_head.weight: numbers up to 1e\\+30, too large for int8"):
+        quantize_rows(Weight(torch.full((2, 64), 1e30)), "lm_head.weight")
 
 
 def _shapes():

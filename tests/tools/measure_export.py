@@ -4,14 +4,15 @@
     python tests/tools/measure_export.py /data/random-chatglm3-6b --formats fp16 int8 int4
 
 Prints a markdown table. Every export runs in a process of its own. Memory is the peak of the process's anonymous
-memory (`RssAnon` in /proc/self/status, sampled every 20 ms); pages of mapped files
-are not in it, because the kernel can drop them.
+memory (`RssAnon` in /proc/self/status, sampled every 20 ms); pages of mapped files are not in it, because the kernel
+can drop them. Before `cp` and before every export the checkpoint is dropped from the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def main() -> None:
         return
 
     with tempfile.TemporaryDirectory(dir=args.output or args.checkpoint.resolve().parent) as folder:
+        drop_from_page_cache(args.checkpoint)
         start = time.perf_counter()
         subprocess.run(["cp", "-rL", args.checkpoint, f"{folder}/copy"], check=True)
         copy_time = time.perf_counter() - start
@@ -41,6 +43,7 @@ def main() -> None:
         print("| format | output (GB) | peak anonymous memory (GB) | of it imports (GB) | time (s) | times `cp` |")
         print("|---|---|---|---|---|---|", flush=True)
         for weight_format in args.formats:
+            drop_from_page_cache(args.checkpoint)
             command = [sys.executable, __file__, str(args.checkpoint), "--one", weight_format, f"{folder}/export"]
             process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(process.stdout.splitlines()[-1])
@@ -81,6 +84,14 @@ def anonymous_memory() -> float:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024 / 1e9
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    os.sync()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def size(folder: Path) -> float:
