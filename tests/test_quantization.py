@@ -145,7 +145,7 @@ def test_int8_is_symmetric_per_output_channel(tmp_path):
 
 
 def test_int8_rows_are_what_nncf_makes(tmp_path):
-    """The same integers but where the scale rounded to fp16 moves a number over the middle between two; no more error."""
+    """The same integers but where the scale rounded to fp16 moves a number over the middle of two."""
     settings = {"bits": 8, "sym": True, "ignored_scope": {"names": ["no such node"], "validate": False}}
     reference = constants(export_model(CHATGLM3, tmp_path / "nncf", quantization_config=settings))
     found = constants(export_model(CHATGLM3, tmp_path / "ir", weight_format="int8"))
