@@ -64,11 +64,16 @@ def _take_place(folder: Path, output: Path, replaces: Collection[str]) -> None:
     if not os.access(output, os.W_OK):
         raise PermissionError(13, "Permission denied", str(output))
     if os.path.ismount(output):  # it cannot be renamed: its files are replaced one by one
-        for entry in folder.iterdir():
-            shutil.copy2(entry, output / f".{entry.name}.partial")
-        for entry in folder.iterdir():
-            os.replace(output / f".{entry.name}.partial", output / entry.name)
-        for name in set(replaces) - {entry.name for entry in folder.iterdir()}:
+        names = {entry.name for entry in folder.iterdir()}
+        try:
+            for name in names:
+                shutil.copy2(folder / name, output / f".{name}.partial")
+            for name in names:
+                os.replace(output / f".{name}.partial", output / name)
+        finally:
+            for name in names:
+                (output / f".{name}.partial").unlink(missing_ok=True)
+        for name in set(replaces) - names:
             (output / name).unlink(missing_ok=True)
         return
     earlier = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".earlier", dir=output.parent))
