@@ -194,7 +194,7 @@ def _describe(model: ov.Model) -> None:
 
 
 def _check_size(xml: Path) -> None:
-    """A disk that fills up while OpenVINO writes does not always raise; the file then lacks bytes that the graph names.
+    """A disk that fills up while OpenVINO writes does not always raise; its file is then too short.
 
     Raises:
         ExportError: the weights are shorter than the graph says.
