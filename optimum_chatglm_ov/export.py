@@ -97,7 +97,9 @@ def export_model(
     )
     tokenizer = _load_tokenizer(source)
     config = load_config(source, rope_ratio_type, tokenizer)
-    quantization_config = quantization.resolve_config(config, weight_format, quantization_config, _parameters(config))
+    quantization_config = quantization.resolve_config(
+        config, weight_format, quantization_config, _parameters(config), dataset
+    )
     shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
     generation_config = _generation_config(source, config)
     with complete_folder(output, replaces=EXPORTED_FILES) as folder:

@@ -15,6 +15,7 @@ from typing import Any
 import nncf
 import numpy as np
 import openvino as ov
+from nncf.errors import InvalidGroupSizeError, ParameterNotSupportedError, ValidationError
 from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
 from optimum.intel.openvino.quantization import _weight_only_quantization
 
@@ -26,6 +27,7 @@ from .int8 import Int8Rows
 
 FLOATING_FORMATS = ("original", "fp32", "fp16", "bf16")
 QUANTIZED_FORMATS = ("int8", "int4", "nf4", "mxfp4", "cb4")
+WEIGHT_FORMATS = FLOATING_FORMATS + QUANTIZED_FORMATS
 # Models with more parameters are quantised to int8 unless the caller decides, as in optimum-intel.
 _INT8_BY_DEFAULT_ABOVE = 1_000_000_000
 # Of the embedding, the output layer and whatever else does not become 4-bit.
@@ -51,9 +53,7 @@ def default_config(weight_format: str) -> OVWeightQuantizationConfig:
         return OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0, backup_precision=_BACKUP)
     if weight_format in QUANTIZED_FORMATS:
         return OVWeightQuantizationConfig(bits=4, dtype=weight_format, ratio=1.0, backup_precision=_BACKUP)
-    raise ValueError(
-        f"`weight_format` is {weight_format!r}; expected one of {', '.join(FLOATING_FORMATS + QUANTIZED_FORMATS)}."
-    )
+    raise ValueError(f"`weight_format` is {weight_format!r}; expected one of {', '.join(WEIGHT_FORMATS)}.")
 
 
 def resolve_config(
@@ -61,11 +61,13 @@ def resolve_config(
     weight_format: str | None,
     quantization_config: OVWeightQuantizationConfig | Mapping[str, Any] | None,
     num_parameters: int,
+    dataset: Any = None,
 ) -> OVWeightQuantizationConfig | None:
     """The quantisation to apply, or `None` to keep floating-point (or the checkpoint's own quantised) weights.
 
     Raises:
-        ValueError: arguments that contradict each other or the checkpoint.
+        ValueError: arguments that contradict each other or the checkpoint, a method that needs texts and has none, or
+            texts (`dataset`, also of the settings) without a use for them.
     """
     if quantization_config is not None and weight_format is not None:
         raise ValueError("Give `weight_format` or `quantization_config`, not both.")
@@ -93,6 +95,15 @@ def resolve_config(
             f"`quantization_config` is a {type(quantization_config).__name__}; expected an "
             "`OVWeightQuantizationConfig` or a dictionary of its arguments."
         )
+    has_texts = dataset is not None or quantization_config.dataset is not None
+    needing = _needs_data(quantization_config)
+    if needing and not has_texts:
+        raise ValueError(
+            f"{needing} looks at activations and needs texts: give `dataset`, a text file, a list of strings or a "
+            "`datasets.Dataset`."
+        )
+    if has_texts and quantization_config.bits == 8:
+        raise ValueError("`dataset` is only for 4-bit weights; int8 rounds without looking at texts. Leave it out.")
     return _with_fallback(quantization_config)
 
 
@@ -171,7 +182,7 @@ def compress(
         dataset: texts for those (see `texts.read_texts`), instead of the settings' own.
 
     Raises:
-        ValueError: a method needs texts or the tokenizer and has none.
+        ValueError: texts without a tokenizer, or settings that NNCF refuses.
     """
     if _all_int8(quantization_config):
         return
@@ -179,19 +190,16 @@ def compress(
         quantization_config = deepcopy(quantization_config)
         quantization_config.all_layers = True
     dataset = quantization_config.dataset if dataset is None else dataset
-    needing = _needs_data(quantization_config)
-    if needing and dataset is None:
-        raise ValueError(
-            f"{needing} looks at activations and needs texts: give `dataset`, a text file, a list of strings or a "
-            "`datasets.Dataset`."
-        )
     calibration = None
     if dataset is not None:
         if tokenizer is None:
             raise ValueError("Calibration needs the tokenizer, and the checkpoint has no tokenizer files.")
         calibration = nncf.Dataset(calibration_inputs(quantization_config, tokenizer, dataset))
     with _quiet_nncf():
-        _weight_only_quantization(model, quantization_config, calibration)
+        try:
+            _weight_only_quantization(model, quantization_config, calibration)
+        except (ParameterNotSupportedError, InvalidGroupSizeError, ValidationError) as error:
+            raise ValueError(f"NNCF refuses the quantisation settings: {error}") from error
 
 
 def calibration_inputs(

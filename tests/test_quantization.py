@@ -258,6 +258,13 @@ def test_text_file_in_quantization_config(tmp_path):
         ({"bits": 4, "scale_estimation": True}, [{"content": "x"}], "'text' column"),
         ({"bits": 3}, None, "3"),
         ({"bits": 4, "nonsense": 1}, None, "nonsense"),
+        ({"bits": 8}, TEXTS, "`dataset` is only for 4-bit weights"),
+        ({"bits": 8, "dataset": TEXTS}, None, "`dataset` is only for 4-bit weights"),
+        ({"bits": 8, "ratio": 0.5}, None, "ratio"),
+        ({"bits": 8, "group_size": 64}, None, "group_size"),
+        ({"bits": 8, "quant_method": "awq"}, None, "awq|AWQ"),
+        ({"bits": 4, "group_size": 48, "group_size_fallback": "error"}, None, "48"),
+        ({"bits": 4, "ratio": 1.5}, None, "ratio"),
     ],
 )
 def test_wrong_settings(settings, dataset, message, tmp_path):

@@ -7,8 +7,9 @@ import argparse
 import os
 from typing import Any
 
+from ..quantization import WEIGHT_FORMATS
 
-WEIGHT_FORMATS = ("original", "fp32", "fp16", "bf16", "int8", "int4", "nf4", "mxfp4", "cb4")
+
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 

@@ -8,10 +8,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..quantization import FLOATING_FORMATS, default_config
 from .arguments import UsageError, add_hub_arguments, add_weight_format, hub_arguments, positive_integer
 
 
-_FLOATING_FORMATS = ("original", "fp32", "fp16", "bf16")
 # Argument names that OVWeightQuantizationConfig has too; None means that the user did not say.
 _QUANTIZATION_ARGUMENTS = (
     "group_size",
@@ -144,7 +144,7 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
         details["quant_method"] = "awq"
     if args.quantization_statistics_path is not None:
         details["statistics_path"] = args.quantization_statistics_path
-    if args.weight_format is None or args.weight_format in _FLOATING_FORMATS:
+    if args.weight_format is None or args.weight_format in FLOATING_FORMATS:
         names = [*details, *(["dataset"] if args.dataset else [])]
         if names:
             given = ", ".join("--" + _OPTIONS.get(name, name).replace("_", "-") for name in names)
@@ -157,8 +157,6 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if not details:
         return {"weight_format": args.weight_format, **dataset}
     from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
-
-    from optimum_chatglm_ov.quantization import default_config
 
     default = default_config(args.weight_format)
     settings = {
