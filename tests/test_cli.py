@@ -15,6 +15,7 @@ import time
 import warnings
 from pathlib import Path
 
+import openvino as ov
 import pytest
 import transformers
 from transformers import AutoTokenizer
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 import optimum_chatglm_ov
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.cli import conversation
+from optimum_chatglm_ov.cli.arguments import add_runtime_options, runtime_options
 from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
 
@@ -270,6 +272,27 @@ def test_a_prompt_that_is_too_long_does_not_end_the_session(exported, capsys, mo
     printed = capsys.readouterr().err
     assert f"the context length of this model is {limit}" in printed
     assert "[4 tokens" in printed
+
+
+def test_openvino_options_reach_the_compiled_model(exported):
+    parser = argparse.ArgumentParser()
+    add_runtime_options(parser)
+    options = ["--kv-cache-precision", "f32", "--inference-precision", "f32", "--dynamic-quantization-group-size", "32"]
+    loaded = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **runtime_options(parser.parse_args(options)))
+    compiled = loaded.request.get_compiled_model()
+    assert compiled.get_property("KV_CACHE_PRECISION") == ov.Type.f32
+    assert compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
+    assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 32
+    fused = runtime_options(parser.parse_args(["--attention", "fused"]))
+    assert OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **fused)._fused is not None
+
+
+def test_a_conversation_with_openvino_options(exported, capsys):
+    arguments = ["chat", "--model", str(exported("chatglm3-6b")), "--prompt", "x", "--max-new-tokens", "2"]
+    assert main([*arguments, "--inference-precision", "f32", "--attention", "fused"]) == 0
+    assert capsys.readouterr().out
+    assert main([*arguments, "--device", "NO_SUCH_DEVICE"]) == 1
+    assert "NO_SUCH_DEVICE" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_error(exported):

@@ -44,6 +44,44 @@ def add_weight_format(parser: Any) -> None:
     )
 
 
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how OpenVINO runs the model; what is left out is OpenVINO's choice."""
+    group = parser.add_argument_group("OpenVINO")
+    group.add_argument("--device", default="CPU", help="device (default: CPU)")
+    group.add_argument(
+        "--attention",
+        choices=("sdpa", "fused", "auto"),
+        help="OpenVINO's own, this package's native operation, or the latter where it can be built",
+    )
+    group.add_argument(
+        "--kv-cache-precision",
+        choices=("u8", "bf16", "f16", "f32"),
+        help="of keys and values (default: u8 on CPU, bf16 with fused attention)",
+    )
+    group.add_argument(
+        "--inference-precision",
+        choices=("bf16", "f16", "f32"),
+        help="of computation (default: bf16 or f16 where the CPU is fast at it, else f32)",
+    )
+    group.add_argument(
+        "--dynamic-quantization-group-size",
+        type=int,
+        metavar="N",
+        help="activations that share a scale in int8 and int4 models; 0 leaves activations as they are",
+    )
+
+
+def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `OVChatGLMForCausalLM.from_pretrained`."""
+    properties = {
+        "KV_CACHE_PRECISION": args.kv_cache_precision,
+        "INFERENCE_PRECISION_HINT": args.inference_precision,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": args.dynamic_quantization_group_size,
+    }
+    ov_config = {name: str(value) for name, value in properties.items() if value is not None}
+    return {"device": args.device, "attention": args.attention, "ov_config": ov_config}
+
+
 def unicode_text(text: str) -> str:
     """An argument that is UTF-8 whatever the locale says."""
     return os.fsencode(text).decode("utf-8", "replace")

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from .arguments import (
     UsageError,
     add_hub_arguments,
+    add_runtime_options,
     add_weight_format,
     hub_arguments,
     positive_integer,
     positive_number,
+    runtime_options,
     unicode_text,
 )
 
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--greedy", action="store_true", help="always the likeliest token (default for the model of the package)"
     )
-    parser.add_argument("--device", default="CPU", help="OpenVINO device (default: CPU)")
+    add_runtime_options(parser)
     add_weight_format(parser)
     add_hub_arguments(parser)
 
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     with model_folder(args) as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = OVChatGLMForCausalLM.from_pretrained(folder, device=args.device)
+        model = OVChatGLMForCausalLM.from_pretrained(folder, **runtime_options(args))
         conversation = Conversation(model, tokenizer, _settings(args))
         if args.prompt is None:
             return _talk(conversation, args.model or "the tiny model of the package")
