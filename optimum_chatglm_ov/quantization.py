@@ -75,7 +75,7 @@ def resolve_config(
         if dict(quantization_config) in ({"bits": 4}, {"bits": 8}):
             quantization_config = default_config(f"int{quantization_config['bits']}")
         else:
-            quantization_config = _from_mapping(quantization_config)
+            quantization_config = settings_of(quantization_config)
     if quantization_config is None:
         if weight_format in FLOATING_FORMATS:
             return None
@@ -107,7 +107,7 @@ def resolve_config(
     return _with_fallback(quantization_config)
 
 
-def _from_mapping(arguments: Mapping[str, Any]) -> OVWeightQuantizationConfig:
+def settings_of(arguments: Mapping[str, Any]) -> OVWeightQuantizationConfig:
     """The settings with these arguments; `dataset` may also be a text file or rows with texts."""
     arguments = dict(arguments)
     dataset = arguments.get("dataset")

@@ -277,8 +277,17 @@ def test_a_prompt_that_is_too_long_does_not_end_the_session(exported, capsys, mo
 def test_openvino_options_reach_the_compiled_model(exported):
     parser = argparse.ArgumentParser()
     add_runtime_options(parser)
-    options = ["--kv-cache-precision", "f32", "--inference-precision", "f32", "--dynamic-quantization-group-size", "32"]
-    loaded = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **runtime_options(parser.parse_args(options)))
+    options = [
+        "--kv-cache-precision",
+        "f32",
+        "--inference-precision",
+        "f32",
+        "--dynamic-quantization-group-size",
+        "32",
+    ]
+    loaded = OVChatGLMForCausalLM.from_pretrained(
+        exported("chatglm3-6b"), **runtime_options(parser.parse_args(options))
+    )
     compiled = loaded.request.get_compiled_model()
     assert compiled.get_property("KV_CACHE_PRECISION") == ov.Type.f32
     assert compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32

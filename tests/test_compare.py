@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 from conftest import DATA, EXACT
+from reference import text as reference_text
 from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli import compare as command
 from optimum_chatglm_ov.compare import compare
 
@@ -112,3 +114,19 @@ def test_what_cannot_be_compared(exported, text, tmp_path):
         compare(folder, folder, [" "])
     with pytest.raises(ValueError, match="`block_length` is 1"):
         compare(folder, folder, text, block_length=1)
+
+
+@pytest.mark.parametrize("weight_format, divergence, agreement", [("int8", 0.001, 0.99), ("int4", 0.05, 0.94)])
+def test_what_the_tiny_model_loses(weight_format, divergence, agreement, tmp_path):
+    """Quantised, it answers the same; on text it was not trained for, its distributions move as little as stated."""
+    turns = [turn for turn in reference_text.Text().turns if turn.topic != "unknown"]
+    reference = export_model(TINY_CHATGLM3, tmp_path / "fp32", weight_format="fp32")
+    candidate = export_model(TINY_CHATGLM3, tmp_path / weight_format, weight_format=weight_format)
+    sentences = [f"{turn.question}\n{turn.answer}" for turn in turns]
+    found = compare(reference, candidate, sentences, reference_config=EXACT, candidate_config=EXACT, prompts=0)
+    assert found.kl_divergence < divergence and found.top1_agreement > agreement
+    assert abs(found.candidate_perplexity / found.reference_perplexity - 1) < 0.05
+    model = OVChatGLMForCausalLM.from_pretrained(candidate, ov_config=EXACT)
+    tokenizer = AutoTokenizer.from_pretrained(candidate)
+    for turn in turns[::10]:
+        assert model.chat(tokenizer, turn.question, do_sample=False)[0] == turn.answer

@@ -183,6 +183,37 @@ def test_full_disk(limit, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ir"]
 
 
+def _may_mount():
+    return shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _may_mount(), reason="this system lets users mount no tmpfs of their own")
+@pytest.mark.parametrize("kilobytes, weight_format", [(40, "original"), (200, "int8"), (400, "fp32")])
+def test_full_tmpfs(kilobytes, weight_format, tmp_path):
+    """On a real file system without room: the error comes from wherever the space ends, and what was there stays."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = textwrap.dedent(
+        f"""
+        import os, sys
+        from optimum_chatglm_ov import ChatGLMError, export_model
+        os.makedirs("{disk}/ir")
+        open("{disk}/ir/earlier", "w").write("kept")
+        try:
+            export_model("{SOURCE}", "{disk}/ir", weight_format=sys.argv[1])
+        except ChatGLMError as error:
+            print("refused:", error)
+        print([(folder, sorted(files)) for folder, _, files in os.walk("{disk}")], open("{disk}/ir/earlier").read())
+        """
+    )
+    mount = f'mount -t tmpfs -o size={kilobytes}k tmpfs {disk} && exec "$@"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", script, weight_format]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines and lines[0].startswith(f"refused: {disk}"), done.stdout + done.stderr
+    assert lines[-1] == f"{[(str(disk), []), (str(disk / 'ir'), ['earlier'])]} kept"
+
+
 def test_weights_cut_short(tmp_path):
     """As after a full disk that OpenVINO did not notice."""
     folder = export_model(SOURCE, tmp_path / "ir")

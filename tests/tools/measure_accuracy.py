@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what reduced precision costs in accuracy, as markdown tables.
+
+    python tests/tools/measure_accuracy.py formats      weight formats, on the tiny model of the package
+    python tests/tools/measure_accuracy.py outliers     weight formats, on single linears of real width
+    python tests/tools/measure_accuracy.py runtime      cache and computing precision, on the tests' small checkpoints
+
+`formats` and `outliers` compute in f32, so that the weights are the only difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset13 as ops
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
+
+from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model, quantization
+from optimum_chatglm_ov.assets import TINY_CHATGLM3
+from optimum_chatglm_ov.compare import compare
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "examples")]
+
+from tiny_chatglm_text import Text, Turn  # noqa: E402
+
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+INT4 = {"bits": 4, "backup_precision": "int8_sym"}
+DATA_AWARE = {"quant_method": "awq", "scale_estimation": True, "num_samples": 64}
+FORMATS: dict[str, str | dict[str, Any]] = {
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "int8": "int8",
+    **{
+        f"int4, group {group}, {'symmetric' if sym else 'asymmetric'}": INT4 | {"group_size": group, "sym": sym}
+        for sym in (False, True)
+        for group in (32, 64, 128)
+    },
+    "int4, whole rows, symmetric": INT4 | {"group_size": -1, "sym": True},
+    "int4, group 64, asymmetric, ratio 0.8": INT4 | {"group_size": 64, "sym": False, "ratio": 0.8},
+    "int4, group 64, asymmetric, AWQ + scale estimation": INT4 | {"group_size": 64, "sym": False} | DATA_AWARE,
+    "int4, group 128, asymmetric, AWQ + scale estimation": INT4 | {"group_size": 128, "sym": False} | DATA_AWARE,
+    "nf4, group 64": INT4 | {"dtype": "nf4", "group_size": 64},
+    "mxfp4, group 32": INT4 | {"dtype": "mxfp4"},
+}
+CHECKPOINTS = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat")
+# Names of a row: how the weights are exported, how attention is computed, and the properties that differ from EXACT.
+RUNTIME: dict[str, tuple[str, str, Mapping[str, str]]] = {
+    "KV_CACHE_PRECISION f16": ("fp32", "sdpa", {"KV_CACHE_PRECISION": "f16"}),
+    "KV_CACHE_PRECISION bf16": ("fp32", "sdpa", {"KV_CACHE_PRECISION": "bf16"}),
+    "KV_CACHE_PRECISION u8 (OpenVINO's default)": ("fp32", "sdpa", {"KV_CACHE_PRECISION": "u8"}),
+    "fused attention, f32 cache": ("fp32", "fused", {"KV_CACHE_PRECISION": "f32"}),
+    "fused attention, bf16 cache (its default)": ("fp32", "fused", {"KV_CACHE_PRECISION": "bf16"}),
+    "fused attention, int8 cache": ("fp32", "fused", {"KV_CACHE_PRECISION": "u8"}),
+    "INFERENCE_PRECISION_HINT bf16": ("fp32", "sdpa", {"INFERENCE_PRECISION_HINT": "bf16"}),
+    "INFERENCE_PRECISION_HINT f16": ("fp32", "sdpa", {"INFERENCE_PRECISION_HINT": "f16"}),
+    "int8 weights, DYNAMIC_QUANTIZATION_GROUP_SIZE 32": ("int8", "sdpa", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}),
+    "int8 weights, its default": ("int8", "sdpa", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": ""}),
+}
+STEPS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("formats", "outliers", "runtime"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        {"formats": formats, "outliers": outliers, "runtime": runtime}[args.table](Path(folder))
+
+
+def formats(folder: Path) -> None:
+    """The tiny model in every format, against fp32."""
+    text = Text()
+    sentences = [f"{turn.question}\n{turn.answer}" for turn in text.turns]
+    first = {(turn.topic, turn.language): turn for turn in reversed(text.turns)}
+    tokenizer = AutoTokenizer.from_pretrained(TINY_CHATGLM3)
+    reference = export_model(TINY_CHATGLM3, folder / "fp32", weight_format="fp32")
+    print("| weights | bits a weight | perplexity: answers | other text | KL (nats) | top-1 | answers unchanged |")
+    print("|---|---|---|---|---|---|---|")
+    for name, settings in FORMATS.items():
+        how = {"weight_format": settings} if isinstance(settings, str) else {"quantization_config": dict(settings)}
+        if "quant_method" in how.get("quantization_config", {}):
+            how["dataset"] = sentences
+        candidate = export_model(TINY_CHATGLM3, folder / "candidate", **how)
+        found = compare(reference, candidate, sentences, reference_config=EXACT, candidate_config=EXACT)
+        model = OVChatGLMForCausalLM.from_pretrained(candidate, ov_config=EXACT)
+        answers = [model.chat(tokenizer, turn.question, do_sample=False)[0] == turn.answer for turn in first.values()]
+        loss = 100 * (found.candidate_perplexity / found.reference_perplexity - 1)
+        print(
+            f"| {name} | {linear_bits(candidate):.2f} | {answer_perplexity(model, tokenizer, first.values()):.4f} | "
+            f"{found.candidate_perplexity:.2f} ({loss:+.1f} %) | {found.kl_divergence:.5f} | "
+            f"{100 * found.top1_agreement:.2f} % | {sum(answers)} of {len(answers)} |",
+            flush=True,
+        )
+
+
+def answer_perplexity(model: OVChatGLMForCausalLM, tokenizer: Any, turns: Iterable[Turn]) -> float:
+    """Perplexity of the tiny model's answers as answers, with the token that ends them: what it was trained for."""
+    losses = []
+    for turn in turns:
+        prompt = tokenizer.build_chat_input(turn.question)["input_ids"]
+        parts = [tokenizer.encode(part, add_special_tokens=False) for part in ("\n", turn.answer)]
+        answer = [*parts[0], *parts[1], tokenizer.convert_tokens_to_ids("<|user|>")]
+        logits = model(torch.cat([torch.as_tensor(prompt), torch.tensor([answer])], dim=1)).logits[0]
+        losses.append(cross_entropy(logits[-len(answer) - 1 : -1], torch.tensor(answer), reduction="none"))
+    return torch.cat(losses).mean().exp().item()
+
+
+def linear_bits(folder: Path) -> float:
+    """Mean bits of a weight in the linears of the blocks, with scales and zero points."""
+    bits = numbers = 0
+    for node in ov.Core().read_model(folder / "openvino_model.xml").get_ops():
+        name = node.get_friendly_name()
+        if node.get_type_name() == "Constant" and name.startswith("layers.") and "_proj.weight" in name:
+            bits += node.get_element_type().bitwidth * np.prod(node.shape)
+            numbers += np.prod(node.shape) if name.endswith(".weight") else 0
+    return bits / numbers
+
+
+def outliers(folder: Path) -> None:
+    """The error of linears 4096 -> 4096, relative to their output, in every integer and 4-bit format."""
+    generator = np.random.default_rng(0)
+    normal = generator.standard_normal((4096, 4096), np.float32) * 0.02
+    columns = generator.choice(4096, 41, replace=False)  # 1 %
+    loud_weights = normal.copy()
+    loud_weights[:, columns] *= 8
+    inputs = generator.standard_normal((64, 4096), np.float32)
+    loud_inputs = inputs.copy()
+    loud_inputs[:, columns] *= 20
+    heavy = generator.standard_t(4, (4096, 4096)).astype(np.float32) * 0.014
+    cases = {
+        "normal": (normal, inputs),
+        "heavy tails (Student's t, 4 degrees)": (heavy, inputs),
+        "1 % loud columns (x 8)": (loud_weights, inputs),
+        "1 % loud inputs (x 20)": (normal, loud_inputs),
+    }
+    print(f"| weights | {' | '.join(cases)} |")
+    print(f"|---|{'---|' * len(cases)}")
+    for name, settings in FORMATS.items():
+        if "fp16" in name or "bf16" in name or "ratio" in name or "AWQ" in name:
+            continue
+        errors = [linear_error(weight, x, settings) for weight, x in cases.values()]
+        print(f"| {name} | {' | '.join(f'{100 * error:.2f} %' for error in errors)} |", flush=True)
+
+
+def linear_error(weight: np.ndarray, inputs: np.ndarray, settings: str | dict[str, Any]) -> float:
+    """Norm of the error of `inputs @ weight.T` by that of the result."""
+    config = quantization.default_config("int8") if settings == "int8" else quantization.settings_of(dict(settings))
+    config.ignored_scope = {"names": ["x"], "validate": False}  # so that NNCF and not the export rounds
+    config.all_layers = config.bits == 4 or None
+    parameter = ops.parameter([-1, weight.shape[1]], np.float32, name="x")
+    product = ops.matmul(parameter, ops.constant(weight), False, True)
+    model = ov.Model([ops.result(product)], [parameter], "linear")
+    quantization.compress(model, config)
+    found = ov.Core().compile_model(model, "CPU", EXACT)(inputs)[0]
+    exact = inputs @ weight.T
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def runtime(folder: Path) -> None:
+    """Logits and greedy ids of the golden checkpoints under every setting, against f32."""
+    print(f"| setting | {' | '.join(CHECKPOINTS)} |")
+    print(f"|---|{'---|' * len(CHECKPOINTS)}")
+    expected = {
+        (name, weights): list(steps(load(folder, name, weights, "sdpa", {}), name))
+        for name in CHECKPOINTS
+        for weights in ("fp32", "int8")
+    }
+    for setting, (weights, attention, properties) in RUNTIME.items():
+        cells = []
+        for name in CHECKPOINTS:
+            found = steps(load(folder, name, weights, attention, properties), name)
+            differences, divergences, equal = [], [], 0
+            for a, b in zip(expected[name, weights], found):
+                differences.append((a - b).abs().max().item())
+                divergences.append((a.exp() * (a - b)).sum().item())
+                equal += int(a.argmax() == b.argmax())
+            cells.append(f"{max(differences):.3f}, {abs(np.mean(divergences)):.0e}, {equal} of {len(differences)}")
+        print(f"| {setting} | {' | '.join(cells)} |", flush=True)
+
+
+def load(folder: Path, name: str, weights: str, attention: str, properties: Mapping[str, str]) -> OVChatGLMForCausalLM:
+    output = folder / name / weights
+    if not output.is_dir():
+        export_model(ROOT / "tests" / "data" / "models" / name, output, weight_format=weights)
+    ov_config = {key: value for key, value in (EXACT | properties).items() if value}
+    return OVChatGLMForCausalLM.from_pretrained(output, attention=attention, ov_config=ov_config)
+
+
+def steps(model: OVChatGLMForCausalLM, name: str) -> Iterator[torch.Tensor]:
+    """Log-probabilities f32 `[vocab]` behind a prompt, and behind each of the next given tokens."""
+    with np.load(ROOT / "tests" / "data" / "model_io" / f"{name}.npz") as golden:
+        prompt = torch.from_numpy(golden["single_input_ids"])
+    random = torch.Generator().manual_seed(0)
+    given = torch.randint(100, 200, (1, STEPS - 1), generator=random)
+    output = model(prompt, logits_to_keep=1)
+    yield output.logits[0, -1].log_softmax(-1)
+    ids = prompt
+    for i in range(STEPS - 1):
+        ids = torch.cat([ids, given[:, i : i + 1]], dim=1)
+        inputs = model.prepare_inputs_for_generation(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=output.past_key_values, use_cache=True
+        )
+        output = model(**inputs)
+        yield output.logits[0, -1].log_softmax(-1)
+
+
+if __name__ == "__main__":
+    main()
