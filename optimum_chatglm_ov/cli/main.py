@@ -19,6 +19,7 @@ SUBCOMMANDS = (
     ("chat", "chat", "talk to a model in the terminal"),
     ("export", "export", "export a checkpoint to OpenVINO"),
     ("compare", "compare", "compare two models on a text"),
+    ("bench", "bench", "time models, and attention alone"),
     ("build-native", "build_native", "build the fused attention operation ahead of its first use"),
 )
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the first token and the tokens after it, and says what share of the memory's bandwidth they use; without a
+model, of the tiny one that comes with the package. With --attention-only, the attention of one layer alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..bench import WAYS, Measurement, cpu_description, measure
+from ..errors import ExportError
+from .arguments import UsageError, positive_integer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `chatglm-ov bench`."""
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="folder of an exported model; several are compared")
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        choices=WAYS,
+        default=WAYS[:2],
+        help="ways of computing attention; paged is openvino-genai's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prompt-tokens", nargs="+", type=positive_integer, default=[32, 1024], metavar="N", help="prompt lengths"
+    )
+    parser.add_argument("--new-tokens", type=positive_integer, default=32, metavar="N", help="tokens to generate")
+    parser.add_argument("--repetitions", type=positive_integer, default=3, metavar="N", help="the median counts")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one a core (default)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them, as PNG, SVG or PDF")
+    parser.add_argument(
+        "--attention-only",
+        choices=("chatglm3", "chatglm"),
+        help="one attention layer with these dimensions instead of models: --prompt-tokens new ones at once, and one "
+        "token after as many",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints a markdown table row by row, and writes the files asked for."""
+    if args.attention_only and (args.models or args.plot):
+        raise UsageError("--attention-only takes no models and draws no plot")
+    if args.plot:
+        _check_plot(args.plot)
+    print(f"{cpu_description()}\n")
+    rows: list[dict[str, Any]] = []
+    for row in _attention_only(args) if args.attention_only else _models(args):
+        if not rows:
+            print(f"| {' | '.join(row.cells)} |\n|{'---|' * len(row.cells)}")
+        print(f"| {' | '.join(row.cells.values())} |", flush=True)
+        rows.append(row.values)
+    try:
+        if args.json:
+            args.json.write_text(json.dumps({"cpu": cpu_description(), "measurements": rows}, indent=2) + "\n")
+        if args.plot:
+            plot(rows, args.plot)
+    except OSError as error:
+        raise ExportError(f"{error.filename}: cannot be written ({error.strerror})") from error
+    return 0
+
+
+class _Row:
+    def __init__(self, values: dict[str, Any], cells: dict[str, str]):
+        self.values = values
+        self.cells = cells
+
+
+def _models(args: argparse.Namespace) -> Iterator[_Row]:
+    from .embedded import embedded_model
+
+    with ExitStack() as stack:
+        models = args.models
+        if not models:
+            models = [stack.enter_context(embedded_model("int8"))]
+            print("The tiny model of the package: its times say little about real ones.\n")
+        for m in measure(models, args.attention, args.prompt_tokens, args.new_tokens, args.repetitions, args.threads):
+            yield _Row(m.to_dict(), _cells(m))
+
+
+def _cells(m: Measurement) -> dict[str, str]:
+    cpi = "not counted" if m.cycles_per_instruction is None else f"{m.cycles_per_instruction:.2f}"
+    return {
+        "model": Path(m.model).name,
+        "weights": m.weights,
+        "attention": m.way,
+        "prompt": f"{m.prompt_tokens}",
+        "first token (ms)": f"{m.first_token_seconds * 1e3:.1f}",
+        "then each (ms)": f"{m.token_seconds * 1e3:.2f}",
+        "read (GB/s)": f"{m.bandwidth:.1f}",
+        "of a stream": f"{100 * m.bandwidth_share:.0f} %",
+        "CPI": cpi,
+    }
+
+
+def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
+    from ..native.bench_attention import CHATGLM3, CHATGLM_6B, measure_attention
+
+    shape = {"chatglm3": CHATGLM3, "chatglm": CHATGLM_6B}[args.attention_only]
+    for length in args.prompt_tokens:
+        for new, past in ((length, 0), (1, length)):
+            found = measure_attention(shape, new, past, repetitions=args.repetitions, threads=args.threads)
+            for m in found:
+                cells = {
+                    "attention": m.way,
+                    "new tokens": f"{new}",
+                    "after": f"{past}",
+                    "time of a layer (ms)": f"{m.seconds * 1e3:.3f}",
+                    "GFLOP/s": f"{m.gigaflops:.0f}",
+                    "times fused bf16": f"{m.seconds / found[0].seconds:.2f}",
+                }
+                yield _Row(asdict(m), cells)
+
+
+def _check_plot(file: Path) -> None:
+    """Raises before anything is measured if the plot could not be drawn."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise UsageError('--plot needs matplotlib: pip install "optimum-chatglm-ov[bench]"') from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix[1:].lower() not in known:
+        raise UsageError(f"--plot {file}: the name must end in one of .{', .'.join(sorted(known))}")
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draws first-token time and time per token by prompt length, a line for each model and way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(f"{Path(row['model']).name}, {row['way']}", []).append(row)
+    columns = (("first_token_seconds", "first token"), ("token_seconds", "each token after it"))
+    for axes, (column, title) in zip(figure.subplots(1, 2), columns):
+        for name, points in lines.items():
+            axes.plot([p["prompt_tokens"] for p in points], [1e3 * p[column] for p in points], "o-", label=name)
+        axes.set(title=title, xlabel="tokens in the prompt", ylabel="milliseconds", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`chatglm-ov bench` measures every way and says so in a table, JSON and a plot; its figures are not tested."""
+
+import json
+
+import pytest
+
+from optimum_chatglm_ov import export_model
+from optimum_chatglm_ov.assets import TINY_CHATGLM3
+from optimum_chatglm_ov.bench import WAYS, measure, random_prompt
+from optimum_chatglm_ov.cli.main import main
+from optimum_chatglm_ov.export import load_config
+
+
+SMALL = ["--prompt-tokens", "8", "40", "--new-tokens", "3", "--repetitions", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export_model(TINY_CHATGLM3, tmp_path_factory.mktemp("ir") / "tiny", weight_format="int8")
+
+
+def test_every_way_is_measured(folder):
+    found = list(measure([folder], WAYS, (8, 40), new_tokens=3, repetitions=1))
+    assert [(m.way, m.prompt_tokens) for m in found] == [(way, length) for way in WAYS for length in (8, 40)]
+    assert {m.weights for m in found} == {"i8"}
+    for m in found:
+        assert m.first_token_seconds > 0 and m.token_seconds > 0
+        assert m.bandwidth == pytest.approx(m.token_gigabytes / m.token_seconds)
+        assert m.bandwidth_share > 0
+        assert m.cycles_per_instruction is None or m.cycles_per_instruction > 0
+    # a token reads all weights but the embedding, and a cache that 8 bits make half as large, but for the scales
+    config = load_config(folder)
+    layers = 4 * (256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 384)
+    by_way = {m.way: m.token_gigabytes * 1e9 for m in found if m.prompt_tokens == 40}
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * 41.5
+    assert by_way["fused"] - by_way["fused-int8"] == pytest.approx(cache * (128 - 68))
+    weights = by_way["fused"] - cache * 128
+    assert layers + 1280 * 256 < weights < 1.02 * (layers + 1280 * 256)
+
+
+def test_prompts_differ_and_end_as_the_model_needs(exported):
+    config = load_config(exported("chatglm-6b"))
+    first, second = (random_prompt(config, 12, seed) for seed in (0, 1))
+    assert first.shape == (1, 12) and (first != second).any()
+    assert first[0, -2:].tolist() == [config.gmask_token_id, config.bos_token_id]
+    assert list(measure([exported("chatglm-6b")], ("sdpa", "fused"), (12,), new_tokens=2, repetitions=1))
+
+
+def test_table_json_and_plot(folder, tmp_path, capsys):
+    files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    assert main(["bench", str(folder), *SMALL, "--attention", "sdpa", "fused", *files]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "OpenVINO" in printed[0]
+    table = [line for line in printed if line.startswith("|")]
+    assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [(m["way"], m["prompt_tokens"]) for m in written["measurements"]] == [
+        ("sdpa", 8),
+        ("sdpa", 40),
+        ("fused", 8),
+        ("fused", 40),
+    ]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_model_the_tiny_one_is_measured(capsys):
+    assert main(["bench", *SMALL, "--attention", "sdpa"]) == 0
+    assert "The tiny model of the package" in capsys.readouterr().out
+
+
+def test_attention_alone(tmp_path, capsys):
+    arguments = ["--prompt-tokens", "40", "--repetitions", "1", "--json", str(tmp_path / "out.json")]
+    assert main(["bench", "--attention-only", "chatglm3", *arguments]) == 0
+    assert "fused bf16 | 1 | 40 |" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text())["measurements"]
+    assert {(m["new_tokens"], m["past_tokens"]) for m in written} == {(40, 0), (1, 40)}
+    assert {"fused bf16", "fused i8", "stock", "torch bfloat16"} <= {m["way"] for m in written}
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--attention-only", "chatglm3", "some/folder"], 2, "takes no models"),
+        (["--plot", "out.doc"], 2, "out.doc: the name must end in one of"),
+        (["no/such/folder"], 1, "no/such/folder"),
+        (["{folder}", "--prompt-tokens", "5000"], 1, "5000 tokens and 32 new ones do not fit the context"),
+        (["{folder}", "--new-tokens", "1"], 1, "`new_tokens` is 1; expected at least 2"),
+        (["{folder}", *SMALL, "--attention", "sdpa", "--json", "no/such/out.json"], 1, "no/such/out.json: cannot be"),
+    ],
+)
+def test_errors(arguments, code, message, folder, capsys):
+    assert main(["bench", *(argument.format(folder=folder) for argument in arguments)]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_way_is_refused(folder):
+    with pytest.raises(ValueError, match="way 'magic' is unknown; expected one of sdpa, fused"):
+        next(measure([folder], ("magic",)))
