@@ -18,10 +18,12 @@ from openvino import opset13 as ops
 from optimum.intel.openvino import OVModelForCausalLM
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
 from optimum.intel.openvino.modeling_base import core
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, GenerationConfig
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import native, quantization
+from .cache import FusedCache
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ContextLengthError
@@ -88,6 +90,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
 
     config_class = ChatGLMConfig
     auto_model_class = _AutoModelForCausalLM
+    _supports_cache_class = True  # transformers 4 asks before it hands a `Cache` back
 
     @classmethod
     def from_pretrained(
@@ -295,16 +298,19 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             input_ids: int64 `[batch, new_tokens]`.
             attention_mask: int64 `[batch, past + new_tokens]`, 0 for (left) padding; chatglm-6b also takes its
                 tokenizer's boolean `[batch, 1, tokens, tokens]`, True = hidden.
-            past_key_values: `None` starts a new sequence (the state is reset); what the last call returned goes on.
+            past_key_values: `None` starts a new sequence (the state is reset); what the last call returned goes on,
+                with fused attention also after its `crop`.
             position_ids: int64 `[batch, new_tokens]`; chatglm-6b also takes its tokenizer's `[batch, 2, tokens]`.
             logits_to_keep: logits of that many last positions; 0 = all.
 
         Returns:
-            `logits`, f32 `[batch, new_tokens or logits_to_keep, vocab_size]`, and a marker as `past_key_values`.
+            `logits`, f32 `[batch, new_tokens or logits_to_keep, vocab_size]`, and `past_key_values`: a marker, with
+            fused attention a [`FusedCache`].
 
         Raises:
             ContextLengthError: past and new tokens are more than the context length.
-            ValueError: a chatglm-6b prompt without `<sop>` or a mask token.
+            ValueError: a chatglm-6b prompt without `<sop>` or a mask token; `past_key_values` or `attention_mask` that
+                do not belong to what the caches of fused attention hold.
         """
         self.compile()
         attention_mask, position_ids, layout = self._two_dimensional(attention_mask, position_ids)
@@ -328,6 +334,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         if self._fused is not None:
             if past_key_values is None:
                 self._fused.reset()
+            self._check_mask_length(inputs["attention_mask"], past_length + input_ids.shape[1])
             self._fused.reorder(inputs["beam_idx"])
             self._fused.prepare(len(inputs["input_ids"]), input_ids.shape[1])
             inputs = {name: value for name, value in inputs.items() if name in self._fused_inputs}
@@ -337,10 +344,37 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             self._fused.advance(input_ids.shape[1])
         logits = torch.from_numpy(self.request.get_tensor("logits").data.copy())
         self._past_length = past_length + input_ids.shape[1]
-        past_key_values = ((),)
+        if self._fused is None:
+            past_key_values = ((),)
+        elif past_key_values is None:
+            past_key_values = FusedCache(self._fused, self._context_tokens(inputs["attention_mask"]))
         if copies is not None:
             logits, past_key_values = self._expand_outputs_for_generation(copies, logits, past_key_values)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def _get_past_length(self, past_key_values: tuple | FusedCache | None = None) -> int:
+        if past_key_values is None or (self._fused is None and not isinstance(past_key_values, Cache)):
+            return super()._get_past_length(past_key_values)
+        if not isinstance(past_key_values, FusedCache) or not past_key_values.belongs_to(self._fused):
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__} that this model has not returned; its "
+                "caches hold nothing of it. Leave it out to start a new sequence."
+            )
+        return past_key_values.get_seq_length()
+
+    def _check_mask_length(self, attention_mask: np.ndarray, length: int) -> None:
+        if attention_mask.shape[1] != length:
+            raise ValueError(
+                f"`attention_mask` covers {attention_mask.shape[1]} tokens; the past and the new ones are {length}."
+            )
+
+    def _context_tokens(self, attention_mask: np.ndarray) -> int:
+        """Tokens at the beginning of the prompt that see each other in both directions, padding included."""
+        for state in self.request.query_state():
+            if state.name == "prompt_layout":
+                padding = (attention_mask == 0).sum(axis=1)
+                return int((padding + state.state.data[:, 0]).max())
+        return 0
 
     _prompt_layout: np.ndarray | None = None  # waiting for the next prompt, see `generate`
 
@@ -391,9 +425,13 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
         """As in transformers; see `GenerationMixin.generate`.
 
+        With `attention="fused"` also `assistant_model` (another instance of this class, loaded so too),
+        `prompt_lookup_num_tokens`, and `past_key_values` of an earlier output of this model, with the whole sequence
+        as `input_ids`: what the cache holds of it is not computed again.
+
         Raises:
             ContextLengthError: the prompt and the tokens to generate are more than the context length; nothing is run.
-            ValueError: assisted generation was asked for.
+            ValueError: assisted generation with a cache that cannot take tokens back; outdated `past_key_values`.
         """
         kwargs["attention_mask"], kwargs["position_ids"], layout = self._two_dimensional(
             kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -403,11 +441,11 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 del kwargs[name]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
-        if kwargs.get("assistant_model") is not None or settings.prompt_lookup_num_tokens:
-            raise ValueError(
-                "Assisted generation (`assistant_model`, `prompt_lookup_num_tokens`) is not supported: it needs to "
-                "take tokens back, and the key/value cache inside the model cannot. Leave these arguments out."
-            )
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None or settings.prompt_lookup_num_tokens:
+            self._check_rollback(assistant)
+        if isinstance(past := kwargs.get("past_key_values"), Cache):
+            self._check_continuation(past, input_ids, settings)
         if input_ids is not None:
             prompt = input_ids.shape[-1]
             if settings.max_new_tokens is not None:
@@ -426,9 +464,58 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             self._first_iter_beam_search = self._second_iter_beam_search = False
             self._prompt_layout = None
 
+    def _check_rollback(self, assistant: Any) -> None:
+        for name, model in (("model", self), ("assistant model", assistant)):
+            if not isinstance(model, OVModelForCausalLM):
+                continue  # no assistant, or one of another library
+            if isinstance(model, OVChatGLMForCausalLM):
+                model.compile()
+            if getattr(model, "_fused", None) is None:
+                raise ValueError(
+                    "Assisted generation (`assistant_model`, `prompt_lookup_num_tokens`) takes tokens back, and the "
+                    f"key/value cache inside this {name} cannot. Load it as "
+                    '`OVChatGLMForCausalLM.from_pretrained(..., attention="fused")`.'
+                )
+        if assistant is self:
+            raise ValueError("`assistant_model` is this very model; load another, which has caches of its own.")
+
+    def _check_continuation(
+        self, past_key_values: Cache, input_ids: torch.Tensor | None, settings: GenerationConfig
+    ) -> None:
+        self.compile()
+        past_length = self._get_past_length(past_key_values)
+        if input_ids is None or input_ids.shape[-1] <= past_length:
+            raise ValueError(
+                f"`past_key_values` hold {past_length} tokens; expected `input_ids` of the whole sequence, those "
+                "tokens and new ones. Pass more, or `crop()` the cache first."
+            )
+        if (settings.num_beams or 1) > 1:
+            raise ValueError("A beam search cannot go on from `past_key_values`. Leave them out.")
+        rows = input_ids.shape[0] * (settings.num_return_sequences or 1)
+        if rows != past_key_values.batch_size:
+            raise ValueError(
+                f"`past_key_values` hold {past_key_values.batch_size} sequences (each beam is one), but {rows} were "
+                "asked for (rows of `input_ids`, times `num_return_sequences`). Leave `past_key_values` out."
+            )
+
+    def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any):
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            return _WithinLength(generator, generation_config.max_length)
+        return generator
+
+    def _temporary_reorder_cache(self, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+        # what the beam search of transformers 4 calls
+        return self._reorder_cache(past_key_values, beam_idx)
+
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get("use_cache") is False:
             past_key_values = None
+        position_ids = kwargs.get("position_ids")
+        if position_ids is not None and position_ids.shape[1] < input_ids.shape[1]:
+            # transformers 4 does not go on counting for drafted tokens
+            missing = torch.arange(1, input_ids.shape[1] - position_ids.shape[1] + 1, device=position_ids.device)
+            kwargs["position_ids"] = torch.cat((position_ids, position_ids[:, -1:] + missing), dim=1)
         model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         # only the last logits are read: a prompt's logits would be hundreds of megabytes
         model_inputs[LOGITS_TO_KEEP] = kwargs.get(LOGITS_TO_KEEP) or 1
@@ -455,6 +542,21 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             self.save_model_card(folder)
         if push_to_hub:
             return self.push_to_hub(Path(save_directory), **kwargs)
+
+
+class _WithinLength(CandidateGenerator):
+    """Cuts the drafts of prompt lookup so that they, and the token that follows, do not exceed the length limit."""
+
+    def __init__(self, generator: CandidateGenerator, max_length: int):
+        self.generator = generator
+        self.max_length = max_length
+
+    def get_candidates(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
+        candidates, _ = self.generator.get_candidates(input_ids)  # no logits: nothing was computed
+        return candidates[:, : max(self.max_length - 1, input_ids.shape[1])], None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int):
+        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 def _with_logits_to_keep(model: ov.Model) -> ov.Model:

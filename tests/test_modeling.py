@@ -15,6 +15,7 @@ from optimum.intel.openvino.modeling_base import OVBaseModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     GenerationMixin,
     MaxTimeCriteria,
     StoppingCriteria,
@@ -230,11 +231,13 @@ def test_explicit_max_length_beyond_the_context_raises_before_running(exact_mode
         model.generate(prompt, max_length=model.config.max_position_embeddings + 1)
 
 
-def test_assisted_generation_is_refused(exact_model):
+def test_assisted_generation_needs_fused_attention(exact_model):
     model, ids = exact_model("chatglm3-6b"), torch.tensor([[5, 6, 7]])
     for arguments in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
-        with pytest.raises(ValueError, match="Assisted generation .* not supported"):
+        with pytest.raises(ValueError, match='inside this model cannot.*attention="fused"'):
             model.generate(ids, max_new_tokens=4, do_sample=False, **arguments)
+    with pytest.raises(ValueError, match="DynamicCache that this model has not returned"):
+        model.generate(ids, max_new_tokens=4, past_key_values=DynamicCache())
 
 
 def test_first_generation_needs_its_prompt_tokens(exact_model):

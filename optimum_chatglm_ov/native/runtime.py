@@ -39,6 +39,8 @@ class FusedAttentionState:
         """
         self.layout = layout
         self.max_tokens = max_tokens
+        self.sequence = object()
+        """Stands for the sequence that the caches hold: another one after every `reset`."""
         self._length = layout.prefix_tokens  # of every row, with the prefix
         self._request = request
         self._caches: dict[str, ov.Tensor] = {}
@@ -49,6 +51,11 @@ class FusedAttentionState:
     def past_length(self) -> int:
         """Tokens in the caches, of every row of the batch, without a prefix."""
         return self._length - self.layout.prefix_tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Rows that the caches hold."""
+        return self._batch
 
     @property
     def capacity(self) -> int:
@@ -128,6 +135,7 @@ class FusedAttentionState:
     def reset(self) -> None:
         """Forgets everything; the memory is kept for the next sequence."""
         self._length = self.layout.prefix_tokens
+        self.sequence = object()
 
     def release(self) -> None:
         """Forgets everything and gives the memory back (once the request is bound to new caches or gone)."""

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts and kept caches change nothing but the work: prompt lookup, assistants and `past_key_values`."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXACT, Golden
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
+
+
+NAMES = (
+    "chatglm-6b-3layer-untied",
+    "chatglm2-6b",
+    "chatglm3-6b-128k",
+    "glm-4-9b-chat",
+    "chatglm-6b-ptuning-v2",
+    "chatglm2-6b-ptuning-v2",
+)
+GREEDY = {"max_new_tokens": 24, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def fused_model(exported):
+    models = {}
+
+    def load(name, which=0):
+        if (name, which) not in models:
+            models[name, which] = OVChatGLMForCausalLM.from_pretrained(
+                exported(name), attention="fused", ov_config=EXACT
+            )
+        return models[name, which]
+
+    return load
+
+
+class Pieces(BaseStreamer):
+    """Token ids as they arrive: the prompt, then what each step has accepted."""
+
+    def __init__(self):
+        self.pieces = []
+        self.ended = False
+
+    def put(self, value):
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_lookup(name, fused_model):
+    golden, model = Golden(name), fused_model(name)
+    for case in golden.cases("", "greedy_"):
+        inputs = golden.inputs(case)
+        if len(inputs["input_ids"]) > 1:
+            continue
+        expected = model.generate(**inputs, **GREEDY)
+        np.testing.assert_array_equal(expected.numpy(), golden[f"greedy_{case}"])
+        for tokens in (1, 3, 10):
+            ids = model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=tokens, max_matching_ngram_size=1)
+            np.testing.assert_array_equal(ids.numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    "name, assistant",
+    [(name, name) for name in NAMES]
+    + [("chatglm-6b-3layer-untied", "chatglm-6b-ptuning-v2"), ("chatglm2-6b-ptuning-v2", "chatglm2-6b")],
+)
+def test_assistant(name, assistant, fused_model):
+    golden, model = Golden(name), fused_model(name)
+    assistant = fused_model(assistant, which=1)
+    for _ in range(2):  # what the first left in either cache is no matter
+        streamer = Pieces()
+        ids = model.generate(**golden.inputs("single"), **GREEDY, assistant_model=assistant, streamer=streamer)
+        np.testing.assert_array_equal(ids.numpy(), golden["greedy_single"])
+        assert sum(streamer.pieces, []) == ids[0].tolist() and streamer.ended
+        if assistant.config.name_or_path == model.config.name_or_path:
+            assert max(map(len, streamer.pieces[1:])) > 1  # drafts were accepted
+
+
+def test_drafts_of_a_repetitive_text(fused_model):
+    model = fused_model("chatglm3-6b-128k")
+    ids = torch.tensor([[64790, 64792] + [11, 12, 13, 14] * 8])
+    expected = model.generate(ids, max_new_tokens=40, do_sample=False)
+    streamer = Pieces()
+    found = model.generate(ids, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=4, streamer=streamer)
+    np.testing.assert_array_equal(found.numpy(), expected.numpy())
+    assert max(map(len, streamer.pieces[1:])) > 1
+
+
+def test_the_end_inside_a_draft(fused_model):
+    golden, model, assistant = Golden("chatglm2-6b"), fused_model("chatglm2-6b"), fused_model("chatglm2-6b", 1)
+    inputs, whole = golden.inputs("single"), golden["greedy_single"][0]
+    prompt = inputs["input_ids"].shape[1]
+    for last in range(prompt, prompt + 12):
+        settings = {**GREEDY, "eos_token_id": int(whole[last])}
+        expected = model.generate(**inputs, **settings)
+        for drafts in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 5}):
+            np.testing.assert_array_equal(model.generate(**inputs, **settings, **drafts).numpy(), expected.numpy())
+
+
+def test_length_limits(fused_model):
+    """Nothing is drafted beyond the limit, whatever it is; the context length is one."""
+    model, assistant = fused_model("chatglm-6b-3layer-untied"), fused_model("chatglm-6b-3layer-untied", 1)
+    inputs = Golden("chatglm-6b-3layer-untied").inputs("single")
+    prompt = inputs["input_ids"].shape[1]
+    context = model.config.max_position_embeddings
+    repeated = torch.full((1, context - 8), 11)
+    repeated[0, -2:] = inputs["input_ids"][0, -2:]
+    for drafts in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 10}):
+        for new_tokens in (1, 2, 5):
+            ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **drafts)
+            assert ids.shape[1] == prompt + new_tokens
+        expected = model.generate(repeated, max_length=context, do_sample=False)
+        ids = model.generate(repeated, max_length=context, do_sample=False, **drafts)
+        np.testing.assert_array_equal(ids.numpy(), expected.numpy())
+        with pytest.raises(ContextLengthError):
+            model.generate(repeated, max_new_tokens=9, do_sample=False, **drafts)
+
+
+def test_stopping_criteria(fused_model):
+    golden, model = Golden("glm-4-9b-chat"), fused_model("glm-4-9b-chat")
+    inputs = golden.inputs("single")
+    end = inputs["input_ids"].shape[1] + 5
+    criteria = StoppingCriteriaList([StopAt(end)])
+    ids = model.generate(**inputs, **GREEDY, stopping_criteria=criteria, prompt_lookup_num_tokens=1)
+    assert end <= ids.shape[1] <= end + 1  # asked after each draft
+    np.testing.assert_array_equal(ids.numpy(), golden["greedy_single"][:, : ids.shape[1]])
+
+
+@pytest.mark.parametrize("drafts", ["assistant", "lookup"])
+def test_sampling(drafts, fused_model):
+    golden, model = Golden("chatglm3-6b-128k"), fused_model("chatglm3-6b-128k")
+    assistant = fused_model("chatglm3-6b-128k", 1)
+    settings = {"assistant_model": assistant} if drafts == "assistant" else {"prompt_lookup_num_tokens": 3}
+    # one token has all the probability: what is drawn is the greedy one
+    ids = model.generate(
+        **golden.inputs("single"), max_new_tokens=24, do_sample=True, temperature=1.0, top_k=0, top_p=1e-6, **settings
+    )
+    np.testing.assert_array_equal(ids.numpy(), golden["greedy_single"])
+
+
+def test_what_assisted_generation_cannot_use(fused_model, exact_model):
+    model, ids = fused_model("chatglm2-6b"), torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="this very model"):
+        model.generate(ids, **GREEDY, assistant_model=model)
+    with pytest.raises(ValueError, match='inside this assistant model cannot.*attention="fused"'):
+        model.generate(ids, **GREEDY, assistant_model=exact_model("chatglm2-6b"))
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(ids.repeat(2, 1), **GREEDY, prompt_lookup_num_tokens=3)
+
+
+# past_key_values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_tokens_at_once_equal_single_steps(name, fused_model):
+    """Also after a roll back, and with the 2-D positions of chatglm-6b."""
+    model, inputs = fused_model(name), Golden(name).inputs("single")
+    new = torch.tensor([[11, 12, 13, 14, 15]])
+    prompt = model(**inputs)
+    past = prompt.past_key_values
+    length = past.get_seq_length()
+    expected = [model(new[:, i : i + 1], past_key_values=past).logits for i in range(5)]
+    past.crop(length)
+    np.testing.assert_allclose(
+        model(new, past_key_values=past).logits.numpy(), torch.cat(expected, dim=1).numpy(), atol=1e-4
+    )
+    past.crop(-3)
+    assert past.get_seq_length() == length + 2
+    np.testing.assert_allclose(
+        model(new[:, 2:], past_key_values=past).logits.numpy(), torch.cat(expected[2:], dim=1).numpy(), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_goes_on_from_a_cache(name, fused_model):
+    golden, model = Golden(name), fused_model(name)
+    inputs = golden.inputs("single")
+    output = model.generate(**inputs, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat((output.sequences, torch.tensor([[21, 22, 23]])), dim=1)
+    kept = output.past_key_values.get_seq_length()
+    assert kept == output.sequences.shape[1] - 1
+    again = model.generate(longer, **GREEDY, past_key_values=output.past_key_values, return_dict_in_generate=True)
+    assert again.past_key_values is output.past_key_values
+    output.past_key_values.crop(kept)  # an edited end
+    edited = torch.cat((longer[:, :-1], torch.tensor([[31, 32]])), dim=1)
+    ids = model.generate(edited, **GREEDY, past_key_values=output.past_key_values)
+    np.testing.assert_array_equal(again.sequences.numpy(), model.generate(longer, **GREEDY).numpy())
+    np.testing.assert_array_equal(ids.numpy(), model.generate(edited, **GREEDY).numpy())
+
+
+def test_caches_that_do_not_fit(fused_model):
+    model, other = fused_model("chatglm2-6b"), fused_model("chatglm2-6b", 1)
+    ids = torch.tensor([[5, 6, 7]])
+    past = model.generate(ids, **GREEDY, return_dict_in_generate=True).past_key_values
+    assert "26 tokens" in repr(past)
+    longer = torch.arange(40)[None]
+    with pytest.raises(ValueError, match="FusedCache that this model has not returned"):
+        other.generate(longer, **GREEDY, past_key_values=past)
+    with pytest.raises(ValueError, match="DynamicCache that this model has not returned"):
+        model.generate(longer, **GREEDY, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="hold 26 tokens; expected `input_ids` of the whole"):
+        model.generate(ids, **GREEDY, past_key_values=past)
+    with pytest.raises(ValueError, match="hold 1 sequences .* but 2 were"):
+        model.generate(longer.repeat(2, 1), **GREEDY, past_key_values=past)
+    with pytest.raises(ValueError, match="beam search cannot go on"):
+        model.generate(longer, **GREEDY, num_beams=2, past_key_values=past)
+    with pytest.raises(ValueError, match="covers 5 tokens; the past and the new ones are 27"):
+        model(torch.tensor([[9]]), attention_mask=torch.ones((1, 5), dtype=torch.long), past_key_values=past)
+    model.generate(ids, **GREEDY)
+    for use in (lambda: model.generate(longer, **GREEDY, past_key_values=past), lambda: past.crop(3)):
+        with pytest.raises(ValueError, match="outdated: the model has begun another sequence"):
+            use()
+    assert "outdated" in repr(past)
+
+
+def test_first_generations_context_cannot_be_cropped(fused_model):
+    model, inputs = fused_model("chatglm-6b-3layer-untied"), Golden("chatglm-6b-3layer-untied").inputs("batch")
+    past = model(**inputs).past_key_values
+    begins = (inputs["input_ids"] == model.config.bos_token_id).int().argmax(dim=1).max().item()
+    past.crop(begins)
+    assert past.get_seq_length() == begins
+    with pytest.raises(ValueError, match="context of a chatglm-6b prompt"):
+        past.crop(begins - 1)
