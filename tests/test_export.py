@@ -246,6 +246,31 @@ def test_interrupted_export(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_interrupted_compression(tmp_path):
+    folder = export_model(SOURCE, tmp_path / "ir")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    script = textwrap.dedent(
+        """
+        import signal, sys
+        import nncf
+        from optimum_chatglm_ov import export_model
+        compress = nncf.compress_weights
+        def interrupted(*args, **kwargs):
+            print("compressing")
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return compress(*args, **kwargs)
+        nncf.compress_weights = interrupted
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        export_model(sys.argv[1], sys.argv[2], weight_format="int4")
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(SOURCE), str(folder)], capture_output=True, text=True)
+    assert done.returncode in (-signal.SIGINT, 1) and done.stdout == "compressing\n", done.stdout + done.stderr
+    assert "KeyboardInterrupt" in done.stderr
+    assert list(tmp_path.iterdir()) == [folder]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_progress_counts_every_tensor(tmp_path):
     calls = []
     export_model(SOURCE, tmp_path / "ir", progress=lambda *call: calls.append(call))
