@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .cache import FusedCache
 from .errors import ChatGLMError
 from .token_stream import TokenStream
 
@@ -239,8 +240,8 @@ class StreamedTokens:
     """What `stream_chat(return_past_key_values=True)` gives as `past_key_values`.
 
     Args:
-        input_ids: int64 [1, L], the tokens that the conversation's cache holds. The cache itself belongs to the
-            inference request, which the next call of any kind starts anew, so they are computed again.
+        input_ids: int64 [1, L], the tokens of the conversation. The cache itself belongs to the inference request:
+            what it does not hold when they come back is computed again, without fused attention all of them.
     """
 
     input_ids: torch.LongTensor
@@ -250,7 +251,13 @@ class StreamedTokens:
 
 
 class ChatMixin:
-    """Conversations for a `GenerationMixin` with `config`; rules are those of the tokenizer's generation."""
+    """Conversations for a `GenerationMixin` with `config`; rules are those of the tokenizer's generation.
+
+    With fused attention the caches keep a conversation between its turns: of the next prompt, only what comes after
+    the longest start that they hold is computed. The history may be edited, and other calls may come between.
+    """
+
+    _conversation: tuple[torch.LongTensor, FusedCache] | None = None  # ids [L] of what the cache holds
 
     @torch.no_grad()
     def chat(
@@ -293,7 +300,7 @@ class ChatMixin:
         settings = self._chat_settings(
             rules, tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs
         )
-        output = self.generate(**self._chat_inputs(prompt), num_beams=num_beams, **settings)
+        output = self._generate_turn(prompt=prompt, num_beams=num_beams, **settings)
         # The last token of ChatGLM3 and GLM-4 is taken for a stop token, whatever it is.
         generated = output.tolist()[0][prompt.shape[1] : -1 if rules.has_messages else None]
         earlier = list(history)
@@ -345,7 +352,7 @@ class ChatMixin:
             rules, tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs
         )
         earlier, generated = list(history), []
-        with TokenStream(self.generate, **self._chat_inputs(prompt), num_beams=1, **settings) as tokens:
+        with TokenStream(self._generate_turn, prompt=prompt, num_beams=1, **settings) as tokens:
             for token in tokens:
                 if rules.has_messages and not generated:
                     history.append({"role": role, "content": query})
@@ -394,10 +401,33 @@ class ChatMixin:
             settings["pad_token_id"] = tokenizer.pad_token_id
         return {**settings, **kwargs}
 
-    def _chat_inputs(self, prompt: torch.LongTensor) -> dict[str, torch.LongTensor]:
-        # A prompt has no padding, whatever its ids; positions follow from the mask.
+    def _generate_turn(self, prompt: torch.LongTensor, **settings: Any) -> torch.LongTensor:
+        """`generate` of one prompt [1, L], which goes on from what the caches hold of it, and keeps them."""
+        self.compile()
         prompt = prompt.to(self.device)
-        return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        settings["return_dict_in_generate"] = True
+        # several rows would go on from several caches
+        one_row = all((settings.get(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+        keeps = one_row and False not in (settings.get("use_cache"), self.generation_config.use_cache)
+        conversation, self._conversation = self._conversation, None
+        if keeps and conversation is not None and (cache := self._cache_of_start(prompt[0], *conversation)):
+            settings["past_key_values"] = cache
+        # A prompt has no padding, whatever its ids; positions follow from the mask.
+        output = self.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+        cache = output.past_key_values
+        if keeps and isinstance(cache, FusedCache):
+            self._conversation = output.sequences[0, : cache.get_seq_length()], cache
+        return output.sequences
+
+    @staticmethod
+    def _cache_of_start(prompt: torch.LongTensor, cached: torch.LongTensor, cache: FusedCache) -> FusedCache | None:
+        """`cache` of `cached` [M], cut to what `prompt` [L] starts with; `None` if nothing of it serves."""
+        longest = min(len(cached), len(prompt) - 1)  # at least one token is computed: its logits are needed
+        same = (cached[:longest] == prompt[:longest]).int().cumprod(0).sum().item()
+        if not same or cache.is_outdated or same < cache.uncroppable:
+            return None
+        cache.crop(same)
+        return cache
 
 
 def _continuation(tokenizer: Any, query: str, history: History, role: str) -> torch.LongTensor:

@@ -258,7 +258,9 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         """
         if self.request is not None:
             return
-        self._fused = None
+        if self._fused is not None:
+            self._fused.reset()  # what a `FusedCache` of it shows is outdated
+            self._fused = None
         if self._attention == "sdpa" or not self._compile_fused():
             super().compile()
 

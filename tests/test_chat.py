@@ -2,6 +2,7 @@
 """`chat()` and `stream_chat()` do what those of the original model classes did."""
 
 import copy
+import functools
 import gzip
 import json
 import threading
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import EXACT
 from tokenization_cases import NAMES, golden, tokenizer
-from transformers import AutoTokenizer, StoppingCriteria
+from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from optimum_chatglm_ov import OVChatGLMForCausalLM
 from optimum_chatglm_ov.chat import ChatMixin, InvalidScoreLogitsProcessor, ToolCallError, chat_rules
 from optimum_chatglm_ov.configuration import ChatGLMConfig
 from optimum_chatglm_ov.errors import ContextLengthError
@@ -126,12 +130,16 @@ class Recorder(ChatMixin):
 
     def __init__(self, generated, **config):
         self.config = ChatGLMConfig(**config)
-        self.generation_config = self.config
+        self.generation_config = GenerationConfig()
         self.generated = generated
 
     def generate(self, input_ids, **arguments):
         self.input_ids, self.arguments = input_ids, arguments
-        return torch.cat((input_ids, torch.tensor([self.generated])), dim=1)
+        sequences = torch.cat((input_ids, torch.tensor([self.generated])), dim=1)
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=((),))
+
+    def compile(self):
+        pass
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if golden(name)["chat"]])
@@ -325,3 +333,114 @@ def test_sampling_and_beams(name, exact_model, exact_tokenizer):
     assert isinstance(last[0], str) and last[1]
     response, history = model.chat(tok, query, max_new_tokens=8, num_beams=3, do_sample=False)
     assert isinstance(response, str) and history
+
+
+# Caches kept between turns -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fused_model(exported):
+    return lambda name: OVChatGLMForCausalLM.from_pretrained(exported(name), attention="fused", ov_config=EXACT)
+
+
+@pytest.fixture
+def calls_of(monkeypatch):
+    """Gives a list that grows by each call of a model: how many tokens were cached, and the ids of the others."""
+
+    def watch(model):
+        forward, calls = model.forward, []
+
+        @functools.wraps(forward)
+        def watched(input_ids, **arguments):
+            past = arguments.get("past_key_values")
+            calls.append((0 if past is None else past.get_seq_length(), input_ids[0].tolist()))
+            return forward(input_ids, **arguments)
+
+        monkeypatch.setattr(model, "forward", watched)
+        return calls
+
+    return watch
+
+
+def talk(model, tok, turns, history=None, stream=False):
+    """The conversation after the queries of `turns`."""
+    history = [] if history is None else history
+    for query in turns:
+        settings = dict(max_new_tokens=6, do_sample=False)
+        if stream:
+            *_, (_, history) = model.stream_chat(tok, query, history, **settings)
+        else:
+            _, history = model.chat(tok, query, history, **settings)
+    return history
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["chat", "stream_chat"])
+@pytest.mark.parametrize("name", ["chatglm2-6b", "chatglm2-6b-ptuning-v2", "chatglm3-6b", "glm-4-9b-chat"])
+def test_only_new_tokens_of_a_turn_are_computed(name, stream, fused_model, exact_model, exact_tokenizer, calls_of):
+    model, tok = fused_model(name), exact_tokenizer(name)
+    calls = calls_of(model)
+    history = talk(model, tok, ["你好", "晚上睡不着应该怎么办"], stream=stream)
+    first = len(tok.build_chat_input("你好")["input_ids"][0])
+    (past, computed), *_ = [call for call in calls[1:] if len(call[1]) > 1]
+    # the query and what is around it; the first prompt at least is in the cache
+    assert calls[0][0] == 0 and past >= first - 1 and len(calls[0][1]) == first
+    assert history == talk(exact_model(name), tok, ["你好", "晚上睡不着应该怎么办"], stream=stream)
+
+    # another first answer: the caches go back to where it begins
+    calls.clear()
+    edited = copy.deepcopy(history)
+    if isinstance(edited[0], tuple):
+        edited[0] = (edited[0][0], "好")
+    else:
+        edited[1]["content"] = "好"
+    found = talk(model, tok, ["谢谢"], copy.deepcopy(edited), stream)
+    past, computed = calls[0]
+    prompt = tok.build_chat_input("谢谢", history=edited)["input_ids"][0].tolist()
+    assert first - 1 <= past <= first + 2 and computed == prompt[past:]  # the template may begin the answer
+    assert found == talk(exact_model(name), tok, ["谢谢"], copy.deepcopy(edited), stream)
+
+
+def test_other_calls_between_turns(fused_model, exact_model, exact_tokenizer, calls_of):
+    name = "chatglm3-6b"
+    model, tok = fused_model(name), exact_tokenizer(name)
+    expected = talk(exact_model(name), tok, ["你好", "谢谢"])
+    calls = calls_of(model)
+    for between in (
+        lambda: model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2),
+        lambda: model.chat(tok, "hi", num_beams=2, do_sample=False, max_new_tokens=2),
+        lambda: model.chat(tok, "hi", num_return_sequences=2, max_new_tokens=2),
+        lambda: model.chat(tok, "hi", use_cache=False, max_new_tokens=2),
+        model.clear_requests,
+    ):
+        history = talk(model, tok, ["你好"])
+        between()
+        model.compile()
+        calls.clear()
+        assert talk(model, tok, ["谢谢"], history) == expected
+        assert calls[0][0] == 0
+
+
+def test_the_conversation_of_a_streamed_answer_that_was_left(fused_model, exact_model, exact_tokenizer, calls_of):
+    name = "glm-4-9b-chat"
+    model, tok = fused_model(name), exact_tokenizer(name)
+    stream = model.stream_chat(tok, "你好", [], do_sample=False, max_new_tokens=100, eos_token_id=-1)
+    next(stream)
+    _, history = next(stream)
+    stream.close()
+    calls = calls_of(model)
+    found = talk(model, tok, ["谢谢"], copy.deepcopy(history))
+    assert calls[0][0] >= len(tok.build_chat_input("你好")["input_ids"][0])
+    assert found == talk(exact_model(name), tok, ["谢谢"], copy.deepcopy(history))
+
+
+def test_the_first_generation_computes_every_prompt(fused_model, exact_model, exact_tokenizer, calls_of):
+    """Its prompt tokens see all of the prompt; only the very same prompt can go on."""
+    name = "chatglm-6b-3layer-untied"
+    model, tok = fused_model(name), exact_tokenizer(name)
+    calls = calls_of(model)
+    assert talk(model, tok, ["你好", "谢谢"]) == talk(exact_model(name), tok, ["你好", "谢谢"])
+    assert {past for past, computed in calls if len(computed) > 1} == {0}
+    history = talk(model, tok, ["你好"])
+    calls.clear()
+    assert talk(model, tok, ["你好"]) == history
+    assert calls[0] == (len(tok.build_chat_input("你好")["input_ids"][0]) - 1, [tok.bos_token_id])
