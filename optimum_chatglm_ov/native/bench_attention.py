@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the attention of one model alone: the fused operation, OpenVINO's stateful operation and torch's, in one run.
+"""Times the attention of one model alone: the fused operation, OpenVINO's stateful and paged ones, and torch's.
 
 All compute rotary embedding (torch: not), append to the cache, and attend, on random numbers. Every figure is the best
 of a few repetitions, the ways taken in turns, so that other load on the machine hits them alike.
@@ -11,16 +11,21 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import Type
 from openvino import opset13 as ops
+from openvino._offline_transformations import paged_attention_transformation
 
 from ..graph import blocks
 from . import load
 from .runtime import FusedAttentionState
 from .transform import cache_layout, fuse_attention
+
+
+_PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,25 @@ def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
     return ov.Model([ops.result(query)], graph.assignments, [*inputs, *states], "attention_stack")
 
 
-class _Way:
-    """One compiled attention stack and its inputs."""
+def _random_states(shape: AttentionShape, *tokens: int) -> dict[str, np.ndarray]:
+    """Query, key and value, f32 `[*tokens, width]`."""
+    random = np.random.default_rng(0)
+    heads = {
+        "query": shape.num_attention_heads,
+        "key": shape.num_key_value_heads,
+        "value": shape.num_key_value_heads,
+    }
+    return {name: random.standard_normal((*tokens, n * shape.head_dim), np.float32) for name, n in heads.items()}
+
+
+def _fill(cache: ov.Tensor) -> None:
+    """Bytes that are finite numbers in every precision."""
+    row = np.random.default_rng(0).integers(0, 0x3F, cache.shape[-1], np.uint8)
+    cache.data[:] = row
+
+
+class _Stateful:
+    """The compiled attention stack, fused or (`cache_precision` is `None`) OpenVINO's own."""
 
     def __init__(self, shape: AttentionShape, layers: int, cache_precision: str | None, config: dict[str, str]):
         self.shape = shape
@@ -99,17 +121,9 @@ class _Way:
         if self.fused:
             self.state = FusedAttentionState(self.request, cache_layout(model), 1 << 20)
 
-    def prepare(self, new: int, past: int) -> Callable[[], None]:
+    def prepare(self, new: int, past: int) -> Callable[[], Any]:
         """A call that computes `new` tokens after `past` ones."""
-        shape, random = self.shape, np.random.default_rng(0)
-        inputs = {
-            name: random.standard_normal((1, new, heads * shape.head_dim), np.float32)
-            for name, heads in (
-                ("query", shape.num_attention_heads),
-                ("key", shape.num_key_value_heads),
-                ("value", shape.num_key_value_heads),
-            )
-        }
+        inputs = _random_states(self.shape, 1, new)
         inputs["input_ids"] = np.zeros((1, new), np.int64)
         inputs["attention_mask"] = np.ones((1, past + new), np.int64)
         inputs["position_ids"] = np.arange(past, past + new)[None]
@@ -118,25 +132,61 @@ class _Way:
         if self.fused:
             self.state.reset()
             self.state.prepare(1, past + new)
-            for tensor in self.state._caches.values():  # finite in every precision
-                tensor.data[:] = random.integers(0, 0x3F, (1, 1, 1, tensor.shape[3]), np.uint8)
+            for tensor in self.state.caches:
+                _fill(tensor)
             self.state.advance(past)
             return lambda: self.request.infer(inputs, share_inputs=True)
         self.request.reset_state()
         if past:
-            rows = random.standard_normal((1, shape.num_key_value_heads, past, shape.head_dim), np.float32)
+            rows = np.random.default_rng(0).standard_normal(
+                (1, self.shape.num_key_value_heads, past, self.shape.head_dim), np.float32
+            )
             for state in self.request.query_state():
                 state.state = ov.Tensor(rows)
 
-        def call() -> None:
+        def call() -> Any:
             if not past:
                 self.request.reset_state()
-            self.request.infer(inputs, share_inputs=True)
+            outputs = self.request.infer(inputs, share_inputs=True)
             if past:  # the cache has grown, and so has the mask
                 inputs["attention_mask"] = np.ones((1, inputs["attention_mask"].shape[1] + new), np.int64)
                 inputs["position_ids"] = inputs["position_ids"] + new
+            return outputs
 
         return call
+
+
+class _Paged:
+    """The stack with OpenVINO's PagedAttention, as openvino-genai runs models by default."""
+
+    def __init__(self, shape: AttentionShape, layers: int, config: dict[str, str]):
+        self.shape = shape
+        model = attention_stack(shape, layers)
+        paged_attention_transformation(model)
+        self.compiled = ov.Core().compile_model(model, "CPU", config)
+        self.request = self.compiled.create_infer_request()
+
+    def prepare(self, new: int, past: int) -> Callable[[], Any]:
+        """A call that computes `new` tokens after `past` ones."""
+        blocks = -(-(past + new) // _PAGED_BLOCK_TOKENS)
+        for port in self.compiled.inputs:
+            if "_cache." in port.any_name:
+                shape = [dimension.get_length() for dimension in list(port.partial_shape)[1:]]
+                cache = ov.Tensor(port.element_type, ov.Shape([blocks, *shape]))
+                _fill(cache)
+                self.request.set_tensor(port, cache)
+        scalars = {
+            "past_lens": [past],
+            "subsequence_begins": [0, new],
+            "block_indices_begins": [0, blocks],
+            "block_indices": range(blocks),
+            "max_context_len": past + new,
+        }
+        inputs = {name: np.array(value, np.int32) for name, value in scalars.items()}
+        inputs |= _random_states(self.shape, new, 1)
+        inputs["input_ids"] = np.zeros(new, np.int64)
+        inputs["position_ids"] = np.arange(past, past + new)
+        return lambda: self.request.infer(inputs, share_inputs=True)
 
 
 def _torch_call(shape: AttentionShape, new: int, past: int, dtype: str, layers: int) -> Callable[[], None]:
@@ -166,6 +216,7 @@ def measure_attention(
     layers: int | None = None,
     cache_precisions: tuple[str, ...] = ("bf16", "i8"),
     with_stock: bool = True,
+    with_paged: bool = True,
     with_torch: bool = True,
     repetitions: int = 3,
     threads: int = 0,
@@ -178,8 +229,8 @@ def measure_attention(
         layers: how many layers, each with its own cache; unset: 1 for a prompt, 8 for decoding, so that the caches are
             not all in the processor's cache.
         cache_precisions: of the fused operation.
-        with_stock, with_torch: compare with OpenVINO's stateful attention at its defaults, and with torch's flash
-            attention in bf16 and f32.
+        with_stock, with_paged, with_torch: compare with OpenVINO's stateful attention and its PagedAttention, both at
+            their defaults, and with torch's flash attention in bf16 and f32.
         repetitions: the best of these counts.
         threads: 0 = as many as OpenVINO takes.
 
@@ -190,9 +241,11 @@ def measure_attention(
     config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
     calls = {}
     for precision in cache_precisions:
-        calls[f"fused {precision}"] = _Way(shape, layers, precision, config).prepare(new_tokens, past_tokens)
+        calls[f"fused {precision}"] = _Stateful(shape, layers, precision, config).prepare(new_tokens, past_tokens)
     if with_stock:
-        calls["stock"] = _Way(shape, layers, None, config).prepare(new_tokens, past_tokens)
+        calls["stock"] = _Stateful(shape, layers, None, config).prepare(new_tokens, past_tokens)
+    if with_paged:
+        calls["paged"] = _Paged(shape, layers, config).prepare(new_tokens, past_tokens)
     if with_torch:
         import torch
 

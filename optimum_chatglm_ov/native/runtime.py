@@ -63,6 +63,11 @@ class FusedAttentionState:
         return self._blocks * BLOCK_TOKENS
 
     @property
+    def caches(self) -> list[ov.Tensor]:
+        """Key and value caches of each layer in turn, u8 `CacheLayout.shape`."""
+        return list(self._caches.values())
+
+    @property
     def nbytes(self) -> int:
         """Address space of the caches; the system gives memory to the part that tokens have reached."""
         return sum(tensor.byte_size for tensor in self._caches.values())

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurement of attention alone runs every way on small shapes (its figures are not tested)."""
+
+import numpy as np
+import pytest
+
+from optimum_chatglm_ov.native.bench_attention import AttentionShape, _Paged, _Stateful, measure_attention
+
+
+SHAPE = AttentionShape(num_attention_heads=4, num_key_value_heads=2, head_dim=64, rotary_dim=32)
+
+
+@pytest.mark.parametrize(("new_tokens", "past_tokens"), [(40, 0), (1, 70)])
+def test_every_way_is_measured(new_tokens, past_tokens):
+    results = measure_attention(SHAPE, new_tokens, past_tokens, layers=2, repetitions=1, threads=1)
+    ways = ["fused bf16", "fused i8", "stock", "paged", "torch bfloat16", "torch float32"]
+    assert [m.way for m in results] == ways
+    assert all(m.seconds > 0 and m.gigaflops > 0 and m.gigabytes > 0 for m in results)
+
+
+def test_the_ways_compute_the_same():
+    def output(way):
+        call = way.prepare(40, 0)
+        return next(iter(call().values())).reshape(40, -1)
+
+    config = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    expected = output(_Stateful(SHAPE, 2, None, config))
+    np.testing.assert_allclose(output(_Stateful(SHAPE, 2, "f32", config)), expected, atol=1e-4)
+    np.testing.assert_allclose(output(_Paged(SHAPE, 2, {"INFERENCE_PRECISION_HINT": "f32"})), expected, atol=0.05)
