@@ -26,6 +26,7 @@ from .transform import cache_layout, fuse_attention
 
 
 _PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
+_PAUSE_SECONDS = 0.05  # for so long threads of another library may spin where they have just computed
 
 
 @dataclass(frozen=True)
@@ -255,13 +256,14 @@ def measure_attention(
             calls[f"torch {dtype}"] = _torch_call(shape, new_tokens, past_tokens, dtype, layers)
     best = dict.fromkeys(calls, float("inf"))
     gc.collect()
-    for repetition in range(repetitions + 1):
+    for repetition in range(repetitions):
         for way, call in calls.items():
+            time.sleep(_PAUSE_SECONDS)
+            if past_tokens or repetition == 0:
+                call()  # to warm up: the way before has taken the caches
             start = time.perf_counter()
             call()
-            elapsed = time.perf_counter() - start
-            if repetition or elapsed > 1:  # the first call of a way warms up, unless it is long
-                best[way] = min(best[way], elapsed / layers)
+            best[way] = min(best[way], (time.perf_counter() - start) / layers)
     pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) / 2
     flops = 4 * pairs * shape.num_attention_heads * shape.head_dim
     cache = 4 * (past_tokens + new_tokens) * shape.num_key_value_heads * shape.head_dim
