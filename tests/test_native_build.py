@@ -135,12 +135,14 @@ def test_library_of_another_openvino_is_refused(cache, monkeypatch, tmp_path):
 def test_kernels_under_the_sanitizers(tmp_path):
     """Random shapes and masks on every instruction set, checked for bad addresses and undefined behaviour."""
     compiler = build._compiler()
-    flags = ["-std=c++17", "-g1", "-Wno-maybe-uninitialized", f"-I{KERNELS}"]
+    flags = ["-std=c++17", "-g1", "-Wno-uninitialized", "-Wno-maybe-uninitialized", f"-I{KERNELS}"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     avx512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     own_flags = {
         "kernels_avx2": ["-mavx2", "-mfma"],
+        "kernels_avx2_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
         "kernels_avx512": avx512,
+        "kernels_avx512_vnni": [*avx512, "-mavx512vnni"],
         "kernels_avx512_bf16": [*avx512, "-mavx512bf16"],
     }
     if build.platform.machine() != "x86_64":

@@ -79,6 +79,8 @@ class Sequence:
     rows: int
     capacity: int
     seed: int = 0
+    sink: float = 0.0
+    """How much larger every query's score with the first token is, on average."""
     past: int = 0
     keys: list[np.ndarray] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
@@ -109,6 +111,10 @@ class Sequence:
             self.random.standard_normal((self.rows, length, n * s.head_dim), np.float32)
             for n in (s.heads, s.kv_heads, s.kv_heads)
         )
+        if self.sink:  # in the last channels, which are not rotated
+            height = (self.sink / s.scale / 8) ** 0.5
+            q.reshape(self.rows, length, s.heads, -1)[..., -8:] += height
+            k.reshape(self.rows, length, s.kv_heads, -1)[:, : int(not self.past), :, -8:] += height
         angles = self.random.uniform(0, 6.28, (self.random.choice([1, self.rows]), length, s.rotary_dim))
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         feeds = [q, k, v, cos, sin, *self.caches, np.array([self.past], np.int32), self.beam_table]

@@ -68,9 +68,11 @@ std::vector<const Kernels*> usable_kernels() {
         if (usable && k) kernels.push_back(k);
     };
     add(cpu.amx, amx_kernels());
+    add(cpu.avx512_vnni, avx512_vnni_kernels());
     add(cpu.bf16_dot_is_fast, avx512_bf16_kernels());
     add(cpu.avx512, avx512_kernels());
     add(cpu.avx512_bf16 && !cpu.bf16_dot_is_fast, avx512_bf16_kernels());
+    add(cpu.avx2_vnni, avx2_vnni_kernels());
     add(cpu.avx2, avx2_kernels());
     add(true, portable_kernels());
     add(true, amx_model_kernels());
@@ -311,8 +313,10 @@ const char* instruction_sets() {
     return names.c_str();
 }
 
-const char* default_instruction_set() {
-    return all_kernels().front()->name;
+bool takes(const char* instruction_set, int64_t head_dim, CachePrecision precision) {
+    for (const Kernels* k : all_kernels())
+        if (std::strcmp(instruction_set, k->name) == 0) return k->accepts(head_dim, precision);
+    return false;
 }
 
 void append_to_cache(const AttentionArguments& a, const Executor& executor) {

@@ -16,9 +16,10 @@ enum class CachePrecision { f32, bf16, i8 };
 enum class ActivationType { f32, bf16 };
 
 // Bytes of one block of one head, for keys and for values alike.
-//   bf16, i8 keys:   [2][head_dim / 2][16 tokens][2 channels]     values: [16 token pairs][head_dim][2 tokens]
-//   f32 keys:        [2][head_dim][16 tokens]                     values: [32 tokens][head_dim]
-//   i8 blocks end in 32 f32 scales, one for each token: value = scale * integer.
+//   f32 keys:    [2][head_dim][16 tokens]                     values: [32 tokens][head_dim]
+//   bf16 keys:   [2][head_dim / 2][16 tokens][2 channels]     values: [16][head_dim][2 tokens]
+//   i8 keys:     [2][head_dim / 4][16 tokens][4 channels]     values: [8][head_dim][4 tokens]
+//   i8 blocks end in 32 f32 scales, one for each token: value = scale * integer; keys are stored as integer + 128.
 constexpr int64_t cache_block_bytes(CachePrecision precision, int64_t head_dim) {
     return precision == CachePrecision::f32    ? kBlockTokens * head_dim * 4
            : precision == CachePrecision::bf16 ? kBlockTokens * head_dim * 2
@@ -79,10 +80,11 @@ void fused_attention(const AttentionArguments& arguments, const Executor& execut
 // Only rotates and stores the new keys and values; query, attention_mask, beam_table and output are not read.
 void append_to_cache(const AttentionArguments& arguments, const Executor& executor);
 
-// Comma-separated names of the kernels that this CPU can run, best first; the software model of AMX is the last.
+// Comma-separated names of the kernels that this CPU can run, best first; the software model of AMX is the last. The
+// first that takes the head_dim and cache precision is used, unless the environment variable CHATGLM_OV_ISA names one.
 const char* instruction_sets();
 
-// Which one fused_attention picks. The environment variable CHATGLM_OV_ISA overrides the choice.
-const char* default_instruction_set();
+// Whether the kernels of this name take the shape.
+bool takes(const char* instruction_set, int64_t head_dim, CachePrecision precision);
 
 }  // namespace optimum_chatglm_ov

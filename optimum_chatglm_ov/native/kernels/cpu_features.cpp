@@ -57,6 +57,8 @@ CpuFeatures detect() {
     f.avx2 = ymm && bit(one.ecx, 12) && bit(seven.ebx, 5);                                     // FMA, AVX2
     f.avx512 = f.avx2 && zmm && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) &&  // F, DQ, BW
                bit(seven.ebx, 31);                                                             // VL
+    f.avx2_vnni = f.avx2 && bit(seven_one.eax, 4);
+    f.avx512_vnni = f.avx512 && bit(seven.ecx, 11);
     f.avx512_bf16 = f.avx512 && bit(seven_one.eax, 5);
     f.amx = f.avx512_bf16 && tiles && bit(seven.edx, 22) && bit(seven.edx, 24) && request_tiles();  // BF16, TILE
     f.bf16_dot_is_fast = f.avx512_bf16 && time_bf16_dot() < 0.8 * time_f32_fma();

@@ -72,12 +72,20 @@ inline float* block_scales(uint8_t* block, int64_t head_dim) {
     return reinterpret_cast<float*>(block + kBlockTokens * head_dim);
 }
 
-// Element offset of a channel of a token in a key block (pair = 2, or 1 in f32) and in a value block.
-inline int64_t key_offset(int64_t token, int64_t channel, int64_t head_dim, int64_t pair) {
-    return (token / 16) * 16 * head_dim + (channel / pair) * 16 * pair + (token % 16) * pair + channel % pair;
+// Channels of a key, or tokens of a channel of the values, that lie together in a block: 4 bytes of them.
+template <class Element>
+constexpr int64_t kTogether = 4 / sizeof(Element);
+
+// Element offset of a channel of a token in a key block and in a value block.
+template <class Element>
+int64_t key_offset(int64_t token, int64_t channel, int64_t head_dim) {
+    constexpr int64_t n = kTogether<Element>;
+    return (token / 16) * 16 * head_dim + (channel / n) * 16 * n + (token % 16) * n + channel % n;
 }
-inline int64_t value_offset(int64_t token, int64_t channel, int64_t head_dim, int64_t pair) {
-    return (token / pair) * pair * head_dim + channel * pair + token % pair;
+template <class Element>
+int64_t value_offset(int64_t token, int64_t channel, int64_t head_dim) {
+    constexpr int64_t n = kTogether<Element>;
+    return (token / n) * n * head_dim + channel * n + token % n;
 }
 
 // Integers and the scale of one row for the int8 cache. Written for the compiler to vectorise: the largest magnitude
@@ -106,21 +114,19 @@ inline float encode(const float* row, int64_t head_dim, int8_t* target) {
     return quantize(row, head_dim, target);
 }
 
-template <class Element>
-constexpr int64_t kStoredPair = sizeof(Element) == 4 ? 1 : 2;
-
 // Values beyond the last token become zero, so that weight 0 times value is 0 whatever the memory held.
 template <class Element>
-void clear_values(Element* data, int64_t from, int64_t head_dim, int64_t pair) {
-    if (from % pair)
-        for (int64_t d = 0; d < head_dim; d++) data[value_offset(from, d, head_dim, pair)] = 0;
-    const int64_t first = round_up(from, pair) * head_dim;
-    std::memset(data + first, 0, (kBlockTokens * head_dim - first) * sizeof(Element));
+void clear_values(Element* data, int64_t from, int64_t head_dim) {
+    constexpr int64_t n = kTogether<Element>;
+    const int64_t whole = round_up(from, n);
+    for (int64_t t = from; t < whole; t++)
+        for (int64_t d = 0; d < head_dim; d++) data[value_offset<Element>(t, d, head_dim)] = 0;
+    std::memset(data + whole * head_dim, 0, (kBlockTokens - whole) * head_dim * sizeof(Element));
 }
 
 template <class Element>
 void append_keys(const AttentionArguments& a, int64_t batch, int64_t head, int64_t first, int64_t last) {
-    constexpr int64_t kPair = kStoredPair<Element>;
+    constexpr int64_t n = kTogether<Element>;
     alignas(64) float row[kMaxHeadDim];
     alignas(64) Element encoded[kMaxHeadDim];
     for (int64_t t = first; t < last; t++) {
@@ -130,22 +136,23 @@ void append_keys(const AttentionArguments& a, int64_t batch, int64_t head, int64
                      a.rotary_dim ? rotary_row(a, a.sin, batch, t) : nullptr, row);
         uint8_t* block = cache_block(a, a.key_cache, batch, head, slot / kBlockTokens);
         const float scale = encode(row, a.head_dim, encoded);
-        if (sizeof(Element) == 1) block_scales(block, a.head_dim)[slot % kBlockTokens] = scale;
-        Element* target =
-            reinterpret_cast<Element*>(block) + key_offset(slot % kBlockTokens, 0, a.head_dim, kPair);
-        for (int64_t d = 0; d < a.head_dim; d += kPair)
-            std::memcpy(target + d * 16, encoded + d, kPair * sizeof(Element));
+        if constexpr (sizeof(Element) == 1) {
+            block_scales(block, a.head_dim)[slot % kBlockTokens] = scale;
+            for (int64_t d = 0; d < a.head_dim; d++) encoded[d] ^= kKeyOffset;  // + 128, as unsigned bytes
+        }
+        Element* target = reinterpret_cast<Element*>(block) + key_offset<Element>(slot % kBlockTokens, 0, a.head_dim);
+        for (int64_t d = 0; d < a.head_dim; d += n) std::memcpy(target + d * 16, encoded + d, 4);
     }
 }
 
 template <class Element>
 void append_values(const AttentionArguments& a, int64_t batch, int64_t head, int64_t first, int64_t last) {
-    constexpr int64_t kPair = kStoredPair<Element>;
+    constexpr int64_t n = kTogether<Element>;
     alignas(64) float row[kMaxHeadDim];
-    alignas(64) Element encoded[2][kMaxHeadDim];
+    alignas(64) Element encoded[n][kMaxHeadDim];
     for (int64_t t = first; t < last;) {
         const int64_t slot = a.past_length + t, token = slot % kBlockTokens;
-        const int64_t count = token % kPair == 0 && t + kPair <= last ? kPair : 1;  // a whole pair, or one of it
+        const int64_t count = token % n == 0 && t + n <= last ? n : 1;  // all that lie together, or one of them
         uint8_t* block = cache_block(a, a.value_cache, batch, head, slot / kBlockTokens);
         for (int64_t i = 0; i < count; i++) {
             load_rotated(a, a.value, (batch * a.query_length + t + i) * a.value_stride + head * a.head_dim, nullptr,
@@ -154,11 +161,12 @@ void append_values(const AttentionArguments& a, int64_t batch, int64_t head, int
             if (sizeof(Element) == 1) block_scales(block, a.head_dim)[token + i] = scale;
         }
         Element* __restrict target =
-            reinterpret_cast<Element*>(block) + value_offset(token, 0, a.head_dim, kPair);
-        if (count == 2)
-            for (int64_t d = 0; d < a.head_dim; d++) target[2 * d] = encoded[0][d], target[2 * d + 1] = encoded[1][d];
+            reinterpret_cast<Element*>(block) + value_offset<Element>(token, 0, a.head_dim);
+        if (count == n)
+            for (int64_t d = 0; d < a.head_dim; d++)
+                for (int64_t i = 0; i < n; i++) target[d * n + i] = encoded[i][d];
         else
-            for (int64_t d = 0; d < a.head_dim; d++) target[d * kPair] = encoded[0][d];
+            for (int64_t d = 0; d < a.head_dim; d++) target[d * n] = encoded[0][d];
         t += count;
     }
 }
@@ -178,11 +186,11 @@ inline void append_tokens(const AttentionArguments& a, int64_t batch, int64_t he
     if (last != a.query_length || used == 0) return;
     uint8_t* block = cache_block(a, a.value_cache, batch, head, (a.past_length + last) / kBlockTokens);
     if (a.cache_precision == CachePrecision::f32) {
-        clear_values(reinterpret_cast<float*>(block), used, a.head_dim, 1);
+        clear_values(reinterpret_cast<float*>(block), used, a.head_dim);
     } else if (a.cache_precision == CachePrecision::bf16) {
-        clear_values(reinterpret_cast<uint16_t*>(block), used, a.head_dim, 2);
+        clear_values(reinterpret_cast<uint16_t*>(block), used, a.head_dim);
     } else {
-        clear_values(reinterpret_cast<int8_t*>(block), used, a.head_dim, 2);
+        clear_values(reinterpret_cast<int8_t*>(block), used, a.head_dim);
         float* scales = block_scales(block, a.head_dim);
         fill(scales + used, scales + kBlockTokens, 0.0f);
     }
@@ -191,88 +199,80 @@ inline void append_tokens(const AttentionArguments& a, int64_t batch, int64_t he
 // A block whose tokens live in several cache rows, put together in `target` in the cache's own layout.
 template <class Element, bool kIsKey>
 void gather_tokens(const AttentionArguments& a, uint8_t* cache, int64_t batch, int64_t head, int64_t block,
-                   uint8_t* target, int64_t pair) {
+                   uint8_t* target) {
+    constexpr int64_t n = kTogether<Element>;
     const int64_t head_dim = a.head_dim, total = a.past_length + a.query_length;
     std::memset(target, 0, cache_block_bytes(a.cache_precision, head_dim));
     for (int64_t t = 0; t < kBlockTokens && block * kBlockTokens + t < total; t++) {
         const int64_t slot = block * kBlockTokens + t;
         const int64_t row = slot < a.past_length ? a.beam_table[batch * a.beam_table_stride + slot] : batch;
         uint8_t* source = cache_block(a, cache, row, head, block);
-        for (int64_t d = 0; d < head_dim; d += kIsKey ? pair : 1) {
-            const int64_t at = kIsKey ? key_offset(t, d, head_dim, pair) : value_offset(t, d, head_dim, pair);
+        for (int64_t d = 0; d < head_dim; d += kIsKey ? n : 1) {
+            const int64_t at = kIsKey ? key_offset<Element>(t, d, head_dim) : value_offset<Element>(t, d, head_dim);
             std::memcpy(reinterpret_cast<Element*>(target) + at, reinterpret_cast<Element*>(source) + at,
-                        sizeof(Element) * (kIsKey ? pair : 1));
+                        sizeof(Element) * (kIsKey ? n : 1));
         }
         if (a.cache_precision == CachePrecision::i8)
             block_scales(target, head_dim)[t] = block_scales(source, head_dim)[t];
     }
 }
 
+inline float to_float(uint16_t value) {
+    return from_bf16(value);
+}
+inline float to_float(uint8_t key) {
+    return static_cast<float>(static_cast<int>(key) - kKeyOffset);
+}
+inline float to_float(int8_t value) {
+    return static_cast<float>(value);
+}
+
+// The same with other elements, each in a row of its own: what lies together here, n of them, lies n rows apart there.
 template <class Stored>
-inline float widen(Stored value) {
-    if constexpr (sizeof(Stored) == 2)
-        return from_bf16(value);
-    else
-        return static_cast<float>(value);
+void convert_block(const Stored* source, int64_t rows, int64_t count, float* __restrict target) {
+    constexpr int64_t n = kTogether<Stored>;
+    for (int64_t r = 0; r < rows; r += n, source += n * count, target += n * count)
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < n; j++) target[j * count + i] = to_float(source[n * i + j]);
 }
 
-// 16 tokens x 2 channels (keys) or 2 tokens x head_dim channels (values) -> two rows of `count` f32.
+// From fours to pairs. Exact: bf16 has 8 significant bits.
 template <class Stored>
-void split_pairs(const Stored* source, int64_t rows, int64_t count, float* __restrict target) {
-    for (int64_t r = 0; r < rows; r++, source += 2 * count, target += 2 * count) {
-        float* __restrict odd = target + count;
-        for (int64_t i = 0; i < count; i++) {
-            target[i] = widen(source[2 * i]);
-            odd[i] = widen(source[2 * i + 1]);
-        }
-    }
-}
-
-inline void convert_block(const AttentionArguments& a, const uint8_t* block, bool is_key, float* target) {
-    const int64_t rows = is_key ? a.head_dim : kBlockTokens / 2, count = is_key ? 16 : a.head_dim;
-    if (a.cache_precision == CachePrecision::bf16)
-        split_pairs(reinterpret_cast<const uint16_t*>(block), rows, count, target);
-    else
-        split_pairs(reinterpret_cast<const int8_t*>(block), rows, count, target);
-}
-
-// Exact: bf16 has 8 significant bits.
-inline void convert_block(const AttentionArguments& a, const uint8_t* block, bool, uint16_t* __restrict target) {
-    const int8_t* source = reinterpret_cast<const int8_t*>(block);
-    const int64_t count = kBlockTokens * a.head_dim;
-#if defined(__AVX512BF16__)
-    for (int64_t i = 0; i < count; i += 32) {
-        const auto widened = [&](int64_t at) {
-            return _mm512_cvtepi32_ps(
-                _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at))));
-        };
-        _mm512_storeu_si512(target + i, (__m512i)_mm512_cvtne2ps_pbh(widened(i + 16), widened(i)));
-    }
-#else
-    for (int64_t i = 0; i < count; i++)
-        target[i] = static_cast<uint16_t>(as_bits(static_cast<float>(source[i])) >> 16);
-#endif
+void convert_block(const Stored* source, int64_t rows, int64_t count, uint16_t* __restrict target) {
+    for (int64_t r = 0; r < rows; r += 4, source += 4 * count, target += 4 * count)
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < 4; j++)
+                target[j / 2 * 2 * count + 2 * i + j % 2] =
+                    static_cast<uint16_t>(as_bits(to_float(source[4 * i + j])) >> 16);
 }
 
 template <class Products, class Vector>
 struct Flash {
     using Element = typename Products::Element;
-    static constexpr bool kBf16 = sizeof(Element) == 2;
+    using Stored = CachePrecision;
+    static constexpr bool kF32 = Products::kStored == Stored::f32, kInt8 = Products::kStored == Stored::i8;
     static constexpr int64_t kPanelBlocks = Products::kPanelBlocks;
     static constexpr int64_t kPanelTokens = kPanelBlocks * kBlockTokens;
 
+    // Other caches are converted, without loss.
     static bool accepts(int64_t head_dim, CachePrecision precision) {
-        return Products::accepts(head_dim) && !(kBf16 && precision == CachePrecision::f32);
+        const bool converts = kF32 || (!kInt8 && precision == Stored::i8);
+        return Products::accepts(head_dim) && (precision == Products::kStored || converts);
     }
 
     // Where the parts of the scratch memory are.
     struct Scratch {
-        Element* query;    // [rows, head_dim]; the scale is applied to the scores
-        float* output;     // [rows, head_dim]
-        float* row_max;    // [rows]
-        float* row_sum;    // [rows]
-        float* scores;     // [kRowGroup, kPanelTokens]
-        Element* weights;  // [kRowGroup, kPanelTokens]
+        Element* query;       // [rows, head_dim]; the scale is applied to the scores
+        float* query_scale;   // [rows], of integer queries
+        float* query_offset;  // [rows], what their integer scores are too large by
+        float* output;        // [rows, head_dim]
+        float* row_max;       // [rows]
+        float* row_sum;       // [rows]
+        float* scores;        // [kRowGroup, kPanelTokens], f32 or i32
+        Element* weights;     // [kRowGroup, kPanelTokens]
+        float* factors;       // [kRowGroup], of integer sums of weights and values
+        float* rests;         // [kRowGroup], sums of what integer weights were rounded by
+        float* value_sum;     // [head_dim], of integer values
         Element* converted;  // [2 * kPanelBlocks] blocks
         uint8_t* gathered;   // [2 * kPanelBlocks] blocks of the cache's layout
         size_t bytes;
@@ -287,11 +287,16 @@ struct Flash {
             };
             rows = round_up(rows, kRowGroup);
             query = reinterpret_cast<Element*>(take(rows * a.head_dim * sizeof(Element)));
+            query_scale = reinterpret_cast<float*>(take(rows * 4));
+            query_offset = reinterpret_cast<float*>(take(rows * 4));
             output = reinterpret_cast<float*>(take(rows * a.head_dim * 4));
             row_max = reinterpret_cast<float*>(take(rows * 4));
             row_sum = reinterpret_cast<float*>(take(rows * 4));
             scores = reinterpret_cast<float*>(take(kRowGroup * kPanelTokens * 4));
             weights = reinterpret_cast<Element*>(take(kRowGroup * kPanelTokens * sizeof(Element)));
+            factors = reinterpret_cast<float*>(take(kRowGroup * 4));
+            rests = reinterpret_cast<float*>(take(kRowGroup * 4));
+            value_sum = reinterpret_cast<float*>(take(a.head_dim * 4));
             converted = reinterpret_cast<Element*>(take(2 * kPanelTokens * a.head_dim * sizeof(Element)));
             gathered = take(2 * kPanelBlocks * cache_block_bytes(a.cache_precision, a.head_dim));
             bytes = offset;
@@ -311,6 +316,15 @@ struct Flash {
         const Element* values[kPanelBlocks];
         const float* key_scales[kPanelBlocks];
         const float* value_scales[kPanelBlocks];
+        // Integers: weight steps of each value, relative to the largest scale, and what such a step is worth.
+        alignas(64) float steps[kInt8 ? kPanelTokens : 1];
+        float step = 0;
+
+        // Bit j: token j of block b is seen by a query that sees the keys before `limit`.
+        uint32_t visible_before(int64_t b, int64_t limit) const {
+            const int64_t before = lesser<int64_t>(greater<int64_t>(limit - first_token[b], 0), kBlockTokens);
+            return visible[b] & (before == kBlockTokens ? ~0u : (static_cast<uint32_t>(1) << before) - 1);
+        }
     };
 
     static const Element* readable(const AttentionArguments& a, const AttendTask& task, int64_t block, bool is_key,
@@ -322,81 +336,134 @@ struct Flash {
             data = cache_block(a, cache, row, task.kv_head, block);
         } else {
             data = scratch.gathered + index * cache_block_bytes(a.cache_precision, a.head_dim);
-            if (a.cache_precision == CachePrecision::f32)
-                is_key ? gather_tokens<float, true>(a, cache, task.batch, task.kv_head, block, data, 1)
-                       : gather_tokens<float, false>(a, cache, task.batch, task.kv_head, block, data, 1);
-            else if (a.cache_precision == CachePrecision::bf16)
-                is_key ? gather_tokens<uint16_t, true>(a, cache, task.batch, task.kv_head, block, data, 2)
-                       : gather_tokens<uint16_t, false>(a, cache, task.batch, task.kv_head, block, data, 2);
+            if (a.cache_precision == Stored::f32)
+                is_key ? gather_tokens<float, true>(a, cache, task.batch, task.kv_head, block, data)
+                       : gather_tokens<float, false>(a, cache, task.batch, task.kv_head, block, data);
+            else if (a.cache_precision == Stored::bf16)
+                is_key ? gather_tokens<uint16_t, true>(a, cache, task.batch, task.kv_head, block, data)
+                       : gather_tokens<uint16_t, false>(a, cache, task.batch, task.kv_head, block, data);
             else
-                is_key ? gather_tokens<int8_t, true>(a, cache, task.batch, task.kv_head, block, data, 2)
-                       : gather_tokens<int8_t, false>(a, cache, task.batch, task.kv_head, block, data, 2);
+                is_key ? gather_tokens<uint8_t, true>(a, cache, task.batch, task.kv_head, block, data)
+                       : gather_tokens<uint8_t, false>(a, cache, task.batch, task.kv_head, block, data);
         }
-        *scales = a.cache_precision == CachePrecision::i8 ? block_scales(data, a.head_dim) : nullptr;
-        if (reads_directly(a)) return reinterpret_cast<const Element*>(data);
+        *scales = a.cache_precision == Stored::i8 ? block_scales(data, a.head_dim) : nullptr;
         Element* target = scratch.converted + index * kBlockTokens * a.head_dim;
-        convert_block(a, data, is_key, target);
-        return target;
+        if constexpr (!kInt8) {
+            const int64_t rows = is_key ? 2 * a.head_dim : kBlockTokens, count = is_key ? 16 : a.head_dim;
+            if (a.cache_precision == Stored::i8) {
+                is_key ? convert_block(data, rows, count, target)
+                       : convert_block(reinterpret_cast<const int8_t*>(data), rows, count, target);
+                return target;
+            }
+            if constexpr (kF32) {
+                if (a.cache_precision == Stored::bf16) {
+                    convert_block(reinterpret_cast<const uint16_t*>(data), rows, count, target);
+                    return target;
+                }
+            }
+        }
+        return reinterpret_cast<const Element*>(data);
     }
 
     static bool few_queries(const AttendTask& task) { return task.last_query - task.first_query <= kFewQueries; }
 
     // The cache holds what the products read.
-    static bool reads_directly(const AttentionArguments& a) {
-        return a.cache_precision == (kBf16 ? CachePrecision::bf16 : CachePrecision::f32);
-    }
+    static bool reads_directly(const AttentionArguments& a) { return a.cache_precision == Products::kStored; }
 
     // First key that query `position` (counted from the start of the cache) does not see.
     static int64_t key_limit(int64_t context_length, int64_t position) {
         return greater(context_length, position + 1);
     }
 
-    static void store_weights(Element* target, Vector weights) {
-        if constexpr (kBf16)
-            weights.store_bf16(target);
+    static void store_elements(Element* target, Vector elements) {
+        if constexpr (kF32)
+            elements.store(target);
         else
-            weights.store(target);
+            elements.store_bf16(target);
     }
 
-    // One row of scores -> weights 2^(score - row_max); updates the running maximum and sum, returns the factor by
-    // which what was summed before shrinks.
-    static float softmax_row(float* scores, Element* weights, const Panel& panel, int64_t count, int64_t limit,
-                             float scale, float& row_max, float& row_sum) {
+    // Scores of a block, with the scales of its keys, hidden ones at minus infinity; the largest so far of each lane.
+    static Vector finish_scores(float* scores, const float* key_scales, float offset, uint32_t visible,
+                                Vector largest) {
+        constexpr int64_t kLanes = Vector::kLanes;
+        if (kInt8 || key_scales)
+            for (int64_t j = 0; j < kBlockTokens; j += kLanes) {
+                Vector s;
+                if constexpr (kInt8)
+                    s = Vector::add(Vector::load_integers(scores + j), Vector::all(-offset));
+                else
+                    s = Vector::load(scores + j);
+                Vector::multiply(s, Vector::load(key_scales + j)).store(scores + j);
+            }
+        if (visible != ~0u)
+            for (int64_t j = 0; j < kBlockTokens; j++) scores[j] = (visible >> j & 1) ? scores[j] : kHidden;
+        for (int64_t j = 0; j < kBlockTokens; j += kLanes) largest = Vector::maximum(largest, Vector::load(scores + j));
+        return largest;
+    }
+
+    // Row r of scores -> weights; updates the running maximum and sum, returns the factor by which what was summed
+    // before shrinks. Floating-point weights are 2^(score - maximum so far). Integer ones are relative to the largest
+    // of the panel, so that they use all their bits, and factors[] makes up for that.
+    static float softmax_row(const Panel& panel, int64_t count, int64_t limit, float scale, int64_t r, int64_t first,
+                             Scratch& scratch) {
+        constexpr int64_t kLanes = Vector::kLanes;
+        float* scores = scratch.scores + (r - first) * kPanelTokens;
+        Element* weights = scratch.weights + (r - first) * kPanelTokens;
+        float &row_max = scratch.row_max[r], &row_sum = scratch.row_sum[r];
+        Vector largest = Vector::all(kHidden);
+        uint32_t any_visible = 0;
         for (int64_t b = 0; b < count; b++) {
-            float* s = scores + b * kBlockTokens;
-            if (panel.key_scales[b])
-                for (int64_t j = 0; j < kBlockTokens; j++) s[j] *= panel.key_scales[b][j];
-            const int64_t before = lesser<int64_t>(greater<int64_t>(limit - panel.first_token[b], 0), kBlockTokens);
-            const uint32_t visible =
-                panel.visible[b] & (before == kBlockTokens ? ~0u : (static_cast<uint32_t>(1) << before) - 1);
-            if (visible != ~0u)
-                for (int64_t j = 0; j < kBlockTokens; j++) s[j] = (visible >> j & 1) ? s[j] : kHidden;
+            const uint32_t visible = panel.visible_before(b, limit);
+            any_visible |= visible;
+            largest = finish_scores(scores + b * kBlockTokens, panel.key_scales[b],
+                                    kInt8 ? scratch.query_offset[r] : 0.0f, visible, largest);
         }
+        if (kInt8) scale *= scratch.query_scale[r];
+        const float panel_max = largest.max_lane() * scale, new_max = greater(row_max, panel_max);
         const int64_t length = count * kBlockTokens;
-        Vector largest = Vector::load(scores);
-        for (int64_t j = Vector::kLanes; j < length; j += Vector::kLanes)
-            largest = Vector::maximum(largest, Vector::load(scores + j));
-        const float new_max = greater(row_max, largest.max_lane() * scale);
-        if (new_max == kHidden) {  // nothing visible so far
+        if (!any_visible) {
             std::memset(weights, 0, length * sizeof(Element));
+            scratch.factors[r - first] = scratch.rests[r - first] = 0.0f;
             return 1.0f;
         }
-        const Vector factor = Vector::all(scale), shift = Vector::all(-new_max);
-        Vector sum = Vector::all(0.0f);
-        for (int64_t j = 0; j < length; j += Vector::kLanes) {
+        const Vector factor = Vector::all(scale), shift = Vector::all(kInt8 ? -panel_max : -new_max);
+        Vector sum = Vector::all(0.0f), rest = sum;
+        for (int64_t j = 0; j < length; j += kLanes) {
             const Vector w =
-                Vector::template exp2<kBf16 ? 4 : 6>(Vector::multiply_add(Vector::load(scores + j), factor, shift));
+                Vector::template exp2<Exp2<kF32>>(Vector::multiply_add(Vector::load(scores + j), factor, shift));
             sum = Vector::add(sum, w);
-            if (panel.value_scales[0])
-                store_weights(weights + j, Vector::multiply(w, Vector::load(panel.value_scales[j / kBlockTokens] +
-                                                                            j % kBlockTokens)));
+            if constexpr (kInt8) {
+                const Vector exact = Vector::multiply(w, Vector::load(panel.steps + j)), whole = Vector::round(exact);
+                whole.store_bytes(weights + j);
+                rest = Vector::add(rest, Vector::subtract(exact, whole));
+            } else if (panel.value_scales[0])
+                store_elements(weights + j, Vector::multiply(w, Vector::load(panel.value_scales[j / kBlockTokens] +
+                                                                             j % kBlockTokens)));
             else
-                store_weights(weights + j, w);
+                store_elements(weights + j, w);
         }
         const float shrink = row_max == new_max ? 1.0f : std::exp2(row_max - new_max);
-        row_sum = row_sum * shrink + sum.sum_lanes();
+        float share = 1.0f;
+        if constexpr (kInt8) {
+            share = panel_max == new_max ? 1.0f : std::exp2(panel_max - new_max);
+            scratch.factors[r - first] = share * panel.step;
+            scratch.rests[r - first] = rest.sum_lanes();
+        }
+        row_sum = row_sum * shrink + sum.sum_lanes() * share;
         row_max = new_max;
         return shrink;
+    }
+
+    static void find_steps(Panel& panel) {
+        float largest = 0;
+        for (int64_t b = 0; b < panel.count; b++)
+            for (int64_t j = 0; j < kBlockTokens; j++)
+                largest = panel.value_scales[b][j] <= largest ? largest : panel.value_scales[b][j];  // or a NaN
+        panel.step = largest / kWeightSteps;
+        const float inverse = largest == 0 ? 0.0f : kWeightSteps / largest;
+        for (int64_t b = 0; b < panel.count; b++)
+            for (int64_t j = 0; j < kBlockTokens; j++)
+                panel.steps[b * kBlockTokens + j] = panel.value_scales[b][j] * inverse;
     }
 
     static void attend(const AttentionArguments& a, const AttendTask& task, void* memory) {
@@ -406,10 +473,10 @@ struct Flash {
         const int64_t context_length = a.context_length ? a.context_length[task.batch] : 0;
         const float scale = a.scale * 1.44269504f;  // the softmax runs on powers of two
         Scratch scratch(a, rows, memory);
-        load_queries(a, task, group, rows, padded_rows, scratch);
         std::memset(scratch.output, 0, padded_rows * head_dim * 4);
         fill(scratch.row_max, scratch.row_max + rows, kHidden);
         fill(scratch.row_sum, scratch.row_sum + rows, 0.0f);
+        load_queries(a, task, group, rows, padded_rows, scratch);
 
         typename Products::Session session;
         const int64_t end = lesser(
@@ -430,6 +497,7 @@ struct Flash {
                 panel.values[i] =
                     readable(a, task, block, false, scratch, kPanelBlocks + i, &panel.value_scales[i]);
             }
+            if constexpr (kInt8) find_steps(panel);
             for (int64_t first = 0; first < rows; first += kRowGroup) {
                 const int64_t last = lesser(first + kRowGroup, rows);
                 const int64_t furthest =
@@ -460,16 +528,25 @@ private:
             Products::scores_ahead(session, query, padded, panel.keys + b, head_dim,
                                    scratch.scores + b * kBlockTokens, kPanelTokens, ahead, bytes);
         }
+        const auto limit_of = [&](int64_t r) {
+            return key_limit(context_length, a.past_length + task.first_query + r / group);
+        };
+        float mean_factor = 0;
+        if constexpr (kInt8) mean_factor = sum_values(session, a, panel, count, limit_of(first), scratch);
         for (int64_t r = first; r < last; r++) {
-            const int64_t limit = key_limit(context_length, a.past_length + task.first_query + r / group);
-            const float shrink =
-                softmax_row(scratch.scores + (r - first) * kPanelTokens, scratch.weights + (r - first) * kPanelTokens,
-                            panel, count, limit, scale, scratch.row_max[r], scratch.row_sum[r]);
-            if (shrink == 1.0f) continue;
+            const float shrink = softmax_row(panel, count, limit_of(r), scale, r, first, scratch);
             float* output = scratch.output + r * head_dim;
             const Vector factor = Vector::all(shrink);
-            for (int64_t d = 0; d < head_dim; d += Vector::kLanes)
-                Vector::multiply(Vector::load(output + d), factor).store(output + d);
+            if constexpr (kInt8) {
+                const Vector rest = Vector::all(scratch.rests[r - first] * scratch.factors[r - first] * mean_factor);
+                for (int64_t d = 0; d < head_dim; d += Vector::kLanes)
+                    Vector::multiply_add(rest, Vector::load(scratch.value_sum + d),
+                                         Vector::multiply(Vector::load(output + d), factor))
+                        .store(output + d);
+            } else if (shrink != 1.0f) {
+                for (int64_t d = 0; d < head_dim; d += Vector::kLanes)
+                    Vector::multiply(Vector::load(output + d), factor).store(output + d);
+            }
         }
         for (int64_t r = last - first; r < padded; r++)
             std::memset(scratch.weights + r * kPanelTokens, 0, kPanelTokens * sizeof(Element));
@@ -477,9 +554,28 @@ private:
         for (int64_t b = 0; b < count; b += step) {
             for (int64_t next = b + step; next < lesser(b + 2 * step, count); next++)
                 prefetch<1>(panel.stored_values[next], bytes);
-            Products::accumulate(session, scratch.weights + b * kBlockTokens, kPanelTokens, padded, panel.values + b,
-                                 lesser(step, count - b), head_dim, scratch.output + first * head_dim);
+            Products::accumulate(session, scratch.weights + b * kBlockTokens, kPanelTokens, padded, scratch.factors,
+                                 panel.values + b, lesser(step, count - b), head_dim,
+                                 scratch.output + first * head_dim);
         }
+    }
+
+    // What weights lose by rounding goes to the mean of the values, or the many small weights beside a large one would
+    // count for nothing. The mean is of values before `limit`, which every row of the group sees.
+    // Sums those values; returns the inverse of their number, 0 if there is none.
+    static float sum_values(typename Products::Session& session, const AttentionArguments& a, const Panel& panel,
+                            int64_t count, int64_t limit, Scratch& scratch) {
+        int64_t tokens = 0;
+        for (int64_t b = 0; b < count; b++) {
+            const uint32_t visible = panel.visible_before(b, limit);
+            for (int64_t j = 0; j < kBlockTokens; j++) scratch.weights[b * kBlockTokens + j] = visible >> j & 1;
+            tokens += __builtin_popcount(visible);
+        }
+        const float one = 1.0f;
+        fill(scratch.value_sum, scratch.value_sum + a.head_dim, 0.0f);
+        Products::accumulate(session, scratch.weights, kPanelTokens, 1, &one, panel.values, count, a.head_dim,
+                             scratch.value_sum);
+        return tokens ? 1.0f / tokens : 0.0f;
     }
 
     static void load_queries(const AttentionArguments& a, const AttendTask& task, int64_t group, int64_t rows,
@@ -492,8 +588,17 @@ private:
                          a.rotary_dim ? rotary_row(a, a.cos, task.batch, token) : nullptr,
                          a.rotary_dim ? rotary_row(a, a.sin, task.batch, token) : nullptr, row);
             Element* query = scratch.query + r * head_dim;
-            for (int64_t d = 0; d < head_dim; d += Vector::kLanes)
-                store_weights(query + d, Vector::load(row + d));
+            if constexpr (kInt8) {
+                int8_t* integers = reinterpret_cast<int8_t*>(query);
+                const float found = quantize(row, head_dim, integers);
+                scratch.query_scale[r] = found < 1e-30f ? 1e-30f : found;  // 0 times a hidden score would be a NaN
+                int32_t sum = 0;
+                for (int64_t d = 0; d < head_dim; d++) sum += integers[d];
+                scratch.query_offset[r] = static_cast<float>(sum * kKeyOffset);
+            } else {
+                for (int64_t d = 0; d < head_dim; d += Vector::kLanes)
+                    store_elements(query + d, Vector::load(row + d));
+            }
         }
         std::memset(scratch.query + rows * head_dim, 0, (padded_rows - rows) * head_dim * sizeof(Element));
     }

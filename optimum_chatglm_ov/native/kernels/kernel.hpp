@@ -38,13 +38,15 @@ struct Kernels {
 // Null where the build's target has no such instructions; whether the CPU has them is the caller's check.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avx2_vnni_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* amx_kernels();
 const Kernels* amx_model_kernels();
 
 struct CpuFeatures {
-    bool avx2, avx512, avx512_bf16, amx;
+    bool avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, amx;
     bool bf16_dot_is_fast;  // vdpbf16ps measured to beat f32 FMA
     int64_t l2_bytes;
 };

@@ -11,6 +11,7 @@ namespace {
 
 template <class Tiles>
 struct TileProducts {
+    static constexpr CachePrecision kStored = CachePrecision::bf16;
     using Element = uint16_t;
     static constexpr int kPair = 2;
     static constexpr int kPanelBlocks = 8;
@@ -52,7 +53,8 @@ struct TileProducts {
     }
 
     static void accumulate(Session& session, const Element* weights, int64_t weights_stride, int64_t rows,
-                           const Element* const* values, int64_t blocks, int64_t head_dim, float* output) {
+                           const float*, const Element* const* values, int64_t blocks, int64_t head_dim,
+                           float* output) {
         for (int64_t r = 0; r < rows; r += 32)
             for (int64_t c = 0; c < head_dim; c += 32) {
                 const Element* w = weights + r * weights_stride;

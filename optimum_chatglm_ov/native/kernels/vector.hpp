@@ -36,9 +36,24 @@ inline float from_bf16(uint16_t value) {
     return as_float(static_cast<uint32_t>(value) << 16);
 }
 
-// Coefficients of 2^f = sum (ln 2)^i / i! f^i. On |f| <= 1/2 degree 6 leaves 1.2e-7 and degree 4 leaves 4.5e-5.
-constexpr float kExp2[] = {1.0f,           0.693147181f,   0.240226507f,  0.0555041087f,
-                           0.00961812911f, 0.00133335581f, 0.000154035304f};
+// Bytes: keys are stored as integer + kKeyOffset, integer weights of a row are 0 .. kWeightSteps.
+constexpr int kKeyOffset = 128;
+constexpr float kWeightSteps = 255.0f;
+
+// Polynomials of least relative error for 2^f, |f| <= 1/2: 7e-8 (f32 arithmetic) and 7e-5 (what bf16 weights hold).
+template <bool kF32>
+struct Exp2;
+template <>
+struct Exp2<true> {
+    static constexpr int kDegree = 5;
+    static constexpr float kTerms[] = {1.00000007f,   0.693146932f,   0.240221347f,
+                                       0.0555079955f, 0.00967505134f, 0.00132480495f};
+};
+template <>
+struct Exp2<false> {
+    static constexpr int kDegree = 3;
+    static constexpr float kTerms[] = {0.999928073f, 0.693260985f, 0.242611125f, 0.0551716703f};
+};
 
 struct PortableVector {
     static constexpr int kLanes = 8;
@@ -82,14 +97,14 @@ struct PortableVector {
         return s;
     }
     // 2^x for x <= 0; exactly 0 below -126.5.
-    template <int kDegree>
+    template <class Polynomial>
     static PortableVector exp2(PortableVector x) {
         for (float& v : x.lane) {
             const float clamped = v < -127.0f ? -127.0f : v;
             const float whole = clamped == clamped ? std::nearbyint(clamped) : 0.0f;
             const float f = clamped - whole;
-            float p = kExp2[kDegree];
-            for (int i = kDegree - 1; i >= 0; i--) p = p * f + kExp2[i];
+            float p = Polynomial::kTerms[Polynomial::kDegree];
+            for (int i = Polynomial::kDegree - 1; i >= 0; i--) p = p * f + Polynomial::kTerms[i];
             v = p * as_float(static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23);
         }
         return x;
@@ -109,6 +124,7 @@ struct Avx2Vector {
     void store(float* p) const { _mm256_storeu_ps(p, v); }
     static Avx2Vector multiply(Avx2Vector a, Avx2Vector b) { return {_mm256_mul_ps(a.v, b.v)}; }
     static Avx2Vector add(Avx2Vector a, Avx2Vector b) { return {_mm256_add_ps(a.v, b.v)}; }
+    static Avx2Vector subtract(Avx2Vector a, Avx2Vector b) { return {_mm256_sub_ps(a.v, b.v)}; }
     static Avx2Vector multiply_add(Avx2Vector a, Avx2Vector b, Avx2Vector c) {
         return {_mm256_fmadd_ps(a.v, b.v, c.v)};
     }
@@ -123,15 +139,29 @@ struct Avx2Vector {
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
     }
-    template <int kDegree>
+    template <class Polynomial>
     static Avx2Vector exp2(Avx2Vector x) {
         const __m256 clamped = _mm256_max_ps(_mm256_set1_ps(-127.0f), x.v);  // in this order a NaN stays
         const __m256 whole = _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const __m256 f = _mm256_sub_ps(clamped, whole);
-        __m256 p = _mm256_set1_ps(kExp2[kDegree]);
-        for (int i = kDegree - 1; i >= 0; i--) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2[i]));
+        __m256 p = _mm256_set1_ps(Polynomial::kTerms[Polynomial::kDegree]);
+        for (int i = Polynomial::kDegree - 1; i >= 0; i--)
+            p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(Polynomial::kTerms[i]));
         const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
         return {_mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+    }
+    // i32 at `p`
+    static Avx2Vector load_integers(const float* p) {
+        return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+    static Avx2Vector round(Avx2Vector x) {
+        return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+    }
+    // Whole numbers as bytes, the nearest of 0 .. 255.
+    void store_bytes(uint8_t* p) const {
+        const __m256i whole = _mm256_cvtps_epi32(v);
+        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
     }
 };
 #endif
@@ -146,22 +176,29 @@ struct Avx512Vector {
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     static Avx512Vector multiply(Avx512Vector a, Avx512Vector b) { return {_mm512_mul_ps(a.v, b.v)}; }
     static Avx512Vector add(Avx512Vector a, Avx512Vector b) { return {_mm512_add_ps(a.v, b.v)}; }
+    static Avx512Vector subtract(Avx512Vector a, Avx512Vector b) { return {_mm512_sub_ps(a.v, b.v)}; }
     static Avx512Vector multiply_add(Avx512Vector a, Avx512Vector b, Avx512Vector c) {
         return {_mm512_fmadd_ps(a.v, b.v, c.v)};
     }
     static Avx512Vector maximum(Avx512Vector a, Avx512Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
     float max_lane() const { return _mm512_reduce_max_ps(v); }
     float sum_lanes() const { return _mm512_reduce_add_ps(v); }
-    template <int kDegree>
+    template <class Polynomial>
     static Avx512Vector exp2(Avx512Vector x) {
-        // Below -126.5 to zero, as on the other instruction sets: no denormal weights.
-        const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-127.0f), x.v);  // in this order a NaN stays
-        const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const __m512 f = _mm512_sub_ps(clamped, whole);
-        __m512 p = _mm512_set1_ps(kExp2[kDegree]);
-        for (int i = kDegree - 1; i >= 0; i--) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[i]));
-        const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
-        return {_mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)))};
+        // Below -126.5 to zero, as on the other instruction sets: no denormal weights. A NaN stays.
+        const __mmask16 counts = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.5f), _CMP_NLT_UQ);
+        const __m512 whole = round(x).v, f = _mm512_sub_ps(x.v, whole);
+        __m512 p = _mm512_set1_ps(Polynomial::kTerms[Polynomial::kDegree]);
+        for (int i = Polynomial::kDegree - 1; i >= 0; i--)
+            p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(Polynomial::kTerms[i]));
+        return {_mm512_maskz_scalef_ps(counts, p, whole)};
+    }
+    static Avx512Vector load_integers(const float* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+    static Avx512Vector round(Avx512Vector x) {
+        return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+    }
+    void store_bytes(uint8_t* p) const {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
     }
 #    if defined(__AVX512BF16__)
     void store_bf16(uint16_t* p) const {

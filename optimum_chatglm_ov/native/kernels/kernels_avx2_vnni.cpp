@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// Byte arithmetic, for int8 caches.
+#include "dot_products.hpp"
+#include "flash.hpp"
+
+namespace optimum_chatglm_ov {
+
+const Kernels* avx2_vnni_kernels() {
+#if defined(__AVXVNNI__)
+    return make_kernels<DotProducts<Int8Dot>, Avx2Vector>("avx2-vnni");
+#else
+    return nullptr;
+#endif
+}
+
+}  // namespace optimum_chatglm_ov

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// Byte arithmetic, for int8 caches.
+#include "dot_products.hpp"
+#include "flash.hpp"
+
+namespace optimum_chatglm_ov {
+
+const Kernels* avx512_vnni_kernels() {
+#if defined(__AVX512VNNI__)
+    return make_kernels<DotProducts<Int8Dot>, Avx512Vector>("avx512-vnni");
+#else
+    return nullptr;
+#endif
+}
+
+}  // namespace optimum_chatglm_ov
