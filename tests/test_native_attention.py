@@ -85,7 +85,7 @@ def test_a_number_that_is_none_shows_and_stays_where_it_is(name, cache_precision
         assert (name, cache_precision) in {("avx512-vnni", "bf16"), ("avx2-vnni", "bf16")}
         return
     request = compile_attention(shape).create_infer_request()
-    poison = {0: [3], 1: range(3, 9), 2: range(3, 9)}  # input -> queries that see it; nobody sees the fourth token later
+    poison = {0: [3], 1: range(3, 9), 2: range(3, 9)}  # input -> queries that see its fourth token
     for i, spoiled in poison.items():
         sequence = Sequence(shape, 1, capacity=32)
         sequence.append(request, 9, np.ones((1, 9)), np.zeros(1, np.int32))
