@@ -385,7 +385,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, np.ndarray | None]:
         """chatglm-6b's own masks and positions in the graph's form.
 
-        Returns the 2-D mask, 2-D positions, and what the 2-D positions say of the prompt: f32 `[batch, 2]`, context
+        Returns the 2-D mask, 2-D positions, and what the 2-D positions say of the prompt: i32 `[batch, 2]`, context
         length and position of the mask token.
         """
         if attention_mask is not None and attention_mask.dim() == 4:
@@ -395,7 +395,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         first, second = position_ids[:, 0], position_ids[:, 1]
         kept = torch.ones_like(first) if attention_mask is None else attention_mask
         context_length = ((second == 0) & (kept != 0)).sum(dim=1)
-        layout = torch.stack((context_length, first[:, -1]), dim=1).float().numpy()
+        layout = torch.stack((context_length, first[:, -1]), dim=1).int().numpy()
         return attention_mask, None, layout
 
     def _set_prompt_layout(self, layout: np.ndarray) -> None:

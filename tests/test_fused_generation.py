@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import EXACT, Golden
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
@@ -37,6 +38,22 @@ def test_generation(name, exported):
         np.testing.assert_array_equal(greedy.numpy(), golden[f"greedy_{case}"])
         beams = model.generate(**inputs, max_new_tokens=16, do_sample=False, num_beams=3)
         np.testing.assert_array_equal(beams.numpy(), golden[f"beam_{case}"])
+
+
+@pytest.mark.parametrize("cache_precision", ["bf16", "u8"])
+@pytest.mark.parametrize("attention", ["fused", "sdpa"])
+@pytest.mark.parametrize("name", ["chatglm-6b-3layer-untied", "chatglm2-6b-32k", "chatglm3-6b-128k", "glm-4-9b-chat"])
+def test_long_prompts_in_bf16(name, attention, cache_precision, exported, exact_model):
+    # bf16 has no odd numbers beyond 256: positions must not pass through it
+    exact = exact_model(name)
+    properties = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": cache_precision}
+    model = OVChatGLMForCausalLM.from_pretrained(exported(name), attention=attention, ov_config=properties)
+    for length in (40, 600, 1500):
+        prompt = torch.randint(5, 500, (1, length), generator=torch.Generator().manual_seed(length))
+        if model.config.architecture == "chatglm":
+            prompt[0, -20:-18] = torch.tensor([model.config.gmask_token_id, model.config.bos_token_id])
+        expected, found = (m(prompt).logits[0, -16:] for m in (exact, model))
+        assert (found - expected).norm() / expected.norm() < 0.05, length
 
 
 def test_saved_model_stays_portable(exported, tmp_path):

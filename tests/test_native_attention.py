@@ -7,10 +7,12 @@ import threading
 
 import numpy as np
 import openvino as ov
+import openvino.opset13 as ops
 import pytest
 from native.attention_reference import Sequence, Shape, attention_model, compile_attention, relative_error
 
 from optimum_chatglm_ov.native import instruction_sets, load
+from optimum_chatglm_ov.native.operation import chatglm_rotary
 
 
 SETS = instruction_sets()
@@ -177,6 +179,31 @@ def test_several_requests_and_threads_share_nothing():
     for thread in threads:
         thread.join()
     assert len(errors) == 30 and max(errors) <= 1e-2
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_angles_are_exact_in_every_precision(kinds):
+    inv_freq = 10000.0 ** -(np.arange(8) / 8)
+    positions = ops.parameter([kinds, -1, -1], ov.Type.i32, name="positions")
+    cos, sin = chatglm_rotary(positions.output(0), inv_freq).outputs()
+    core = ov.Core()
+    load(core)
+    model = ov.Model([ops.result(cos), ops.result(sin)], [positions], "rotary")
+    given = np.random.default_rng(0).integers(0, 1 << 20, (kinds, 3, 50)).astype(np.int32)
+    pairs = 8 // kinds
+    frequencies = inv_freq.astype(np.float32).reshape(kinds, 1, 1, pairs)
+    angles = np.concatenate(given[..., None].astype(np.float32) * frequencies, axis=-1)
+    angles = np.concatenate([angles, angles], axis=-1).astype(np.float64)
+    for precision in ("f32", "bf16"):
+        found = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})(given)
+        np.testing.assert_allclose(found[0], np.cos(angles), atol=1e-6)
+        np.testing.assert_allclose(found[1], np.sin(angles), atol=1e-6)
+
+
+def test_positions_that_do_not_fit_the_frequencies():
+    for shape, element_type in (([3, -1, -1], ov.Type.i32), ([-1, -1], ov.Type.i32), ([1, -1, -1], ov.Type.f32)):
+        with pytest.raises(RuntimeError, match="positions"):
+            chatglm_rotary(ops.parameter(shape, element_type).output(0), [1.0, 0.1])
 
 
 def test_model_with_the_operation_survives_saving(tmp_path):

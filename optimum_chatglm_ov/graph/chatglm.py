@@ -90,10 +90,11 @@ class _Assembly:
         unseen = ops.constant(np.int64(_UNSEEN))
         found = ops.concat([sop, ops.select(ops.less(gmask, unseen), gmask, mask)], axis=1)
         batch = ops.gather(ops.shape_of(self.graph.input_ids), blocks.i64(0), blocks.i64(0))
-        start = ops.broadcast(blocks.f32(_UNSEEN), ops.concat([batch, blocks.i64(2)], axis=0))
-        # f32, because the CPU plugin has no i64 state
-        kept, variable_id = blocks.state(self.graph, start, "prompt_layout", Type.f32, [-1, 2])
-        layout = ops.select(ops.less(kept, blocks.f32(_UNSEEN)), kept, ops.convert(found, "f32"))
+        unseen = ops.constant(np.int32(_UNSEEN))
+        start = ops.broadcast(unseen, ops.concat([batch, blocks.i64(2)], axis=0))
+        # i32: the CPU plugin has no i64 state, and computes with an f32 one in bf16
+        kept, variable_id = blocks.state(self.graph, start, "prompt_layout", Type.i32, [-1, 2])
+        layout = ops.select(ops.less(kept, unseen), kept, ops.convert(found, "i32"))
         self.graph.assignments.append(ops.assign(layout, variable_id))
         layout = ops.convert(layout, "i64")
         return ops.gather(layout, blocks.i64(0), blocks.i64(1)), ops.gather(layout, blocks.i64(1), blocks.i64(1))

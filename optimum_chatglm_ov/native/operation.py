@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ChatGLMAttention` as a graph node, and the layout of its caches."""
+"""The operations as graph nodes, and the layout of the caches."""
 
 from __future__ import annotations
 
@@ -57,3 +57,11 @@ def chatglm_attention(
         "cache_precision": cache_precision,
     }
     return _factory().create("ChatGLMAttention", list(inputs), attributes)
+
+
+def chatglm_rotary(positions: ov.Output, inv_freq: Sequence[float]) -> ov.Node:
+    """Cosines and sines, f32 `[B, L, 2 * len(inv_freq)]`, of i32 `positions` `[P, B, L]`.
+
+    `inv_freq` are the frequencies of all pairs of channels, shared evenly by the P positions.
+    """
+    return _factory().create("ChatGLMRotary", [positions], {"inv_freq": [float(x) for x in inv_freq]})

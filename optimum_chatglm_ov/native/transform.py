@@ -17,7 +17,7 @@ import openvino as ov
 from openvino import Node, Output, Type
 from openvino import opset13 as ops
 
-from .operation import BLOCK_TOKENS, CACHE_PRECISIONS, cache_block_bytes, chatglm_attention
+from .operation import BLOCK_TOKENS, CACHE_PRECISIONS, cache_block_bytes, chatglm_attention, chatglm_rotary
 
 
 logger = logging.getLogger(__name__)
@@ -101,13 +101,16 @@ def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> bool:
         mask = nodes[0].input_value(3)
         if any(node.input_value(3) != mask for node in nodes):
             raise _Unrecognised("its layers have different attention masks")
+        if any((layer.cos, layer.sin) != (layers[0].cos, layers[0].sin) for layer in layers):
+            raise _Unrecognised("its layers rotate by different angles")
         if len({bool(layer.prefix) for layer in layers}) != 1:
             raise _Unrecognised("some of its layers have a prefix and others have none")
+        angles = _match_angles(layers[0].cos.get_node(), layers[0].sin.get_node())
         visible_to_all = _match_visible_to_all(mask.get_node(), model, bool(layers[0].prefix))
     except _Unrecognised as reason:
         logger.warning("Attention is not fused, the model runs on stock operations: %s.", reason)
         return False
-    _replace(model, layers, visible_to_all, cache_precision)
+    _replace(model, layers, angles, visible_to_all, cache_precision)
     return True
 
 
@@ -177,6 +180,26 @@ def _match_rotary(node: Node) -> _Rotary:
     if float(_constant(_source(negated, 1)).ravel()[0]) != -1.0:
         raise _Unrecognised(f"{negated.get_friendly_name()} is no negation")
     return _Rotary(x if states is None else states, plain.input_value(1), turned.input_value(1))
+
+
+def _match_angles(cos: Node, sin: Node) -> list[tuple[Node, np.ndarray]]:
+    """Positions `[B, L]` and the frequencies that turn with them, in the order of the channels."""
+    angles = _source(_expect(cos, "Cos"))
+    if _source(_expect(sin, "Sin")) != angles:
+        raise _Unrecognised("cosine and sine are of different angles")
+    halves = [value.get_node() for value in _expect(angles, "Concat").input_values()]
+    if len(halves) != 2 or halves[0] != halves[1]:
+        raise _Unrecognised(f"{angles.get_friendly_name()} does not give both halves of a head the same angles")
+    parts = halves[:1]
+    if halves[0].get_type_name() == "Concat":
+        parts = [value.get_node() for value in halves[0].input_values()]
+    found = []
+    for part in parts:
+        positions = _unwrap(_source(_expect(_source(_expect(part, "Multiply")), "Convert")))
+        found.append((positions, _constant(_source(part, 1)).ravel().astype(np.float32)))
+    if len({len(inv_freq) for _, inv_freq in found}) != 1:
+        raise _Unrecognised("the positions of a token turn different numbers of channels")
+    return found
 
 
 def _match_heads(node: Node) -> Node:
@@ -278,7 +301,13 @@ def _parameter(name: str, shape: list[int], element_type: Type) -> Node:
     return parameter
 
 
-def _replace(model: ov.Model, layers: list[_Layer], visible_to_all: Node | None, cache_precision: str) -> None:
+def _replace(
+    model: ov.Model,
+    layers: list[_Layer],
+    angles: list[tuple[Node, np.ndarray]],
+    visible_to_all: Node | None,
+    cache_precision: str,
+) -> None:
     def axis(value: int) -> Node:
         return ops.constant(np.array([value], dtype=np.int64))
 
@@ -297,6 +326,8 @@ def _replace(model: ov.Model, layers: list[_Layer], visible_to_all: Node | None,
         context_length = ops.add(context_length, prefix_tokens)
         ones = ops.broadcast(ops.constant(np.int32(1)), ops.concat([batch, prefix_tokens], axis=0))
         mask = ops.concat([ones, mask], axis=1)
+    positions = ops.concat([ops.unsqueeze(ops.convert(node, "i32"), axis(0)) for node, _ in angles], axis=0)
+    rotary = chatglm_rotary(positions.output(0), np.concatenate([inv_freq for _, inv_freq in angles]))
     beam_table = _parameter(BEAM_TABLE, [-1, -1], Type.i32)
     parameters = [beam_table]
     for i, layer in enumerate(layers):
@@ -308,7 +339,7 @@ def _replace(model: ov.Model, layers: list[_Layer], visible_to_all: Node | None,
         parameters += caches
         # Read now: the layer before may have just been replaced.
         inputs = [split.input_value(0) for split in (layer.query, layer.key, layer.value)]
-        inputs += [layer.cos, layer.sin]
+        inputs += rotary.outputs()
         inputs += [node.output(0) for node in (*caches, past, beam_table, mask, context_length)]
         for prefix in layer.prefix:
             rows = prefix[0].transpose(1, 0, 2).reshape(prefix.shape[2], -1).astype(np.float32)
