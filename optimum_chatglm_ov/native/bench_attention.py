@@ -26,6 +26,7 @@ from .transform import cache_layout, fuse_attention
 
 
 _PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
+_CACHE_BITS = {"fused bf16": 16, "fused i8": 8, "stock": 8, "paged": 8, "torch bfloat16": 16, "torch float32": 32}
 _PAUSE_SECONDS = 0.05  # for so long threads of another library may spin where they have just computed
 
 
@@ -55,7 +56,7 @@ class Measurement:
     gigaflops: float
     """10^9 multiplications and additions a second that causal attention needs."""
     gigabytes: float
-    """10^9 bytes a second of the 16-bit cache; what memory delivers at most, if the way reads 16-bit caches."""
+    """10^9 bytes a second of keys and values, as this way stores them, each read once: at most what memory delivers."""
 
 
 def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
@@ -266,9 +267,16 @@ def measure_attention(
             best[way] = min(best[way], (time.perf_counter() - start) / layers)
     pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) / 2
     flops = 4 * pairs * shape.num_attention_heads * shape.head_dim
-    cache = 4 * (past_tokens + new_tokens) * shape.num_key_value_heads * shape.head_dim
+    numbers = 2 * (past_tokens + new_tokens) * shape.num_key_value_heads * shape.head_dim
     return [
-        Measurement(way, new_tokens, past_tokens, seconds, flops / seconds / 1e9, cache / seconds / 1e9)
+        Measurement(
+            way,
+            new_tokens,
+            past_tokens,
+            seconds,
+            flops / seconds / 1e9,
+            numbers * _CACHE_BITS.get(way, 32) / 8 / seconds / 1e9,
+        )
         for way, seconds in best.items()
     ]
 
