@@ -31,6 +31,7 @@ from .export import EXPORTED_FILES, export_model, load_config
 from .files import complete_folder
 from .hub import HubMixin, has_openvino_model, resolve_checkpoint
 from .native import NativeBuildError
+from .native.operation import KV_CACHE_PRECISIONS
 from .native.runtime import FusedAttentionState
 from .native.transform import cache_layout, fuse_attention
 
@@ -38,8 +39,6 @@ from .native.transform import cache_layout, fuse_attention
 logger = logging.getLogger(__name__)
 
 LOGITS_TO_KEEP = "logits_to_keep"
-# KV_CACHE_PRECISION -> precision of the caches of fused attention
-_FUSED_CACHE_PRECISION = {"f32": "f32", "bf16": "bf16", "f16": "bf16", "u8": "i8", "i8": "i8"}
 # What transformers' own loaders and optimum-intel's users pass along, and has no meaning here.
 _ARGUMENTS_OF_TRANSFORMERS = {
     "_commit_hash",
@@ -138,8 +137,9 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             compile: compile at once; otherwise at the first call.
             compile_only: hand the IR file straight to the compiler; such a model cannot be saved or changed.
             trust_remote_code: has no effect; no remote code is ever run.
-            attention: "sdpa" (OpenVINO's own), "fused" (the native operation of this package, built at first use; an
-                error if it cannot be) or "auto" (fused where it can be). Unset: `CHATGLM_OV_ATTENTION`, else "sdpa".
+            attention: "fused" (the native operation of this package, built at first use; an error if it cannot be),
+                "sdpa" (OpenVINO's own) or "auto" (fused on CPU, without `compile_only`; OpenVINO's own, with one
+                warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto".
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 
@@ -153,11 +153,15 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        attention = attention or os.environ.get("CHATGLM_OV_ATTENTION") or "sdpa"
+        attention = attention or os.environ.get("CHATGLM_OV_ATTENTION") or "auto"
         if attention not in ("sdpa", "fused", "auto"):
             raise ValueError(f"`attention` is {attention!r}; expected 'sdpa', 'fused' or 'auto'.")
-        if attention == "fused" and compile_only:
-            raise ValueError('`compile_only` compiles the IR as it is; `attention="fused"` changes it. Leave one out.')
+        if compile_only:
+            if attention == "fused":
+                raise ValueError(
+                    '`compile_only` compiles the IR as it is; `attention="fused"` changes it. Leave one out.'
+                )
+            attention = "sdpa"
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
@@ -217,7 +221,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             quantization_config=quantization_config,
             device=device,
             ov_config=dict(ov_config or {}),
-            compile=compile and attention == "sdpa",
+            compile=compile and compile_only,  # otherwise below, with the attention that was chosen
             compile_only=compile_only,
             generation_config=generation_config,
         )
@@ -254,34 +258,53 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
 
         Raises:
             NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
-            ValueError: `attention="fused"` with another device than CPU, or a graph that the pass does not know.
+            ValueError: `attention="fused"` with another device than CPU, a `KV_CACHE_PRECISION` that it does not have,
+                or a graph that the pass does not know.
         """
         if self.request is not None:
             return
         if self._fused is not None:
             self._fused.reset()  # what a `FusedCache` of it shows is outdated
             self._fused = None
-        if self._attention == "sdpa" or not self._compile_fused():
+        model = self._fused_model()
+        if model is None:
             super().compile()
-
-    def _compile_fused(self) -> bool:
-        model = _with_logits_to_keep(self.model)
-        precision = str(self.ov_config.get("KV_CACHE_PRECISION", "bf16")).lower()
-        try:
-            if self._device != "CPU":
-                raise ValueError(f"Fused attention runs on CPU, not on {self._device}.")
-            if not fuse_attention(model, _FUSED_CACHE_PRECISION.get(precision, "bf16")):
-                raise ValueError("Fused attention does not know the graph of this model (see the log).")
-            native.load(core)
-        except (NativeBuildError, ValueError) as error:
-            if self._attention == "fused":
-                raise
-            logger.warning(f"OpenVINO's own attention is used: {error}")
-            return False
+            return
         self.request = core.compile_model(model, self._device, self.ov_config).create_infer_request()
         self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
         self._fused_inputs = {name for port in model.inputs for name in port.names}
-        return True
+
+    def _fused_model(self) -> ov.Model | None:
+        """A copy of the model with fused attention; `None` where OpenVINO's own is to be used."""
+        if self._attention == "sdpa":
+            return None
+        if self._attention == "auto" and self._device != "CPU":
+            logger.info(f"OpenVINO's own attention is used on {self._device}.")
+            return None
+        try:
+            if self._device != "CPU":
+                raise ValueError(f"Fused attention runs on CPU, not on {self._device}.")
+            precision = self._fused_cache_precision()
+            native.load(core)
+            model = _with_logits_to_keep(self.model)
+            fuse_attention(model, precision)
+        except (NativeBuildError, ValueError) as error:
+            if self._attention == "fused":
+                raise
+            logger.warning(
+                f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
+            )
+            return None
+        return model
+
+    def _fused_cache_precision(self) -> str:
+        chosen = self.ov_config.get("KV_CACHE_PRECISION", "bf16")
+        name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
+        if name not in KV_CACHE_PRECISIONS:
+            raise ValueError(
+                f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}."
+            )
+        return KV_CACHE_PRECISIONS[name]
 
     # Inference -------------------------------------------------------------------------------------------------------
 
@@ -427,7 +450,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
         """As in transformers; see `GenerationMixin.generate`.
 
-        With `attention="fused"` also `assistant_model` (another instance of this class, loaded so too),
+        With fused attention also `assistant_model` (another instance of this class, loaded so too),
         `prompt_lookup_num_tokens`, and `past_key_values` of an earlier output of this model, with the whole sequence
         as `input_ids`: what the cache holds of it is not computed again.
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..quantization import WEIGHT_FORMATS
 
 
+ATTENTIONS = ("sdpa", "fused", "auto")
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -50,13 +51,13 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="CPU", help="device (default: CPU)")
     group.add_argument(
         "--attention",
-        choices=("sdpa", "fused", "auto"),
-        help="OpenVINO's own, this package's native operation, or the latter where it can be built",
+        choices=ATTENTIONS,
+        help="OpenVINO's own, this package's native operation, or the latter where it can be built (default: auto)",
     )
     group.add_argument(
         "--kv-cache-precision",
         choices=("u8", "bf16", "f16", "f32"),
-        help="of keys and values (default: u8 on CPU, bf16 with fused attention)",
+        help="of keys and values (default: bf16 with fused attention, whose f16 is bf16; u8 with OpenVINO's on CPU)",
     )
     group.add_argument(
         "--inference-precision",
