@@ -2,6 +2,7 @@
 """The commands `chatglm-ov` and `optimum-cli export chatglm-ov`."""
 
 import argparse
+import codecs
 import importlib.util
 import json
 import os
@@ -350,6 +351,7 @@ class Terminal:
 
     def __init__(self, *arguments):
         self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._screen, side = pty.openpty()
         self.process = subprocess.Popen(
             [*COMMAND, *map(str, arguments)],
@@ -388,7 +390,7 @@ class Terminal:
             if not ready or time.monotonic() > end:
                 return False
             try:
-                self.text += os.read(self._screen, 65536).decode(errors="replace")
+                self.text += self._decoder.decode(os.read(self._screen, 65536))
             except OSError:
                 pytest.fail(f"ended before {pattern!r}: {self.text!r}")
         return True
