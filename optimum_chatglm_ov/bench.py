@@ -176,8 +176,8 @@ class _Stateful:
 
     def __init__(self, folder: Path, way: str, threads: int):
         ov_config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
-        if way == "fused-int8":
-            ov_config["KV_CACHE_PRECISION"] = "u8"
+        if way != "sdpa":
+            ov_config["KV_CACHE_PRECISION"] = {"fused": "bf16", "fused-int8": "u8"}[way]
         attention = "sdpa" if way == "sdpa" else "fused"
         self.model = OVChatGLMForCausalLM.from_pretrained(folder, attention=attention, ov_config=ov_config)
         stock = self.model.request.get_compiled_model().get_property("KV_CACHE_PRECISION").bitwidth
@@ -222,7 +222,7 @@ class _Paged:
 def _weights(folder: Path) -> tuple[str, int]:
     """The type of most weights, and the bytes of all constants that every token reads (not those of an embedding)."""
     total, types = 0, Counter()
-    for node in ov.Core().read_model(folder / MODEL_FILE).get_ops():
+    for node in OVChatGLMForCausalLM.load_model(folder / MODEL_FILE).get_ops():
         if node.get_type_name() != "Constant" or _is_looked_up(node):
             continue
         total += node.get_byte_size()

@@ -27,13 +27,13 @@ from .cache import FusedCache
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ContextLengthError
-from .export import EXPORTED_FILES, export_model, load_config
+from .export import EXPORTED_FILES, MODEL_FILE, export_model, load_config
 from .files import complete_folder
 from .hub import HubMixin, has_openvino_model, resolve_checkpoint
 from .native import NativeBuildError
 from .native.operation import KV_CACHE_PRECISIONS
 from .native.runtime import FusedAttentionState
-from .native.transform import cache_layout, fuse_attention
+from .native.transform import CacheLayout, cache_layout, fuse_attention
 
 
 logger = logging.getLogger(__name__)
@@ -139,12 +139,14 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             trust_remote_code: has no effect; no remote code is ever run.
             attention: "fused" (the native operation of this package, built at first use; an error if it cannot be),
                 "sdpa" (OpenVINO's own) or "auto" (fused on CPU, without `compile_only`; OpenVINO's own, with one
-                warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto".
+                warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto". An IR that was exported fused
+                has no other.
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 
         Raises:
             CheckpointError, ExportError, ValueError, OSError: see `export_model`.
+            NativeBuildError: see `compile`; also for an IR that was exported fused.
         """
         hub_arguments = dict(
             revision=revision,
@@ -206,6 +208,18 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                     "Export the original checkpoint again with them (`export=True`)."
                 )
             folder = source
+            if native.is_fused(folder / MODEL_FILE):
+                for argument, is_given in (
+                    ("compile_only", compile_only),
+                    ("attention='sdpa'", attention == "sdpa"),
+                    ("load_in_8bit", load_in_8bit),
+                    ("quantization_config", quantization_config is not None),
+                ):
+                    if is_given:
+                        raise ValueError(
+                            f"{model_id}: `{argument}` is not for this IR, which holds the fused attention operation. "
+                            "Leave it out, or export the original checkpoint again in the portable form."
+                        )
             if load_in_8bit or quantization_config is not None:
                 quantization_config = quantization.resolve_config(
                     load_config(folder), None, quantization_config or {"bits": 8}, 0
@@ -235,6 +249,36 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             model.generation_config.use_cache = False
         return model
 
+    @staticmethod
+    def load_model(file_name: str | Path, quantization_config: Any = None) -> ov.Model:
+        """Reads an IR, also one with fused attention.
+
+        Raises:
+            NativeBuildError: it has, and the native library is not there and cannot be built.
+        """
+        file = Path(file_name)
+        if native.is_fused(file):
+            try:
+                native.load(core)
+            except NativeBuildError as error:
+                raise NativeBuildError(
+                    f"{file.parent}: this IR holds the fused attention operation and cannot run without: {error}"
+                ) from error
+        return OVModelForCausalLM.load_model(file, quantization_config)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the model keeps its keys and values itself: always."""
+        return True
+
+    @stateful.setter
+    def stateful(self, has_state: bool) -> None:
+        pass  # optimum-intel looks for state variables, and an IR with fused attention has none
+
+    @staticmethod
+    def _has_cache_inputs(model: ov.Model | ov.CompiledModel) -> bool:
+        return True
+
     # Compilation -----------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -258,8 +302,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
 
         Raises:
             NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
-            ValueError: `attention="fused"` with another device than CPU, a `KV_CACHE_PRECISION` that it does not have,
-                or a graph that the pass does not know.
+            ValueError: `attention="fused"`, or an IR that was exported so, with another device than CPU or another
+                `KV_CACHE_PRECISION` than it has; or a graph that the pass does not know.
         """
         if self.request is not None:
             return
@@ -278,18 +322,22 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         """A copy of the model with fused attention; `None` where OpenVINO's own is to be used."""
         if self._attention == "sdpa":
             return None
-        if self._attention == "auto" and self._device != "CPU":
+        layout = cache_layout(self.model)  # of an IR that was exported fused
+        is_optional = self._attention == "auto" and layout is None
+        if is_optional and self._device != "CPU":
             logger.info(f"OpenVINO's own attention is used on {self._device}.")
             return None
         try:
             if self._device != "CPU":
-                raise ValueError(f"Fused attention runs on CPU, not on {self._device}.")
-            precision = self._fused_cache_precision()
+                raise ValueError(
+                    f"Fused attention runs on CPU, not on {self._device}. Take a portable IR, and `attention='sdpa'`."
+                )
+            precision = self._fused_cache_precision(layout)
             native.load(core)
             model = _with_logits_to_keep(self.model)
             fuse_attention(model, precision)
         except (NativeBuildError, ValueError) as error:
-            if self._attention == "fused":
+            if not is_optional:
                 raise
             logger.warning(
                 f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
@@ -297,12 +345,19 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             return None
         return model
 
-    def _fused_cache_precision(self) -> str:
-        chosen = self.ov_config.get("KV_CACHE_PRECISION", "bf16")
+    def _fused_cache_precision(self, layout: CacheLayout | None) -> str:
+        chosen = self.ov_config.get("KV_CACHE_PRECISION")
+        if chosen is None:
+            return "bf16" if layout is None else layout.cache_precision
         name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
         if name not in KV_CACHE_PRECISIONS:
             raise ValueError(
                 f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}."
+            )
+        if layout is not None and layout.cache_precision != KV_CACHE_PRECISIONS[name]:
+            raise ValueError(
+                f"KV_CACHE_PRECISION is {name!r}, but this IR was exported with fused attention and a cache in "
+                f"{layout.cache_precision}. Leave it out, or export again with `kv_cache_precision={name!r}`."
             )
         return KV_CACHE_PRECISIONS[name]
 

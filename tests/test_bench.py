@@ -39,6 +39,14 @@ def test_every_way_is_measured(folder):
     assert layers + 1280 * 256 < weights < 1.02 * (layers + 1280 * 256)
 
 
+def test_an_ir_that_holds_the_operation_has_one_way(tmp_path):
+    fused = export_model(TINY_CHATGLM3, tmp_path / "ir", attention="fused", kv_cache_precision="u8")
+    assert list(measure([fused], ("fused-int8",), (8,), new_tokens=2, repetitions=1))
+    for way in ("fused", "sdpa"):
+        with pytest.raises(ValueError, match="this IR"):
+            next(measure([fused], (way,), (8,), new_tokens=2, repetitions=1))
+
+
 def test_prompts_differ_and_end_as_the_model_needs(exported):
     config = load_config(exported("chatglm-6b"))
     first, second = (random_prompt(config, 12, seed) for seed in (0, 1))

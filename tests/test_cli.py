@@ -27,6 +27,7 @@ from optimum_chatglm_ov.cli import conversation
 from optimum_chatglm_ov.cli.arguments import add_runtime_options, runtime_options
 from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
+from optimum_chatglm_ov.native import is_fused
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +207,7 @@ def test_optimum_cli_finds_the_command(tmp_path):
     output = tmp_path / "output"
     optimum_cli = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()"]
     arguments = ["export", "chatglm-ov", "--model", CHATGLM3, str(output), "--weight-format", "fp16"]
+    arguments += ["--attention", "fused"]
     done = subprocess.run(
         [*optimum_cli, *arguments],
         capture_output=True,
@@ -215,7 +217,7 @@ def test_optimum_cli_finds_the_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{output}: ")
-    assert (output / "openvino_model.xml").is_file()
+    assert is_fused(output / "openvino_model.xml")
 
 
 # chat ----------------------------------------------------------------------------------------------------------------

@@ -23,12 +23,6 @@ def greedy(model, name):
     return model.generate(**Golden(name).inputs("single"), max_new_tokens=24, do_sample=False).numpy()
 
 
-def test_saved_model_stays_portable(exported, tmp_path):
-    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention="fused", ov_config=EXACT)
-    model.save_pretrained(tmp_path / "saved")
-    assert "ChatGLMAttention" not in (tmp_path / "saved" / "openvino_model.xml").read_text()
-
-
 def test_choice_of_attention(exported, monkeypatch, caplog):
     folder = exported("chatglm3-6b")
     with pytest.raises(ValueError, match="'sdpa', 'fused' or 'auto'"):
