@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from .modeling import OVChatGLMForCausalLM
 
 WAYS = ("sdpa", "fused", "fused-int8", "paged")
 """OpenVINO's stateful attention, the fused operation with its bf16 and its int8 cache, and openvino-genai's default
-back end with OpenVINO's PagedAttention; each with OpenVINO's own defaults for everything else."""
+back end with OpenVINO's PagedAttention; each with OpenVINO's own defaults for everything that is not chosen."""
 _STREAM_BYTES = 512 << 20
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
@@ -75,6 +75,7 @@ def measure(
     new_tokens: int = 32,
     repetitions: int = 3,
     threads: int = 0,
+    ov_config: Mapping[str, str] | None = None,
 ) -> Iterator[Measurement]:
     """Times every model at every prompt length, one way after the other.
 
@@ -85,9 +86,11 @@ def measure(
         new_tokens: tokens to generate, the first included.
         repetitions: generations at each length, after one to warm up.
         threads: 0 = as many as OpenVINO takes.
+        ov_config: OpenVINO properties of every way, for example `{"INFERENCE_PRECISION_HINT": "f32"}`.
 
     Raises:
-        ValueError: an unknown way, a number below its least, or a prompt beyond the context length.
+        ValueError: an unknown way, a number below its least, a prompt beyond the context length, or a property that
+            `ways` or `threads` decide.
         ImportError: "paged" without openvino-genai.
         NativeBuildError: a fused way, and the native library is not there and cannot be built.
     """
@@ -97,6 +100,12 @@ def measure(
     for name, number, least in (("new_tokens", new_tokens, 2), ("repetitions", repetitions, 1)):
         if number < least:
             raise ValueError(f"`{name}` is {number}; expected at least {least}.")
+    properties = dict(ov_config or {})
+    for name, argument in (("KV_CACHE_PRECISION", "ways"), ("INFERENCE_NUM_THREADS", "threads")):
+        if name in properties:
+            raise ValueError(f"`ov_config` has {name}, which `{argument}` decides. Leave it out.")
+    if threads:
+        properties["INFERENCE_NUM_THREADS"] = str(threads)
     for folder in map(Path, models):
         config = load_config(folder)
         for length in prompt_lengths:
@@ -107,7 +116,7 @@ def measure(
                 )
         weights, weight_bytes = _weights(folder)
         for way in ways:
-            generator = _Paged(folder, threads) if way == "paged" else _Stateful(folder, way, threads)
+            generator = _Paged(folder, properties) if way == "paged" else _Stateful(folder, way, properties)
             for length in prompt_lengths:
                 bandwidth = stream_bandwidth(threads)
                 # other tokens each time: openvino-genai keeps the cache of a prompt that it has seen
@@ -174,10 +183,9 @@ def cpu_description() -> str:
 class _Stateful:
     """The stateful graph, with OpenVINO's attention or the fused operation."""
 
-    def __init__(self, folder: Path, way: str, threads: int):
-        ov_config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
-        if way == "fused-int8":
-            ov_config["KV_CACHE_PRECISION"] = "u8"
+    def __init__(self, folder: Path, way: str, ov_config: Mapping[str, str]):
+        if way != "sdpa":
+            ov_config = {**ov_config, "KV_CACHE_PRECISION": {"fused": "bf16", "fused-int8": "u8"}[way]}
         attention = "sdpa" if way == "sdpa" else "fused"
         self.model = OVChatGLMForCausalLM.from_pretrained(folder, attention=attention, ov_config=ov_config)
         stock = self.model.request.get_compiled_model().get_property("KV_CACHE_PRECISION").bitwidth
@@ -203,11 +211,10 @@ class _Paged:
 
     cache_bits = 8
 
-    def __init__(self, folder: Path, threads: int):
+    def __init__(self, folder: Path, ov_config: Mapping[str, str]):
         import openvino_genai
 
         self.genai = openvino_genai
-        ov_config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
         self.pipeline = openvino_genai.LLMPipeline(folder, "CPU", **ov_config)
 
     def generate(self, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
@@ -222,7 +229,7 @@ class _Paged:
 def _weights(folder: Path) -> tuple[str, int]:
     """The type of most weights, and the bytes of all constants that every token reads (not those of an embedding)."""
     total, types = 0, Counter()
-    for node in ov.Core().read_model(folder / MODEL_FILE).get_ops():
+    for node in OVChatGLMForCausalLM.load_model(folder / MODEL_FILE).get_ops():
         if node.get_type_name() != "Constant" or _is_looked_up(node):
             continue
         total += node.get_byte_size()

@@ -71,6 +71,8 @@ def compare(
     *,
     reference_config: Mapping[str, str] | None = None,
     candidate_config: Mapping[str, str] | None = None,
+    reference_attention: str | None = None,
+    candidate_attention: str | None = None,
     max_tokens: int = 4096,
     block_length: int = 512,
     prompts: int = 8,
@@ -84,9 +86,10 @@ def compare(
 
     Args:
         reference: IR folder, local checkpoint or Hub id.
-        candidate: another one with the same vocabulary, or the same under other OpenVINO properties.
+        candidate: another one with the same vocabulary, or the same under other properties or attention.
         text: text file, strings or rows with a "text" column (see `texts.read_texts`).
         reference_config, candidate_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
+        reference_attention, candidate_attention: "fused", "sdpa" or "auto", as `from_pretrained` takes them.
         max_tokens: tokens of the text to use.
         block_length: tokens that are read in one call; the context of each token is its own block.
         prompts: blocks whose beginnings are continued greedily.
@@ -99,7 +102,7 @@ def compare(
     for name, number in {"max_tokens": max_tokens, "block_length": block_length, "new_tokens": new_tokens}.items():
         if number < 2:
             raise ValueError(f"`{name}` is {number}; expected at least 2.")
-    model = _load(reference, reference_config)
+    model = _load(reference, reference_config, reference_attention)
     tokenizer = AutoTokenizer.from_pretrained(model.model_save_dir)
     blocks = list(
         islice(texts.blocks(texts.read_texts(text), tokenizer, block_length), -(-max_tokens // block_length))
@@ -123,7 +126,7 @@ def compare(
         del model
         gc.collect()
 
-        model = _load(candidate, candidate_config)
+        model = _load(candidate, candidate_config, candidate_attention)
         if model.config.vocab_size != shape[1]:
             raise ValueError(
                 f"The vocabularies differ: {shape[1]} ids in {reference}, {model.config.vocab_size} in {candidate}. "
@@ -148,8 +151,10 @@ def compare(
     )
 
 
-def _load(folder: str | Path, ov_config: Mapping[str, str] | None) -> OVChatGLMForCausalLM:
-    return OVChatGLMForCausalLM.from_pretrained(folder, ov_config=dict(ov_config or {}))
+def _load(
+    folder: str | Path, ov_config: Mapping[str, str] | None, attention: str | None
+) -> OVChatGLMForCausalLM:
+    return OVChatGLMForCausalLM.from_pretrained(folder, ov_config=dict(ov_config or {}), attention=attention)
 
 
 def _log_probabilities(model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]]) -> Iterable[torch.Tensor]:

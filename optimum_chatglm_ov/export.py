@@ -17,13 +17,15 @@ import torch
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
 from transformers import AutoTokenizer, GenerationConfig
 
-from . import graph, quantization
+from . import graph, native, quantization
 from .adapters import merge_adapters
 from .checkpoint import Checkpoint, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
 from .files import complete_folder
 from .hub import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
+from .native.operation import KV_CACHE_PRECISIONS
+from .native.transform import fuse_attention
 from .prefix import load_prefix
 from .prefix import tensor_shapes as prefix_shapes
 
@@ -54,6 +56,8 @@ def export_model(
     rope_ratio_type: str | None = None,
     adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
     prefix_encoder: str | Path | None = None,
+    attention: str = "sdpa",
+    kv_cache_precision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Exports an original ChatGLM checkpoint to an IR folder: model, configuration and tokenizer.
@@ -74,6 +78,9 @@ def export_model(
         adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight.
         prefix_encoder: folder or file with the `prefix_encoder` of a P-Tuning v2 training, if it is not part of the
             checkpoint.
+        attention: "sdpa", a portable IR, which `from_pretrained` fuses where it can; or "fused", an IR that holds the
+            native operation of this package: for CPU, and only for what this package loads.
+        kv_cache_precision: of the caches of `attention="fused"`: "bf16" (default), "u8" or "f32".
         progress: called with a description, the number of tensors done and their total.
 
     Returns:
@@ -82,8 +89,10 @@ def export_model(
     Raises:
         CheckpointError: the checkpoint cannot be used.
         ExportError: the output cannot be written.
+        NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
         ValueError: an argument or a key of config.json is not supported.
     """
+    _check_attention(attention, kv_cache_precision)
     output = Path(output).absolute()
     source = resolve_checkpoint(
         model_id,
@@ -117,6 +126,8 @@ def export_model(
         model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)
         if quantization_config:
             quantization.compress(model, quantization_config, tokenizer, dataset)
+        if attention == "fused":
+            fuse_attention(model, KV_CACHE_PRECISIONS[kv_cache_precision or "bf16"])
         _describe(model)
         ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
         _check_size(folder / MODEL_FILE)
@@ -128,6 +139,22 @@ def export_model(
         if quantization_config:
             OVConfig(quantization_config=quantization.for_saving(quantization_config)).save_pretrained(folder)
     return output
+
+
+def _check_attention(attention: str, kv_cache_precision: str | None) -> None:
+    if attention not in ("sdpa", "fused"):
+        raise ValueError(f"`attention` is {attention!r}; expected 'sdpa' or 'fused'.")
+    if attention == "sdpa" and kv_cache_precision is not None:
+        raise ValueError(
+            "`kv_cache_precision` is for `attention='fused'` alone; a portable IR takes KV_CACHE_PRECISION in "
+            "`ov_config` when it is loaded."
+        )
+    if kv_cache_precision not in (None, *KV_CACHE_PRECISIONS):
+        raise ValueError(
+            f"`kv_cache_precision` is {kv_cache_precision!r}; expected one of {', '.join(KV_CACHE_PRECISIONS)}."
+        )
+    if attention == "fused":
+        native.extension_path()  # where it cannot be built, this raises before the checkpoint is read
 
 
 def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from .checkpoint import PICKLE_FILES, SAFETENSORS_FILES
 from .errors import ChatGLMError, CheckpointError
+from .native.transform import cache_layout
 
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,7 @@ def model_card(
     repo_id: str = ".",
     base_model: str | None = None,
     precision: str | None = None,
+    is_fused: bool = False,
     versions: Mapping[str, str] | None = None,
 ) -> str:
     """The README.md of an exported model: metadata, where it comes from, and a snippet that runs as pasted.
@@ -247,6 +249,7 @@ def model_card(
         repo_id: what the snippet gives to `from_pretrained`: a Hub id or a folder; by default the folder it is run in.
         base_model: Hub id of the original checkpoint; from `config` when `None`.
         precision: of the weights, `"fp16"`, `"int8"`, ...
+        is_fused: whether the model holds the fused attention operation.
         versions: version by package name; those that are installed when `None`.
     """
     base_model = base_model or _base_model(config)
@@ -262,6 +265,7 @@ def model_card(
     )
     title = base_model.rpartition("/")[2] if base_model else "ChatGLM"
     origin = f"`{base_model}`" if base_model else "a ChatGLM checkpoint"
+    attention = "| Attention | fused: for CPU, built with a C++ compiler at first use |\n" if is_fused else ""
     card = f"""---
 {data.to_yaml()}
 ---
@@ -279,7 +283,7 @@ It runs without remote code.
 | Precision of the weights | {precision or "not recorded"} |
 | Layers, hidden size | {config.num_hidden_layers}, {config.hidden_size} |
 | Context length | {config.max_position_embeddings} tokens |
-{"".join(f"| Saved with {name} | {number} |" + chr(10) for name, number in versions.items())}
+{attention}{"".join(f"| Saved with {name} | {number} |" + chr(10) for name, number in versions.items())}
 ## Usage
 
 ```python
@@ -406,5 +410,7 @@ class HubMixin:
         if file.exists() and _CARD_MARK not in file.read_text(encoding="utf-8"):
             return
         model = getattr(self, "model", None)
-        precision = weight_precision(model) if hasattr(model, "get_ops") else None
-        file.write_text(model_card(self.config, repo_id=repo_id, precision=precision), encoding="utf-8")
+        described = {}
+        if hasattr(model, "get_ops"):
+            described = {"precision": weight_precision(model), "is_fused": cache_layout(model) is not None}
+        file.write_text(model_card(self.config, repo_id=repo_id, **described), encoding="utf-8")

@@ -27,19 +27,18 @@ from .cache import FusedCache
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ContextLengthError
-from .export import EXPORTED_FILES, export_model, load_config
+from .export import EXPORTED_FILES, MODEL_FILE, export_model, load_config
 from .files import complete_folder
 from .hub import HubMixin, has_openvino_model, resolve_checkpoint
 from .native import NativeBuildError
+from .native.operation import KV_CACHE_PRECISIONS
 from .native.runtime import FusedAttentionState
-from .native.transform import cache_layout, fuse_attention
+from .native.transform import CacheLayout, cache_layout, fuse_attention
 
 
 logger = logging.getLogger(__name__)
 
 LOGITS_TO_KEEP = "logits_to_keep"
-# KV_CACHE_PRECISION -> precision of the caches of fused attention
-_FUSED_CACHE_PRECISION = {"f32": "f32", "bf16": "bf16", "f16": "bf16", "u8": "i8", "i8": "i8"}
 # What transformers' own loaders and optimum-intel's users pass along, and has no meaning here.
 _ARGUMENTS_OF_TRANSFORMERS = {
     "_commit_hash",
@@ -138,13 +137,16 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             compile: compile at once; otherwise at the first call.
             compile_only: hand the IR file straight to the compiler; such a model cannot be saved or changed.
             trust_remote_code: has no effect; no remote code is ever run.
-            attention: "sdpa" (OpenVINO's own), "fused" (the native operation of this package, built at first use; an
-                error if it cannot be) or "auto" (fused where it can be). Unset: `CHATGLM_OV_ATTENTION`, else "sdpa".
+            attention: "fused" (the native operation of this package, built at first use; an error if it cannot be),
+                "sdpa" (OpenVINO's own) or "auto" (fused on CPU, without `compile_only`; OpenVINO's own, with one
+                warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto". An IR that was exported fused
+                has no other.
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 
         Raises:
             CheckpointError, ExportError, ValueError, OSError: see `export_model`.
+            NativeBuildError: see `compile`; also for an IR that was exported fused.
         """
         hub_arguments = dict(
             revision=revision,
@@ -153,11 +155,15 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        attention = attention or os.environ.get("CHATGLM_OV_ATTENTION") or "sdpa"
+        attention = attention or os.environ.get("CHATGLM_OV_ATTENTION") or "auto"
         if attention not in ("sdpa", "fused", "auto"):
             raise ValueError(f"`attention` is {attention!r}; expected 'sdpa', 'fused' or 'auto'.")
-        if attention == "fused" and compile_only:
-            raise ValueError('`compile_only` compiles the IR as it is; `attention="fused"` changes it. Leave one out.')
+        if compile_only:
+            if attention == "fused":
+                raise ValueError(
+                    '`compile_only` compiles the IR as it is; `attention="fused"` changes it. Leave one out.'
+                )
+            attention = "sdpa"
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
@@ -202,6 +208,18 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                     "Export the original checkpoint again with them (`export=True`)."
                 )
             folder = source
+            if native.is_fused(folder / MODEL_FILE):
+                for argument, is_given in (
+                    ("compile_only", compile_only),
+                    ("attention='sdpa'", attention == "sdpa"),
+                    ("load_in_8bit", load_in_8bit),
+                    ("quantization_config", quantization_config is not None),
+                ):
+                    if is_given:
+                        raise ValueError(
+                            f"{model_id}: `{argument}` is not for this IR, which holds the fused attention operation. "
+                            "Leave it out, or export the original checkpoint again in the portable form."
+                        )
             if load_in_8bit or quantization_config is not None:
                 quantization_config = quantization.resolve_config(
                     load_config(folder), None, quantization_config or {"bits": 8}, 0
@@ -217,7 +235,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             quantization_config=quantization_config,
             device=device,
             ov_config=dict(ov_config or {}),
-            compile=compile and attention == "sdpa",
+            compile=compile and compile_only,  # otherwise below, with the attention that was chosen
             compile_only=compile_only,
             generation_config=generation_config,
         )
@@ -230,6 +248,36 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         if not use_cache:
             model.generation_config.use_cache = False
         return model
+
+    @staticmethod
+    def load_model(file_name: str | Path, quantization_config: Any = None) -> ov.Model:
+        """Reads an IR, also one with fused attention.
+
+        Raises:
+            NativeBuildError: it has, and the native library is not there and cannot be built.
+        """
+        file = Path(file_name)
+        if native.is_fused(file):
+            try:
+                native.load(core)
+            except NativeBuildError as error:
+                raise NativeBuildError(
+                    f"{file.parent}: this IR holds the fused attention operation and cannot run without: {error}"
+                ) from error
+        return OVModelForCausalLM.load_model(file, quantization_config)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the model keeps its keys and values itself: always."""
+        return True
+
+    @stateful.setter
+    def stateful(self, has_state: bool) -> None:
+        pass  # optimum-intel looks for state variables, and an IR with fused attention has none
+
+    @staticmethod
+    def _has_cache_inputs(model: ov.Model | ov.CompiledModel) -> bool:
+        return True
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
@@ -254,34 +302,64 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
 
         Raises:
             NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
-            ValueError: `attention="fused"` with another device than CPU, or a graph that the pass does not know.
+            ValueError: `attention="fused"`, or an IR that was exported so, with another device than CPU or another
+                `KV_CACHE_PRECISION` than it has; or a graph that the pass does not know.
         """
         if self.request is not None:
             return
         if self._fused is not None:
             self._fused.reset()  # what a `FusedCache` of it shows is outdated
             self._fused = None
-        if self._attention == "sdpa" or not self._compile_fused():
+        model = self._fused_model()
+        if model is None:
             super().compile()
-
-    def _compile_fused(self) -> bool:
-        model = _with_logits_to_keep(self.model)
-        precision = str(self.ov_config.get("KV_CACHE_PRECISION", "bf16")).lower()
-        try:
-            if self._device != "CPU":
-                raise ValueError(f"Fused attention runs on CPU, not on {self._device}.")
-            if not fuse_attention(model, _FUSED_CACHE_PRECISION.get(precision, "bf16")):
-                raise ValueError("Fused attention does not know the graph of this model (see the log).")
-            native.load(core)
-        except (NativeBuildError, ValueError) as error:
-            if self._attention == "fused":
-                raise
-            logger.warning(f"OpenVINO's own attention is used: {error}")
-            return False
+            return
         self.request = core.compile_model(model, self._device, self.ov_config).create_infer_request()
         self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
         self._fused_inputs = {name for port in model.inputs for name in port.names}
-        return True
+
+    def _fused_model(self) -> ov.Model | None:
+        """A copy of the model with fused attention; `None` where OpenVINO's own is to be used."""
+        if self._attention == "sdpa":
+            return None
+        layout = cache_layout(self.model)  # of an IR that was exported fused
+        is_optional = self._attention == "auto" and layout is None
+        if is_optional and self._device != "CPU":
+            logger.info(f"OpenVINO's own attention is used on {self._device}.")
+            return None
+        try:
+            if self._device != "CPU":
+                raise ValueError(
+                    f"Fused attention runs on CPU, not on {self._device}. Take a portable IR, and `attention='sdpa'`."
+                )
+            precision = self._fused_cache_precision(layout)
+            native.load(core)
+            model = _with_logits_to_keep(self.model)
+            fuse_attention(model, precision)
+        except (NativeBuildError, ValueError) as error:
+            if not is_optional:
+                raise
+            logger.warning(
+                f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
+            )
+            return None
+        return model
+
+    def _fused_cache_precision(self, layout: CacheLayout | None) -> str:
+        chosen = self.ov_config.get("KV_CACHE_PRECISION")
+        if chosen is None:
+            return "bf16" if layout is None else layout.cache_precision
+        name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
+        if name not in KV_CACHE_PRECISIONS:
+            raise ValueError(
+                f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}."
+            )
+        if layout is not None and layout.cache_precision != KV_CACHE_PRECISIONS[name]:
+            raise ValueError(
+                f"KV_CACHE_PRECISION is {name!r}, but this IR was exported with fused attention and a cache in "
+                f"{layout.cache_precision}. Leave it out, or export again with `kv_cache_precision={name!r}`."
+            )
+        return KV_CACHE_PRECISIONS[name]
 
     # Inference -------------------------------------------------------------------------------------------------------
 
@@ -427,7 +505,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
         """As in transformers; see `GenerationMixin.generate`.
 
-        With `attention="fused"` also `assistant_model` (another instance of this class, loaded so too),
+        With fused attention also `assistant_model` (another instance of this class, loaded so too),
         `prompt_lookup_num_tokens`, and `past_key_values` of an earlier output of this model, with the whole sequence
         as `input_ids`: what the cache holds of it is not computed again.
 

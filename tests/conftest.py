@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -77,13 +78,20 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exact_model(exported):
-    """A golden checkpoint, compiled without any reduced precision."""
-    models: dict[str, OVChatGLMForCausalLM] = {}
+    """A golden checkpoint, compiled without any reduced precision, by default with OpenVINO's own attention."""
+    models: dict[tuple[str, str], OVChatGLMForCausalLM] = {}
 
-    def load(name: str) -> OVChatGLMForCausalLM:
-        if name not in models:
-            models[name] = OVChatGLMForCausalLM.from_pretrained(exported(name), ov_config=EXACT)
-            models[name].generation_config.do_sample = False
-        return models[name]
+    def load(name: str, attention: str = "sdpa") -> OVChatGLMForCausalLM:
+        if (name, attention) not in models:
+            model = OVChatGLMForCausalLM.from_pretrained(exported(name), attention=attention, ov_config=EXACT)
+            model.generation_config.do_sample = False
+            models[name, attention] = model
+        return models[name, attention]
 
     return load
+
+
+@pytest.fixture(params=["sdpa", "fused"])
+def either_model(request, exact_model):
+    """`exact_model` with either attention."""
+    return functools.partial(exact_model, attention=request.param)

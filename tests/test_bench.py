@@ -3,9 +3,11 @@
 
 import json
 
+import openvino as ov
+import openvino_genai
 import pytest
 
-from optimum_chatglm_ov import export_model
+from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.bench import WAYS, measure, random_prompt
 from optimum_chatglm_ov.cli.main import main
@@ -39,6 +41,14 @@ def test_every_way_is_measured(folder):
     assert layers + 1280 * 256 < weights < 1.02 * (layers + 1280 * 256)
 
 
+def test_an_ir_that_holds_the_operation_has_one_way(tmp_path):
+    fused = export_model(TINY_CHATGLM3, tmp_path / "ir", attention="fused", kv_cache_precision="u8")
+    assert list(measure([fused], ("fused-int8",), (8,), new_tokens=2, repetitions=1))
+    for way in ("fused", "sdpa"):
+        with pytest.raises(ValueError, match="this IR"):
+            next(measure([fused], (way,), (8,), new_tokens=2, repetitions=1))
+
+
 def test_prompts_differ_and_end_as_the_model_needs(exported):
     config = load_config(exported("chatglm-6b"))
     first, second = (random_prompt(config, 12, seed) for seed in (0, 1))
@@ -64,6 +74,40 @@ def test_table_json_and_plot(folder, tmp_path, capsys):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_properties_of_every_way(folder, tmp_path, monkeypatch, capsys):
+    compiled = []
+
+    class Watched(openvino_genai.LLMPipeline):
+        def __init__(self, folder, device, **properties):
+            compiled.append(properties)
+            super().__init__(folder, device, **properties)
+
+    def watch(*arguments, **settings):
+        model = from_pretrained(*arguments, **settings)
+        names = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+        compiled.append({name: model.request.get_compiled_model().get_property(name) for name in names})
+        return model
+
+    from_pretrained = OVChatGLMForCausalLM.from_pretrained
+    monkeypatch.setattr(OVChatGLMForCausalLM, "from_pretrained", watch)
+    monkeypatch.setattr(openvino_genai, "LLMPipeline", Watched)
+    options = ["--inference-precision", "f32", "--dynamic-quantization-group-size", "0"]
+    arguments = [str(folder), "--prompt-tokens", "8", "--new-tokens", "2", "--repetitions", "1", *options]
+    assert main(["bench", *arguments, "--attention", *WAYS, "--json", str(tmp_path / "out.json")]) == 0
+    given = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    found = {"INFERENCE_PRECISION_HINT": ov.Type.f32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    assert compiled == [found] * 3 + [given]
+    assert json.loads((tmp_path / "out.json").read_text())["properties"] == given
+    header = capsys.readouterr().out.splitlines()[0]
+    assert header.endswith(", INFERENCE_PRECISION_HINT=f32, DYNAMIC_QUANTIZATION_GROUP_SIZE=0")
+
+
+@pytest.mark.parametrize("name, argument", [("KV_CACHE_PRECISION", "ways"), ("INFERENCE_NUM_THREADS", "threads")])
+def test_properties_that_other_arguments_decide(name, argument, folder):
+    with pytest.raises(ValueError, match=f"`ov_config` has {name}, which `{argument}` decides"):
+        next(measure([folder], ov_config={name: "1"}))
+
+
 def test_without_a_model_the_tiny_one_is_measured(capsys):
     assert main(["bench", *SMALL, "--attention", "sdpa"]) == 0
     assert "The tiny model of the package" in capsys.readouterr().out
@@ -82,6 +126,7 @@ def test_attention_alone(tmp_path, capsys):
     "arguments, code, message",
     [
         (["--attention-only", "chatglm3", "some/folder"], 2, "takes no models"),
+        (["--attention-only", "chatglm3", "--inference-precision", "f32"], 2, "at their default precisions"),
         (["--plot", "out.doc"], 2, "out.doc: the name must end in one of"),
         (["no/such/folder"], 1, "no/such/folder"),
         (["{folder}", "--prompt-tokens", "5000"], 1, "5000 tokens and 32 new ones do not fit the context"),

@@ -215,8 +215,8 @@ def test_pairs_have_no_role(name):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_chat(name, exact_model, exact_tokenizer):
-    model, tok = exact_model(name), exact_tokenizer(name)
+def test_chat(name, either_model, exact_tokenizer):
+    model, tok = either_model(name), exact_tokenizer(name)
     for case in chat_cases(name):
         history = history_of(case["history"])
         settings = dict(max_length=case["max_length"], do_sample=False, **role_of(case))
@@ -227,8 +227,8 @@ def test_chat(name, exact_model, exact_tokenizer):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_stream_chat(name, exact_model, exact_tokenizer):
-    model, tok = exact_model(name), exact_tokenizer(name)
+def test_stream_chat(name, either_model, exact_tokenizer):
+    model, tok = either_model(name), exact_tokenizer(name)
     for case in chat_cases(name):
         history = history_of(case["history"])
         settings = dict(max_length=case["max_length"], do_sample=False, **role_of(case))
@@ -242,8 +242,8 @@ def test_stream_chat(name, exact_model, exact_tokenizer):
 
 
 @pytest.mark.parametrize("name", ["chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"])
-def test_stream_goes_on_from_past_key_values(name, exact_model, exact_tokenizer):
-    model, tok = exact_model(name), exact_tokenizer(name)
+def test_stream_goes_on_from_past_key_values(name, either_model, exact_tokenizer):
+    model, tok = either_model(name), exact_tokenizer(name)
     case = chat_cases(name)[0]
     settings = dict(max_length=case["max_length"], do_sample=False)
     *_, (response, history, past) = model.stream_chat(
@@ -269,10 +269,10 @@ def test_stream_goes_on_from_past_key_values(name, exact_model, exact_tokenizer)
     assert len(new_history) == len(history) + 1  # ChatGLM3 and GLM-4 have put the query into `history`
 
 
-def test_chatglm_streams_without_past_key_values(exact_model, exact_tokenizer):
+def test_chatglm_streams_without_past_key_values(either_model, exact_tokenizer):
     name = "chatglm-6b-3layer-untied"
     with pytest.raises(ValueError, match="without `past_key_values`"):
-        next(exact_model(name).stream_chat(exact_tokenizer(name), "hi", return_past_key_values=True))
+        next(either_model(name).stream_chat(exact_tokenizer(name), "hi", return_past_key_values=True))
 
 
 class CountSteps(StoppingCriteria):
@@ -289,8 +289,8 @@ class CountSteps(StoppingCriteria):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
-def test_closing_a_stream_stops_the_generation(name, exact_model, exact_tokenizer):
-    model, tok, case = exact_model(name), exact_tokenizer(name), chat_cases(name)[0]
+def test_closing_a_stream_stops_the_generation(name, either_model, exact_tokenizer):
+    model, tok, case = either_model(name), exact_tokenizer(name), chat_cases(name)[0]
     threads, counter = threading.active_count(), CountSteps()
     settings = dict(do_sample=False, max_length=1500, eos_token_id=-1, stopping_criteria=[counter])
     stream = model.stream_chat(tok, case["query"], history_of(case["history"]), **settings)
@@ -308,8 +308,8 @@ def test_closing_a_stream_stops_the_generation(name, exact_model, exact_tokenize
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
-def test_errors_of_the_generation_reach_the_caller(name, exact_model, exact_tokenizer):
-    model, tok, case = exact_model(name), exact_tokenizer(name), chat_cases(name)[0]
+def test_errors_of_the_generation_reach_the_caller(name, either_model, exact_tokenizer):
+    model, tok, case = either_model(name), exact_tokenizer(name), chat_cases(name)[0]
     history = history_of(case["history"])
     before, threads = copy.deepcopy(history), threading.active_count()
     too_many = model.config.max_position_embeddings
@@ -322,8 +322,8 @@ def test_errors_of_the_generation_reach_the_caller(name, exact_model, exact_toke
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
-def test_sampling_and_beams(name, exact_model, exact_tokenizer):
-    model, tok, query = exact_model(name), exact_tokenizer(name), "你好"
+def test_sampling_and_beams(name, either_model, exact_tokenizer):
+    model, tok, query = either_model(name), exact_tokenizer(name), "你好"
     torch.manual_seed(0)
     first = model.chat(tok, query, max_new_tokens=8)
     torch.manual_seed(0)

@@ -48,6 +48,13 @@ def test_a_model_equals_itself(name, exported, text):
     assert len(found.greedy_tokens) == 2
 
 
+def test_attention_is_a_choice(exported, text):
+    folder = exported("chatglm3-6b")
+    exact = {"reference_config": EXACT, "candidate_config": EXACT}
+    found = compare(folder, folder, text, reference_attention="sdpa", candidate_attention="fused", **exact, **LENGTHS)
+    assert 0 < found.kl_divergence < 1e-6 and found.greedy_prefixes == found.greedy_tokens
+
+
 def test_measurements_are_those_of_torch(exported, exact_model, int8, text):
     """Perplexity, divergence and agreement computed once more, block by block, in float64."""
     folder = exported("chatglm3-6b")
@@ -89,6 +96,7 @@ def run(*arguments):
 def test_command(exported, int8, text, tmp_path, capsys):
     short = ("--max-tokens", 96, "--block-length", 48, "--prompts", 1, "--new-tokens", 4)
     properties = ("--candidate-property", "KV_CACHE_PRECISION=u8", "--reference-property", "KV_CACHE_PRECISION=f32")
+    properties += ("--candidate-attention", "fused", "--reference-attention", "sdpa")
     output = tmp_path / "report.json"
     assert run(exported("chatglm3-6b"), int8, "--text", text, "--json", output, *short, *properties) == 0
     assert "| mean KL divergence (nats)" in capsys.readouterr().out

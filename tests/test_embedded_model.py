@@ -9,6 +9,7 @@ from pathlib import Path
 
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli import embedded
+from optimum_chatglm_ov.native import build
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,13 @@ def test_the_embedded_model_answers(tmp_path):
         [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "chat", "--prompt", "你好"],
         capture_output=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)},
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(tmp_path),
+            "CHATGLM_OV_CACHE": str(build.cache_dir()),
+        },
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

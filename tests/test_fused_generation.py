@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate() with the package's own attention operation gives the originals' tokens."""
+"""Which attention a model is compiled with, and what happens where the package's own cannot be."""
 
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
 import pytest
 import torch
 from conftest import EXACT, Golden
@@ -16,28 +20,8 @@ from optimum_chatglm_ov import OVChatGLMForCausalLM
 from optimum_chatglm_ov.cli.main import main
 
 
-NAMES = (
-    "chatglm-6b-3layer-untied",
-    "chatglm2-6b",
-    "chatglm2-flags-mha-layernorm",
-    "chatglm3-6b-128k",
-    "glm-4-9b-chat",
-    "chatglm-6b-ptuning-v2",
-    "chatglm2-6b-ptuning-v2",
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_generation(name, exported):
-    golden = Golden(name)
-    model = OVChatGLMForCausalLM.from_pretrained(exported(name), attention="fused", ov_config=EXACT)
-    assert model._fused is not None
-    for case in ("batch", "single"):
-        inputs = golden.inputs(case)
-        greedy = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        np.testing.assert_array_equal(greedy.numpy(), golden[f"greedy_{case}"])
-        beams = model.generate(**inputs, max_new_tokens=16, do_sample=False, num_beams=3)
-        np.testing.assert_array_equal(beams.numpy(), golden[f"beam_{case}"])
+def greedy(model, name):
+    return model.generate(**Golden(name).inputs("single"), max_new_tokens=24, do_sample=False).numpy()
 
 
 @pytest.mark.parametrize("cache_precision", ["bf16", "u8"])
@@ -56,19 +40,68 @@ def test_long_prompts_in_bf16(name, attention, cache_precision, exported, exact_
         assert (found - expected).norm() / expected.norm() < 0.05, length
 
 
-def test_saved_model_stays_portable(exported, tmp_path):
-    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention="fused", ov_config=EXACT)
-    model.save_pretrained(tmp_path / "saved")
-    assert "ChatGLMAttention" not in (tmp_path / "saved" / "openvino_model.xml").read_text()
-
-
-def test_choice_of_attention(exported, monkeypatch):
+def test_choice_of_attention(exported, monkeypatch, caplog):
     folder = exported("chatglm3-6b")
     with pytest.raises(ValueError, match="'sdpa', 'fused' or 'auto'"):
         OVChatGLMForCausalLM.from_pretrained(folder, attention="flash")
-    monkeypatch.setenv("CHATGLM_OV_ATTENTION", "auto")
-    assert OVChatGLMForCausalLM.from_pretrained(folder)._fused is not None
-    assert OVChatGLMForCausalLM.from_pretrained(folder, attention="sdpa")._fused is None
+    monkeypatch.delenv("CHATGLM_OV_ATTENTION", raising=False)
+    with caplog.at_level(logging.INFO, logger="optimum_chatglm_ov"):
+        for attention, is_fused in ((None, True), ("auto", True), ("fused", True), ("sdpa", False)):
+            model = OVChatGLMForCausalLM.from_pretrained(folder, attention=attention)
+            assert (model._fused is not None) == is_fused
+    monkeypatch.setenv("CHATGLM_OV_ATTENTION", "sdpa")
+    assert OVChatGLMForCausalLM.from_pretrained(folder)._fused is None
+    assert OVChatGLMForCausalLM.from_pretrained(folder, attention="fused")._fused is not None
+    assert not caplog.records
+
+
+def test_an_ir_compiled_as_it_is(exported, caplog):
+    folder = exported("chatglm3-6b")
+    model = OVChatGLMForCausalLM.from_pretrained(folder, compile_only=True, ov_config=EXACT)
+    assert model._fused is None and not caplog.records
+    np.testing.assert_array_equal(greedy(model, "chatglm3-6b"), Golden("chatglm3-6b")["greedy_single"])
+    with pytest.raises(ValueError, match="Leave one out"):
+        OVChatGLMForCausalLM.from_pretrained(folder, compile_only=True, attention="fused")
+
+
+def test_another_device(exported, caplog):
+    folder = exported("chatglm3-6b")
+    model = OVChatGLMForCausalLM.from_pretrained(folder, device="auto:cpu", ov_config=EXACT)
+    assert model._fused is None and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    np.testing.assert_array_equal(greedy(model, "chatglm3-6b"), Golden("chatglm3-6b")["greedy_single"])
+    model.to("cpu")
+    model.compile()
+    assert model._fused is not None
+    with pytest.raises(ValueError, match="runs on CPU, not on AUTO"):
+        OVChatGLMForCausalLM.from_pretrained(folder, device="auto", attention="fused")
+
+
+def test_what_fused_attention_does_not_know(exported, tmp_path, caplog):
+    """By default OpenVINO's own and one warning, by choice an error."""
+    other = ov.Core().read_model(exported("chatglm3-6b") / "openvino_model.xml")
+    attention = next(op for op in other.get_ops() if op.get_type_name() == "ScaledDotProductAttention")
+    attention.input(3).replace_source_output(ops.multiply(attention.input_value(3), np.float32(1)).output(0))
+    shutil.copytree(exported("chatglm3-6b"), tmp_path / "other", ignore=shutil.ignore_patterns("*.xml", "*.bin"))
+    ov.save_model(other, tmp_path / "other" / "openvino_model.xml", compress_to_fp16=False)
+    for folder, changes, message in (
+        (tmp_path / "other", {}, "different attention masks"),
+        (exported("chatglm3-6b"), {"KV_CACHE_PRECISION": "u4"}, "KV_CACHE_PRECISION is 'u4'; fused attention has"),
+    ):
+        caplog.clear()
+        model = OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT | changes)
+        (record,) = caplog.records
+        assert model._fused is None and message in record.getMessage()
+        assert greedy(model, "chatglm3-6b").shape == Golden("chatglm3-6b")["greedy_single"].shape
+        with pytest.raises(ValueError, match=message):
+            OVChatGLMForCausalLM.from_pretrained(folder, attention="fused", ov_config=EXACT | changes)
+
+
+@pytest.mark.parametrize("precision, of_caches", [("u8", "i8"), (ov.Type.u8, "i8"), ("f16", "bf16"), ("f32", "f32")])
+def test_cache_precision(precision, of_caches, exported):
+    model = OVChatGLMForCausalLM.from_pretrained(
+        exported("chatglm3-6b"), ov_config={"KV_CACHE_PRECISION": precision}
+    )
+    assert model._fused.layout.cache_precision == of_caches
 
 
 def test_without_a_compiler(exported, tmp_path):
@@ -76,7 +109,7 @@ def test_without_a_compiler(exported, tmp_path):
         """
         import sys, torch
         from optimum_chatglm_ov import OVChatGLMForCausalLM
-        model = OVChatGLMForCausalLM.from_pretrained(sys.argv[1], attention="auto")
+        model = OVChatGLMForCausalLM.from_pretrained(sys.argv[1])
         print("auto:", model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape)
         try:
             OVChatGLMForCausalLM.from_pretrained(sys.argv[1], attention="fused")
@@ -85,7 +118,8 @@ def test_without_a_compiler(exported, tmp_path):
         """
     )
     environment = {**os.environ, "PATH": "", "CHATGLM_OV_CACHE": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
-    environment.pop("CXX", None)
+    for name in ("CXX", "CHATGLM_OV_ATTENTION"):
+        environment.pop(name, None)
     command = [sys.executable, "-c", script, str(exported("chatglm3-6b"))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.stdout.splitlines() == ["auto: torch.Size([1, 5])", "fused: NativeBuildError"], done.stderr

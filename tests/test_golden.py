@@ -16,8 +16,8 @@ def kept_rows(inputs):
 
 
 @pytest.mark.parametrize("name", FLOATING)
-def test_logits(name, exact_model):
-    golden, model = Golden(name), exact_model(name)
+def test_logits(name, either_model):
+    golden, model = Golden(name), either_model(name)
     cases = [case for case in golden.cases("_logits") if case != "long"]
     assert {"single", "batch"} <= set(cases)
     for case in cases:
@@ -30,16 +30,16 @@ def test_logits(name, exact_model):
 
 
 @pytest.mark.parametrize("name", FLOATING)
-def test_last_logits_of_history(name, exact_model):
-    golden, model = Golden(name), exact_model(name)
+def test_last_logits_of_history(name, either_model):
+    golden, model = Golden(name), either_model(name)
     for case in golden.cases("_logits_last"):
         logits = model(**golden.inputs(case), logits_to_keep=1).logits.numpy()
         np.testing.assert_allclose(logits, golden[f"{case}_logits_last"], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", FLOATING)
-def test_cached_steps(name, exact_model):
-    golden, model = Golden(name), exact_model(name)
+def test_cached_steps(name, either_model):
+    golden, model = Golden(name), either_model(name)
     cases = golden.cases("_logits", prefix="step_")
     assert cases
     for case in cases:
@@ -55,8 +55,8 @@ def test_cached_steps(name, exact_model):
 
 
 @pytest.mark.parametrize("name", FLOATING)
-def test_greedy(name, exact_model):
-    golden, model = Golden(name), exact_model(name)
+def test_greedy(name, either_model):
+    golden, model = Golden(name), either_model(name)
     cases = golden.cases("", prefix="greedy_")
     assert {"single", "batch"} <= set(cases)
     for case in cases:
@@ -65,8 +65,8 @@ def test_greedy(name, exact_model):
 
 
 @pytest.mark.parametrize("name", FLOATING)
-def test_beams(name, exact_model):
-    golden, model = Golden(name), exact_model(name)
+def test_beams(name, either_model):
+    golden, model = Golden(name), either_model(name)
     cases = golden.cases("", prefix="beam_")
     assert {"single", "batch"} <= set(cases)
     for case in cases:
@@ -82,8 +82,8 @@ def test_beams(name, exact_model):
         np.testing.assert_allclose(output.sequences_scores.numpy(), golden[f"beam_{case}_scores"], atol=TOLERANCE)
 
 
-def test_early_stop_in_a_batch(exact_model):
-    golden, model = Golden("chatglm3-6b"), exact_model("chatglm3-6b")
+def test_early_stop_in_a_batch(either_model):
+    golden, model = Golden("chatglm3-6b"), either_model("chatglm3-6b")
     ids = model.generate(
         **golden.inputs("batch"),
         max_new_tokens=24,
@@ -94,8 +94,8 @@ def test_early_stop_in_a_batch(exact_model):
     np.testing.assert_array_equal(ids.numpy(), golden["greedy_eos_batch"])
 
 
-def test_long_context_scales_queries(exact_model):
-    golden, model = Golden("chatglm3-6b-128k"), exact_model("chatglm3-6b-128k")
+def test_long_context_scales_queries(either_model):
+    golden, model = Golden("chatglm3-6b-128k"), either_model("chatglm3-6b-128k")
     output = model(torch.from_numpy(golden["long_input_ids"]))
     logits = output.logits[:, torch.from_numpy(golden["long_positions"])].numpy()
     expected = golden["long_logits"]
@@ -103,8 +103,8 @@ def test_long_context_scales_queries(exact_model):
 
 
 @pytest.mark.parametrize("name", ["chatglm-6b-3layer-untied", "chatglm3-6b"])
-def test_tokens_in_pieces_equal_tokens_at_once(name, exact_model):
-    golden, model = Golden(name), exact_model(name)
+def test_tokens_in_pieces_equal_tokens_at_once(name, either_model):
+    golden, model = Golden(name), either_model(name)
     ids = torch.from_numpy(golden["single_input_ids"])
     ids = torch.cat([ids, ids[:, :7]], dim=1)
     prompt = golden["single_input_ids"].shape[1]

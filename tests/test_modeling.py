@@ -30,8 +30,8 @@ from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
 ONE_OF_EACH = ("chatglm-6b-3layer-untied", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat")
 
 
-def test_is_an_optimum_model(exact_model):
-    model = exact_model("chatglm3-6b")
+def test_is_an_optimum_model(either_model):
+    model = either_model("chatglm3-6b")
     assert isinstance(model, OVBaseModel) and isinstance(model, OVModelForCausalLM)
     assert isinstance(model, GenerationMixin) and model.can_generate()
 
@@ -96,18 +96,22 @@ def test_int8_on_load(exported, tmp_path):
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
 
 
-def test_every_generate_starts_anew(exact_model):
-    golden, model = Golden("chatglm2-6b"), exact_model("chatglm2-6b")
+def test_every_generate_starts_anew(either_model):
+    golden, model = Golden("chatglm2-6b"), either_model("chatglm2-6b")
     for _ in range(2):
         for case in ("batch", "single"):
             ids = model.generate(**golden.inputs(case), max_new_tokens=24, do_sample=False)
             np.testing.assert_array_equal(ids.numpy(), golden[f"greedy_{case}"])
 
 
-def test_two_models_share_no_state(exported, exact_model):
+def test_two_models_share_no_state(exported, either_model):
     golden = Golden("chatglm3-6b")
-    models = [exact_model("chatglm3-6b")]
-    models.append(OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), ov_config=EXACT))
+    models = [either_model("chatglm3-6b")]
+    models.append(
+        OVChatGLMForCausalLM.from_pretrained(
+            exported("chatglm3-6b"), attention=models[0]._attention, ov_config=EXACT
+        )
+    )
     cases, results = ("single", "history"), {}
 
     def run(model, case):
@@ -126,8 +130,8 @@ def test_two_models_share_no_state(exported, exact_model):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_left_padding_changes_nothing(name, exact_model):
-    model = exact_model(name)
+def test_left_padding_changes_nothing(name, either_model):
+    model = either_model(name)
     ids = torch.from_numpy(Golden(name)["single_input_ids"])
     padding = 5
     padded = torch.cat([ids.new_full((1, padding), model.config.pad_token_id), ids], dim=1)
@@ -136,8 +140,8 @@ def test_left_padding_changes_nothing(name, exact_model):
     torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=0)
 
 
-def test_logits_to_keep(exact_model):
-    model = exact_model("chatglm3-6b")
+def test_logits_to_keep(either_model):
+    model = either_model("chatglm3-6b")
     ids = torch.from_numpy(Golden("chatglm3-6b")["single_input_ids"])
     whole = model(ids).logits
     assert whole.shape == (1, ids.shape[1], model.config.vocab_size)
@@ -145,8 +149,8 @@ def test_logits_to_keep(exact_model):
         torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, whole[:, -keep:], atol=1e-5, rtol=0)
 
 
-def test_several_sequences(exact_model):
-    model = exact_model("chatglm3-6b")
+def test_several_sequences(either_model):
+    model = either_model("chatglm3-6b")
     inputs = Golden("chatglm3-6b").inputs("batch")
     beams = model.generate(**inputs, max_new_tokens=8, num_beams=4, num_return_sequences=3, do_sample=False)
     assert beams.shape[0] == 9 and len({tuple(row) for row in beams[:3].tolist()}) == 3
@@ -157,8 +161,8 @@ def test_several_sequences(exact_model):
     assert samples.shape[0] == 6 and torch.equal(samples, again)
 
 
-def test_stopping_criteria(exact_model):
-    model = exact_model("chatglm3-6b")
+def test_stopping_criteria(either_model):
+    model = either_model("chatglm3-6b")
     ids = torch.from_numpy(Golden("chatglm3-6b")["single_input_ids"])
 
     class AfterThree(StoppingCriteria):
@@ -169,8 +173,8 @@ def test_stopping_criteria(exact_model):
     assert model.generate(ids, max_new_tokens=20, stopping_criteria=criteria).shape[1] == ids.shape[1] + 3
 
 
-def test_streamer(exact_model):
-    model, golden = exact_model("chatglm3-6b"), Golden("chatglm3-6b")
+def test_streamer(either_model):
+    model, golden = either_model("chatglm3-6b"), Golden("chatglm3-6b")
     tokenizer = AutoTokenizer.from_pretrained(DATA / "models" / "chatglm3-6b")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     arguments = dict(**golden.inputs("single"), max_new_tokens=24, do_sample=False, streamer=streamer)
@@ -183,8 +187,8 @@ def test_streamer(exact_model):
     assert "".join(pieces).split() == tokenizer.decode(new_ids).split()
 
 
-def test_context_length(exact_model):
-    model = exact_model("chatglm-6b-3layer-untied")
+def test_context_length(either_model):
+    model = either_model("chatglm-6b-3layer-untied")
     limit = model.config.max_position_embeddings
     prompt = torch.from_numpy(Golden("chatglm-6b-3layer-untied")["single_input_ids"])
     with pytest.raises(ContextLengthError, match=f"context length of this model is {limit}"):
@@ -223,8 +227,8 @@ def test_arguments_are_never_dropped_in_silence(arguments, error, message, expor
         OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **arguments)
 
 
-def test_explicit_max_length_beyond_the_context_raises_before_running(exact_model):
-    model = exact_model("chatglm-6b-3layer-untied")
+def test_explicit_max_length_beyond_the_context_raises_before_running(either_model):
+    model = either_model("chatglm-6b-3layer-untied")
     prompt = torch.from_numpy(Golden("chatglm-6b-3layer-untied")["single_input_ids"])
     model.request.reset_state()
     with pytest.raises(ContextLengthError):
@@ -240,18 +244,18 @@ def test_assisted_generation_needs_fused_attention(exact_model):
         model.generate(ids, max_new_tokens=4, past_key_values=DynamicCache())
 
 
-def test_first_generation_needs_its_prompt_tokens(exact_model):
+def test_first_generation_needs_its_prompt_tokens(either_model):
     with pytest.raises(ValueError, match=r"\[gMASK\].*<sop>"):
-        exact_model("chatglm-6b-3layer-untied")(torch.tensor([[10, 11, 12]]))
+        either_model("chatglm-6b-3layer-untied")(torch.tensor([[10, 11, 12]]))
 
 
 @pytest.mark.parametrize("given", ["objects", "folder"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_pipeline(name, given, exported, exact_model, caplog):
+def test_pipeline(name, given, exported, either_model, caplog):
     with caplog.at_level(logging.ERROR):
         if given == "objects":
             tokenizer = AutoTokenizer.from_pretrained(exported(name))
-            generator = pipeline("text-generation", model=exact_model(name), tokenizer=tokenizer)
+            generator = pipeline("text-generation", model=either_model(name), tokenizer=tokenizer)
         else:
             generator = pipeline("text-generation", model=str(exported(name)))
         answer = generator("你好", max_new_tokens=5, do_sample=False, return_full_text=False)

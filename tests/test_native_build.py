@@ -122,6 +122,18 @@ def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
         build_native()
 
 
+def test_user_without_a_home(monkeypatch):
+    for name in ("CHATGLM_OV_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build.Path, "home", no_home)
+    with pytest.raises(NativeBuildError, match="no home folder .*; set CHATGLM_OV_CACHE"):
+        build_native()
+
+
 def test_library_of_another_openvino_is_refused(cache, monkeypatch, tmp_path):
     from optimum_chatglm_ov import native
 

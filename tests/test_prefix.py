@@ -26,8 +26,8 @@ def logits(folder, ids):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_golden(name, exact_model):
-    golden, model = Golden(name), exact_model(name)
+def test_golden(name, either_model):
+    golden, model = Golden(name), either_model(name)
     for case in golden.cases("_logits"):
         inputs = golden.inputs(case)
         if case == "both_masks_model":  # the ids alone: the model finds the positions itself
@@ -39,6 +39,9 @@ def test_golden(name, exact_model):
     for case in golden.cases("", prefix="greedy_"):
         ids = model.generate(**golden.inputs(case), max_new_tokens=24, do_sample=False).numpy()
         np.testing.assert_array_equal(ids, golden[f"greedy_{case}"], err_msg=case)
+    for case in golden.cases("", prefix="beam_"):
+        ids = model.generate(**golden.inputs(case), max_new_tokens=16, num_beams=3, do_sample=False).numpy()
+        np.testing.assert_array_equal(ids, golden[f"beam_{case}"], err_msg=case)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from typing import Any
 from ..quantization import WEIGHT_FORMATS
 
 
+ATTENTIONS = ("sdpa", "fused", "auto")
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -50,14 +51,19 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="CPU", help="device (default: CPU)")
     group.add_argument(
         "--attention",
-        choices=("sdpa", "fused", "auto"),
-        help="OpenVINO's own, this package's native operation, or the latter where it can be built",
+        choices=ATTENTIONS,
+        help="OpenVINO's own, this package's native operation, or the latter where it can be built (default: auto)",
     )
     group.add_argument(
         "--kv-cache-precision",
         choices=("u8", "bf16", "f16", "f32"),
-        help="of keys and values (default: u8 on CPU, bf16 with fused attention)",
+        help="of keys and values (default: bf16 with fused attention, whose f16 is bf16; u8 with OpenVINO's on CPU)",
     )
+    add_computation_options(group)
+
+
+def add_computation_options(group: Any) -> None:
+    """Adds the precision of computation to a parser or a group of arguments."""
     group.add_argument(
         "--inference-precision",
         choices=("bf16", "f16", "f32"),
@@ -73,13 +79,19 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `OVChatGLMForCausalLM.from_pretrained`."""
+    ov_config = computation_options(args)
+    if args.kv_cache_precision is not None:
+        ov_config["KV_CACHE_PRECISION"] = args.kv_cache_precision
+    return {"device": args.device, "attention": args.attention, "ov_config": ov_config}
+
+
+def computation_options(args: argparse.Namespace) -> dict[str, str]:
+    """OpenVINO properties that `add_computation_options` chose."""
     properties = {
-        "KV_CACHE_PRECISION": args.kv_cache_precision,
         "INFERENCE_PRECISION_HINT": args.inference_precision,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": args.dynamic_quantization_group_size,
     }
-    ov_config = {name: str(value) for name, value in properties.items() if value is not None}
-    return {"device": args.device, "attention": args.attention, "ov_config": ov_config}
+    return {name: str(value) for name, value in properties.items() if value is not None}
 
 
 def unicode_text(text: str) -> str:

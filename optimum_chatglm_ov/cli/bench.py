@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bench import WAYS, Measurement, cpu_description, measure
 from ..errors import ExportError
-from .arguments import UsageError, positive_integer
+from .arguments import UsageError, add_computation_options, computation_options, positive_integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=positive_integer, default=32, metavar="N", help="tokens to generate")
     parser.add_argument("--repetitions", type=positive_integer, default=3, metavar="N", help="the median counts")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one a core (default)")
+    add_computation_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them, as PNG, SVG or PDF")
     parser.add_argument(
@@ -47,9 +48,12 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints a markdown table row by row, and writes the files asked for."""
     if args.attention_only and (args.models or args.plot):
         raise UsageError("--attention-only takes no models and draws no plot")
+    properties = computation_options(args)
+    if args.attention_only and properties:
+        raise UsageError("--attention-only compares ways at their default precisions; leave out those of computation")
     if args.plot:
         _check_plot(args.plot)
-    print(f"{cpu_description()}\n")
+    print(", ".join([cpu_description(), *(f"{name}={value}" for name, value in properties.items())]) + "\n")
     rows: list[dict[str, Any]] = []
     for row in _attention_only(args) if args.attention_only else _models(args):
         if not rows:
@@ -58,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         rows.append(row.values)
     try:
         if args.json:
-            args.json.write_text(json.dumps({"cpu": cpu_description(), "measurements": rows}, indent=2) + "\n")
+            written = {"cpu": cpu_description(), "properties": properties, "measurements": rows}
+            args.json.write_text(json.dumps(written, indent=2) + "\n")
         if args.plot:
             plot(rows, args.plot)
     except OSError as error:
@@ -80,7 +85,15 @@ def _models(args: argparse.Namespace) -> Iterator[_Row]:
         if not models:
             models = [stack.enter_context(embedded_model("int8"))]
             print("The tiny model of the package: its times say little about real ones.\n")
-        for m in measure(models, args.attention, args.prompt_tokens, args.new_tokens, args.repetitions, args.threads):
+        for m in measure(
+            models,
+            args.attention,
+            args.prompt_tokens,
+            args.new_tokens,
+            args.repetitions,
+            args.threads,
+            computation_options(args),
+        ):
             yield _Row(m.to_dict(), _cells(m))
 
 

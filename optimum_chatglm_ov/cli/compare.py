@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from .arguments import ATTENTIONS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `chatglm-ov compare` to `parser`."""
@@ -15,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Measure perplexity, KL divergence, top-1 agreement and common greedy continuations of two models on a text."
     )
     parser.add_argument("reference", help="IR folder, checkpoint folder or Hub id of the reference")
-    parser.add_argument("candidate", help="the model to judge; may be the reference, under other --candidate-property")
+    parser.add_argument("candidate", help="the model to judge; may be the reference, with other options")
     parser.add_argument("--text", required=True, help="UTF-8 text file, or wikitext2, c4")
     parser.add_argument("--json", metavar="FILE", help="also write the measurements as JSON; - prints them instead")
     parser.add_argument(
@@ -27,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-tokens", type=int, default=64, help="tokens to generate from each (default: %(default)s)"
     )
     for model in ("reference", "candidate"):
+        parser.add_argument(
+            f"--{model}-attention", choices=ATTENTIONS, help=f"of the {model} (default: auto; see chatglm-ov chat)"
+        )
         parser.add_argument(
             f"--{model}-property",
             metavar="KEY=VALUE",
@@ -47,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         args.text,
         reference_config=dict(args.reference_property),
         candidate_config=dict(args.candidate_property),
+        reference_attention=args.reference_attention,
+        candidate_attention=args.candidate_attention,
         max_tokens=args.max_tokens,
         block_length=args.block_length,
         prompts=args.prompts,

@@ -89,6 +89,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR[=WEIGHT]",
         help="folder of a PEFT LoRA adapter to merge; may be given several times",
     )
+    model.add_argument(
+        "--attention",
+        choices=("sdpa", "fused"),
+        default="sdpa",
+        help="sdpa: portable, fused when it is loaded; fused: holds this package's native operation, for CPU and this "
+        "package alone (default: %(default)s)",
+    )
+    model.add_argument(
+        "--kv-cache-precision", choices=("bf16", "u8"), help="of the caches of --attention fused (default: bf16)"
+    )
     model.add_argument("--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training")
     model.add_argument(
         "--rope-ratio-type",
@@ -111,6 +121,8 @@ def adapter(text: str) -> str | tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Exports and says where the result is."""
+    if args.kv_cache_precision is not None and args.attention == "sdpa":
+        raise UsageError("--kv-cache-precision: only with --attention fused; else it is an option of chatglm-ov chat")
     weights = weight_arguments(args)
     from optimum_chatglm_ov import export_model
 
@@ -125,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
             rope_ratio_type=args.rope_ratio_type,
             adapters=args.adapter,
             prefix_encoder=args.prefix_encoder,
+            attention=args.attention,
+            kv_cache_precision=args.kv_cache_precision,
             progress=progress,
         )
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

@@ -6,13 +6,14 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from pathlib import Path
 
 import openvino as ov
 
 from .build import NativeBuildError, build_native, extension_path
 
 
-__all__ = ["NativeBuildError", "build_native", "extension_path", "instruction_sets", "load"]
+__all__ = ["NativeBuildError", "build_native", "extension_path", "instruction_sets", "is_fused", "load"]
 
 _loaded: weakref.WeakSet[ov.Core] = weakref.WeakSet()
 
@@ -30,6 +31,11 @@ def load(core: ov.Core) -> None:
     except RuntimeError as error:
         raise NativeBuildError(f"OpenVINO {ov.get_version()} does not load {path}: {error}") from error
     _loaded.add(core)
+
+
+def is_fused(xml: Path) -> bool:
+    """Whether an IR holds `ChatGLMAttention`: OpenVINO can read it only after `load`."""
+    return b'type="ChatGLMAttention"' in xml.read_bytes()
 
 
 def instruction_sets() -> list[str]:

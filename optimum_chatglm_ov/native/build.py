@@ -39,11 +39,19 @@ class NativeBuildError(ChatGLMError, RuntimeError):
 
 
 def cache_dir() -> Path:
-    """Folder of built libraries: `$CHATGLM_OV_CACHE`, else `optimum_chatglm_ov` in the user's cache folder."""
+    """Folder of built libraries: `$CHATGLM_OV_CACHE`, else `optimum_chatglm_ov` in the user's cache folder.
+
+    Raises `NativeBuildError` for a user who has none.
+    """
     chosen = os.environ.get("CHATGLM_OV_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_chatglm_ov"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_chatglm_ov"
+    except RuntimeError as error:
+        raise NativeBuildError(
+            "the user has no home folder to keep the built library in; set CHATGLM_OV_CACHE to a writable folder"
+        ) from error
 
 
 def _slug(text: str) -> str:

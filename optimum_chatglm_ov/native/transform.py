@@ -9,7 +9,6 @@ it does not recognise completely is left as it is.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +18,6 @@ from openvino import opset13 as ops
 
 from .operation import BLOCK_TOKENS, CACHE_PRECISIONS, cache_block_bytes, chatglm_attention, chatglm_rotary
 
-
-logger = logging.getLogger(__name__)
 
 BEAM_TABLE = "beam_table"
 
@@ -75,8 +72,8 @@ class _Layer:
     scale: float
 
 
-def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> bool:
-    """Replaces the attention of every layer of `model`, in place; `False` (and one log line) leaves it untouched.
+def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> None:
+    """Replaces the attention of every layer of `model`, in place; one that is fused already stays as it is.
 
     The fused model keeps its inputs and outputs and gains i32 `beam_table` `[B, capacity]` and u8 `key_cache.<i>`,
     `value_cache.<i>`; of its state only v1's prompt layout stays.
@@ -87,12 +84,13 @@ def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> bool:
 
     Raises:
         NativeBuildError: the native library is not there and cannot be built.
-        ValueError: an unknown cache precision.
+        ValueError: an unknown cache precision, or attention that is not built as in this package; the model is as
+            it was.
     """
     if cache_precision not in CACHE_PRECISIONS:
         raise ValueError(f"cache_precision must be one of {', '.join(CACHE_PRECISIONS)}, found {cache_precision!r}")
     if cache_layout(model) is not None:
-        return True
+        return
     try:
         nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "ScaledDotProductAttention"]
         if not nodes:
@@ -108,10 +106,8 @@ def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> bool:
         angles = _match_angles(layers[0].cos.get_node(), layers[0].sin.get_node())
         visible_to_all = _match_visible_to_all(mask.get_node(), model, bool(layers[0].prefix))
     except _Unrecognised as reason:
-        logger.warning("Attention is not fused, the model runs on stock operations: %s.", reason)
-        return False
+        raise ValueError(f"the model's attention cannot be fused: {reason}") from None
     _replace(model, layers, angles, visible_to_all, cache_precision)
-    return True
 
 
 def cache_layout(model: ov.Model) -> CacheLayout | None:
