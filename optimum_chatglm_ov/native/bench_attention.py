@@ -56,7 +56,7 @@ class Measurement:
     gigaflops: float
     """10^9 multiplications and additions a second that causal attention needs."""
     gigabytes: float
-    """10^9 bytes a second of keys and values, as this way stores them, each read once: at most what memory delivers."""
+    """10^9 bytes a second of keys and values as this way stores them, each read once: at most memory's bandwidth."""
 
 
 def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
