@@ -26,7 +26,7 @@ def greedy(model, name):
 
 @pytest.mark.parametrize("cache_precision", ["bf16", "u8"])
 @pytest.mark.parametrize("attention", ["fused", "sdpa"])
-@pytest.mark.parametrize("name", ["chatglm-6b-3layer-untied", "chatglm2-6b-32k", "chatglm3-6b-128k", "glm-4-9b-chat"])
+@pytest.mark.parametrize("name", ["chatglm-6b-ptuning-v2", "chatglm2-6b-32k", "chatglm3-6b-128k", "glm-4-9b-chat"])
 def test_long_prompts_in_bf16(name, attention, cache_precision, exported, exact_model):
     # bf16 has no odd numbers beyond 256: positions must not pass through it
     exact = exact_model(name)
@@ -102,23 +102,6 @@ def test_cache_precision(precision, of_caches, exported):
         exported("chatglm3-6b"), ov_config={"KV_CACHE_PRECISION": precision}
     )
     assert model._fused.layout.cache_precision == of_caches
-
-
-@pytest.mark.parametrize(
-    "name", ["chatglm-6b", "chatglm-6b-ptuning-v2", "chatglm2-6b-32k", "chatglm3-6b", "glm-4-9b-chat"]
-)
-def test_positions_are_exact_in_reduced_precision(name, exported, exact_model):
-    """At 1,000 tokens bf16 costs no more than with OpenVINO's own attention: it must not reach the angles."""
-    exact = exact_model(name)
-    ids = torch.randint(5, exact.config.vocab_size // 2, (1, 1000), generator=torch.Generator().manual_seed(0))
-    if exact.config.architecture == "chatglm":
-        ids[0, 600:602] = torch.tensor([exact.config.gmask_token_id, exact.config.bos_token_id])
-    expected, errors = exact(ids).logits[0, 500:], {}
-    for attention in ("sdpa", "fused"):
-        settings = EXACT | {"INFERENCE_PRECISION_HINT": "bf16"}
-        model = OVChatGLMForCausalLM.from_pretrained(exported(name), attention=attention, ov_config=settings)
-        errors[attention] = (model(ids).logits[0, 500:] - expected).norm() / expected.norm()
-    assert errors["fused"] < max(1.2 * errors["sdpa"], 1e-3)
 
 
 def test_without_a_compiler(exported, tmp_path):

@@ -76,7 +76,7 @@ def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> None:
     """Replaces the attention of every layer of `model`, in place; one that is fused already stays as it is.
 
     The fused model keeps its inputs and outputs and gains i32 `beam_table` `[B, capacity]` and u8 `key_cache.<i>`,
-    `value_cache.<i>`, and outputs `rotary.<i>` that nobody reads; of its state only v1's prompt layout stays.
+    `value_cache.<i>`; of its state only v1's prompt layout stays.
 
     Args:
         model: a stateful model of this package, of any weight format.
@@ -351,22 +351,9 @@ def _replace(
         node.set_friendly_name(layer.attention.get_friendly_name())
         for target in list(layer.merged.output(0).get_target_inputs()):
             target.replace_source_output(node.output(0))
-    _keep_angles_exact(model, layers)
     _remove_unread_state(model)
     model.add_parameters(parameters)
     model.validate_nodes_and_infer_types()
-
-
-def _keep_angles_exact(model: ov.Model, layers: list[_Layer]) -> None:
-    """Makes cosines and sines outputs of the model.
-
-    Where the CPU plugin computes in bf16, it leaves in f32 what leads to an output without a matrix product between.
-    Angles of positions beyond 256 need that: bf16 has 8 bits. With its own attention the plugin knows them by itself.
-    """
-    rotary = {output.get_node().get_name(): output for layer in layers for output in (layer.cos, layer.sin)}
-    for i, output in enumerate(rotary.values()):
-        output.get_tensor().add_names({f"rotary.{i}"})
-        model.add_results([ops.result(output, name=f"rotary.{i}")])
 
 
 def _remove_unread_state(model: ov.Model) -> None:
