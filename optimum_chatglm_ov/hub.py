@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
-from .checkpoint import PICKLE_FILES, SAFETENSORS_FILES
+from .checkpoint import WEIGHT_FILES, shard_names
 from .errors import ChatGLMError, CheckpointError
 
 
@@ -106,13 +106,13 @@ def resolve_checkpoint(
         missing = "config.json" if weights else "weights"
         raise CheckpointError(
             f"{'/'.join(filter(None, (model_id, subfolder)))}: the repository has no {missing}; expected config.json "
-            f"and one of {', '.join((OPENVINO_MODEL_FILES[0], *SAFETENSORS_FILES, *PICKLE_FILES))}. "
+            f"and one of {', '.join((OPENVINO_MODEL_FILES[0], *WEIGHT_FILES))}. "
             "Check the name, `revision` and `subfolder`."
         )
     try:
         snapshot = _download(files & {*CONFIGURATION_FILES, *weights}, subfolder, revision=revision, **download)
         folder = snapshot / subfolder
-        shards = {shard for index in weights if index.endswith(".index.json") for shard in _shards(folder / index)}
+        shards = {shard for index in weights if index.endswith(".index.json") for shard in shard_names(folder / index)}
         if shards & files:
             # the commit that the first download found, in case the branch has moved since
             _download(shards & files, subfolder, revision=snapshot.name, **download)
@@ -183,15 +183,7 @@ def _weight_files(files: Iterable[str], export: bool) -> set[str]:
     files = set(files)
     if not export and files.issuperset(OPENVINO_MODEL_FILES):
         return {name for name in files if name.startswith("openvino_") and name.endswith((".xml", ".bin"))}
-    return set([name for name in SAFETENSORS_FILES + PICKLE_FILES if name in files][:1])
-
-
-def _shards(index: Path) -> set[str]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'{index}: not a weight index (expected JSON with a "weight_map"): {error}') from error
-    return {str(name) for name in names}
+    return set([name for name in WEIGHT_FILES if name in files][:1])
 
 
 def _download(names: Iterable[str], subfolder: str, **options: Any) -> Path:
@@ -206,7 +198,7 @@ def _check_complete(folder: Path, model_id: str, export: bool) -> None:
     needed = {"config.json"} | weights
     for index in weights:
         if index.endswith(".index.json"):
-            needed |= _shards(folder / index)
+            needed |= set(shard_names(folder / index))
     missing = sorted(needed - present) + ([] if weights else ["the weights"])
     if missing:
         raise CheckpointError(

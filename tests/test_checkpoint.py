@@ -127,7 +127,8 @@ def test_truncated_shard(name, size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, "a\\b", "C:x"]
+    "shard",
+    ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, "a\\b.bin", "C:x.bin", "modeling.py"],
 )
 def test_hostile_shard_name(shard, tmp_path):
     folder = copy("chatglm3-6b", tmp_path)
