@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from .checkpoint import WEIGHT_FILES, shard_names
 from .errors import ChatGLMError, CheckpointError
+from .files import UNFINISHED
 
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ def resolve_checkpoint(
         raise
     except Exception as error:  # httpx's, requests' or urllib3's own, depending on the version of huggingface_hub
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            error.filename = error.filename or str(cache_dir or constants.HF_HUB_CACHE)
             raise  # the disk: full, not writable, ...
         raise DownloadError(
             f"{model_id}: the download was interrupted ({type(error).__name__}: {error}). Call again: files that have "
@@ -390,7 +392,7 @@ class HubMixin:
         if revision not in (None, constants.DEFAULT_REVISION) and not options["create_pr"]:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         self.save_model_card(folder, repo_id)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=f"{UNFINISHED}*", **options)
 
     def save_model_card(self, folder: str | Path, repo_id: str = ".") -> None:
         """Writes README.md into `folder`, unless there is one that was not generated (see [`model_card`])."""

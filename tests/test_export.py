@@ -11,7 +11,7 @@ import textwrap
 
 import openvino as ov
 import pytest
-from conftest import DATA
+from conftest import DATA, let_others_read
 from random_checkpoint import make
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -121,9 +121,15 @@ def test_output_is_a_file(tmp_path):
     assert (tmp_path / "ir").read_text() == "mine"
 
 
+def test_an_input_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "lora" / "adapter_config.json").mkdir(parents=True)
+    with pytest.raises((OSError, CheckpointError), match="adapter_config.json"):
+        export_model(SOURCE, tmp_path / "ir", adapters=[tmp_path / "lora"])
+
+
 def test_parent_is_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ExportError, match="cannot create a folder"):
+    with pytest.raises(ExportError, match="cannot write to this folder"):
         export_model(SOURCE, tmp_path / "file" / "ir")
 
 
@@ -142,15 +148,11 @@ def test_no_write_permission(tmp_path):
         """
     )
     (tmp_path / "closed").chmod(0o555)
-    readable = tmp_path
-    while readable != readable.parent:  # a user other than root must get as far as the closed folder
-        if os.access(readable, os.W_OK) and readable.stat().st_uid == os.getuid():
-            readable.chmod(readable.stat().st_mode | 0o055)
-        readable = readable.parent
+    let_others_read(tmp_path)
     source = shutil.copytree(SOURCE, tmp_path / "source", copy_function=shutil.copyfile)
     command = [sys.executable, "-c", as_nobody, str(source), str(tmp_path / "closed" / "ir")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert "refused:" in done.stdout and "cannot create a folder here" in done.stdout, done.stdout + done.stderr
+    assert "refused:" in done.stdout and "cannot write to this folder" in done.stdout, done.stdout + done.stderr
     assert not list((tmp_path / "closed").iterdir())
 
 
@@ -212,6 +214,24 @@ def test_full_tmpfs(kilobytes, weight_format, tmp_path):
     lines = done.stdout.splitlines()
     assert lines and lines[0].startswith(f"refused: {disk}"), done.stdout + done.stderr
     assert lines[-1] == f"{[(str(disk), []), (str(disk / 'ir'), ['earlier'])]} kept"
+
+
+@pytest.mark.skipif(not _may_mount(), reason="this system lets users mount no tmpfs of their own")
+def test_mount_point_in_a_read_only_folder(tmp_path):
+    """As a container has it: nothing can be made beside the output, nor can the output itself be renamed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = (
+        f"mount -t tmpfs tmpfs {disk} && mkdir {disk}/ir && mount -t tmpfs tmpfs {disk}/ir"
+        f" && mount -o remount,ro {disk} && echo mine >{disk}/ir/notes"
+        ' && for format in original int8; do "$@" --weight-format $format; done'
+        f" && ls -A {disk}/ir && cp {disk}/ir/openvino_model.bin {tmp_path}"
+    )
+    export = [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "export", str(SOURCE), f"{disk}/ir"]
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, "sh", *export], capture_output=True, text=True)
+    output = export_model(SOURCE, tmp_path / "ir", weight_format="int8")
+    assert done.stdout.splitlines()[2:] == sorted([*os.listdir(output), "notes"]), done.stderr
+    assert (tmp_path / "openvino_model.bin").read_bytes() == (output / "openvino_model.bin").read_bytes()
 
 
 def test_weights_cut_short(tmp_path):
