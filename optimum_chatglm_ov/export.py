@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from . import graph, quantization
 from .adapters import merge_adapters
-from .checkpoint import Checkpoint, Scratch, Weight
+from .checkpoint import WEIGHT_FILES, Checkpoint, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
 from .files import complete_folder
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
 # What an export may write: none of it is left over from an earlier one in the same folder.
-EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
+_EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Progress = Callable[[str, int, int], None]
@@ -62,7 +64,7 @@ def export_model(
 
     Args:
         model_id: local folder or Hub id of an original checkpoint.
-        output: the folder to write.
+        output: the folder to write; not one with original weights, whose configuration would be replaced.
         weight_format: "fp32", "fp16" or "bf16" (that precision for all weights), "original" (as stored),
             "int8" (symmetric per output channel), "int4" and the other formats of `quantization.default_config`; by
             default int8 for models over 10^9 parameters and the stored precision for smaller ones.
@@ -102,7 +104,7 @@ def export_model(
     )
     shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
     generation_config = _generation_config(source, config)
-    with complete_folder(output, replaces=EXPORTED_FILES) as folder:
+    with model_folder(output) as folder:
         weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:
             weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
@@ -128,6 +130,22 @@ def export_model(
         if quantization_config:
             OVConfig(quantization_config=quantization.for_saving(quantization_config)).save_pretrained(folder)
     return output
+
+
+def model_folder(output: str | Path) -> AbstractContextManager[Path]:
+    """A `complete_folder` for a model, with nothing left over of an earlier one.
+
+    Raises:
+        ExportError: `output` holds original weights; or see `complete_folder`.
+    """
+    folder = Path(os.path.realpath(output))
+    weights = next((folder / name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
+    if weights is not None:
+        raise ExportError(
+            f"{output}: a model written here would replace the configuration and tokenizer of the original weights "
+            f"{weights}. Choose another output folder."
+        )
+    return complete_folder(folder, replaces=_EXPORTED_FILES)
 
 
 def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:

@@ -16,7 +16,7 @@ from random_checkpoint import make
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, ExportError, export_model
+from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, ExportError, OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.export import _check_size
 
 
@@ -230,7 +230,7 @@ def test_mount_point_in_a_read_only_folder(tmp_path):
     export = [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "export", str(SOURCE), f"{disk}/ir"]
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, "sh", *export], capture_output=True, text=True)
     output = export_model(SOURCE, tmp_path / "ir", weight_format="int8")
-    assert done.stdout.splitlines()[2:] == sorted([*os.listdir(output), "notes"]), done.stderr
+    assert sorted(done.stdout.splitlines()[2:]) == sorted([*os.listdir(output), "notes"]), done.stderr
     assert (tmp_path / "openvino_model.bin").read_bytes() == (output / "openvino_model.bin").read_bytes()
 
 
@@ -317,11 +317,34 @@ def test_large_models_are_int8_by_default():
     assert resolve_config(config, "original", None, 6_000_000_000) is None
 
 
-def test_original_weights_beside_an_ir(tmp_path):
+@pytest.mark.parametrize("source", ["chatglm2-6b", "glm-4-9b-chat", "chatglm2-6b-int4"])
+def test_original_weights_are_not_written_over(source, tmp_path):
+    """Neither by name nor through links; their config.json would be another, and no second export possible."""
+    folder = shutil.copytree(DATA / "models" / source, tmp_path / "original", copy_function=shutil.copyfile)
+    (tmp_path / "link").symlink_to("original")
+    model = OVChatGLMForCausalLM.from_pretrained(folder, compile=False)
+    before = content(folder)
+    for write in (
+        lambda: export_model(folder, folder),
+        lambda: export_model(folder, tmp_path / "link"),
+        lambda: export_model(tmp_path / "link", folder),
+        lambda: export_model(SOURCE, folder),
+        lambda: model.save_pretrained(folder),
+    ):
+        with pytest.raises(ExportError, match=f"original weights {folder}/.*Choose another output folder"):
+            write()
+    assert content(folder) == before
+    assert export_model(folder, folder / "ir").joinpath("openvino_model.xml").is_file()
+    assert {name: data for name, data in content(folder).items() if not name.startswith("ir/")} == before
+
+
+def test_original_weights_beside_an_ir(tmp_path, exported):
     """A folder with both: `export=True` takes the original weights, otherwise the IR is loaded."""
     folder = shutil.copytree(SOURCE, tmp_path / "both", copy_function=shutil.copyfile)
-    export_model(folder, folder)
-    assert {"openvino_model.xml", "model.safetensors.index.json"} <= {file.name for file in folder.iterdir()}
+    for file in exported(SOURCE.name).glob("openvino_model.*"):
+        shutil.copyfile(file, folder / file.name)
+    assert OVChatGLMForCausalLM.from_pretrained(folder, compile=False).model_save_dir == folder
+    assert OVChatGLMForCausalLM.from_pretrained(folder, export=True, compile=False).model_save_dir != folder
     assert export_model(folder, tmp_path / "again").joinpath("openvino_model.bin").is_file()
 
 
