@@ -294,6 +294,12 @@ The license of the base model applies to these weights.
     return str(ModelCard(card))
 
 
+def has_own_card(folder: str | Path) -> bool:
+    """Whether `folder` has a README.md that was not generated."""
+    file = Path(folder) / "README.md"
+    return file.exists() and _CARD_MARK not in file.read_text(encoding="utf-8", errors="replace")
+
+
 def _base_model(config: PretrainedConfig) -> str | None:
     """Hub id of the original checkpoint, as its authors wrote it into config.json, or as it was loaded from."""
     for name in (getattr(config, "original_name_or_path", None), getattr(config, "_name_or_path", None)):
@@ -396,9 +402,9 @@ class HubMixin:
 
     def save_model_card(self, folder: str | Path, repo_id: str = ".") -> None:
         """Writes README.md into `folder`, unless there is one that was not generated (see [`model_card`])."""
-        file = Path(folder) / "README.md"
-        if file.exists() and _CARD_MARK not in file.read_text(encoding="utf-8"):
+        if has_own_card(folder):
             return
         model = getattr(self, "model", None)
         precision = weight_precision(model) if hasattr(model, "get_ops") else None
-        file.write_text(model_card(self.config, repo_id=repo_id, precision=precision), encoding="utf-8")
+        card = model_card(self.config, repo_id=repo_id, precision=precision)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")

@@ -28,7 +28,7 @@ from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ContextLengthError
 from .export import export_model, load_config, model_folder
-from .hub import HubMixin, has_openvino_model, resolve_checkpoint
+from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .native import NativeBuildError
 from .native.runtime import FusedAttentionState
 from .native.transform import cache_layout, fuse_attention
@@ -540,7 +540,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             source = Path(self.model_save_dir)
             if any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
                 AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-            self.save_model_card(folder)
+            if not has_own_card(save_directory):
+                self.save_model_card(folder)
         if push_to_hub:
             return self.push_to_hub(Path(save_directory), **kwargs)
 

@@ -521,6 +521,19 @@ def test_the_card_knows_the_precision_of_the_weights(tmp_path, precision):
     assert precision in ModelCard.load(tmp_path / "README.md").data.tags
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_saving_again_renews_a_generated_card_and_keeps_any_other(model, saved, encoding):
+    card = saved / "README.md"
+    generated = card.read_bytes()
+    card.write_bytes(generated + b"changed")
+    model.save_pretrained(saved)
+    assert card.read_bytes() == generated
+    own = "---\nlanguage: zh\n---\n我的说明".encode(encoding)
+    card.write_bytes(own)
+    model.save_pretrained(saved)
+    assert card.read_bytes() == own and (saved / "nested" / "large.dat").is_file()
+
+
 def test_model_card_of_a_model_of_unknown_origin(tmp_path):
     config = ChatGLMConfig(num_layers=2, _name_or_path=str(tmp_path))
     card = ModelCard(model_card(config, repo_id=str(tmp_path)))
