@@ -87,24 +87,26 @@ def export_model(
         ValueError: an argument or a key of config.json is not supported.
     """
     output = Path(output).absolute()
-    source = resolve_checkpoint(
-        model_id,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        subfolder=subfolder,
-        export=True,
-    )
-    tokenizer = _load_tokenizer(source)
-    config = load_config(source, rope_ratio_type, tokenizer)
-    quantization_config = quantization.resolve_config(
-        config, weight_format, quantization_config, _parameters(config), dataset
-    )
-    shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
-    generation_config = _generation_config(source, config)
-    with model_folder(output) as folder:
+    with model_folder(output) as folder:  # an output that cannot be written is found before a download
+        source = resolve_checkpoint(
+            model_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            subfolder=subfolder,
+            export=True,
+        )
+        tokenizer = _load_tokenizer(source)
+        config = load_config(source, rope_ratio_type, tokenizer)
+        quantization_config = quantization.resolve_config(
+            config, weight_format, quantization_config, _parameters(config), dataset
+        )
+        if quantization_config:
+            _check_calibration(source, quantization_config, tokenizer, dataset)
+        shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
+        generation_config = _generation_config(source, config)
         weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:
             weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
@@ -185,6 +187,28 @@ def _load_tokenizer(source: Path) -> Any | None:
         logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
         return None
     return AutoTokenizer.from_pretrained(source)
+
+
+def _check_calibration(
+    source: Path, quantization_config: OVWeightQuantizationConfig, tokenizer: Any, dataset: Any
+) -> None:
+    """Refuses what would fail after all weights were read.
+
+    Raises:
+        ExportError: the statistics cannot be written.
+        ValueError: there are texts, and no tokenizer for them.
+    """
+    if dataset is None and quantization_config.dataset is None:
+        return
+    if tokenizer is None:
+        raise ValueError(
+            f"{source}: no tokenizer files, but the model is to see the texts of `dataset`. Add them, or choose a "
+            "quantisation without texts."
+        )
+    statistics = quantization_config.statistics_path
+    if statistics is not None and not Path(statistics).is_dir():
+        with complete_folder(statistics):  # removed again: NNCF takes one that is there for written
+            pass
 
 
 def _generation_config(source: Path, config: ChatGLMConfig) -> GenerationConfig:

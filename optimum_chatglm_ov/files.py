@@ -36,9 +36,7 @@ def complete_folder(output: str | Path, replaces: Collection[str] = ()) -> Itera
     """
     output = Path(os.path.realpath(output))
     if os.path.lexists(output) and not output.is_dir():
-        raise ExportError(
-            f"{output}: the output must be a folder, but a file of that name exists. Choose another name."
-        )
+        raise ExportError(f"{output}: must be a folder, but a file of that name exists. Choose another name.")
     missing = [folder for folder in (output, *output.parents) if not os.path.lexists(folder)]
     with ExitStack() as cleaning:
         for folder in reversed(missing):

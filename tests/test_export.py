@@ -11,7 +11,7 @@ import textwrap
 
 import openvino as ov
 import pytest
-from conftest import DATA, let_others_read
+from conftest import DATA, in_child, let_others_read
 from random_checkpoint import make
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -21,6 +21,8 @@ from optimum_chatglm_ov.export import _check_size
 
 
 SOURCE = DATA / "models" / "chatglm3-6b"
+SCALE_ESTIMATION = {"bits": 4, "group_size": 32, "scale_estimation": True, "num_samples": 2}
+TEXTS = ["The quick brown fox jumps over the lazy dog. "] * 20
 
 
 def content(folder):
@@ -134,26 +136,50 @@ def test_parent_is_not_a_folder(tmp_path):
 
 
 def test_no_write_permission(tmp_path):
-    (tmp_path / "closed").mkdir()
-    as_nobody = textwrap.dedent(
-        """
-        import os, sys
-        from optimum_chatglm_ov import ExportError, export_model
-        if os.getuid() == 0:
-            os.setgroups([]); os.setgid(65534); os.setuid(65534)
-        try:
-            export_model(sys.argv[1], sys.argv[2])
-        except ExportError as error:
-            print("refused:", error)
-        """
-    )
-    (tmp_path / "closed").chmod(0o555)
     let_others_read(tmp_path)
-    source = shutil.copytree(SOURCE, tmp_path / "source", copy_function=shutil.copyfile)
-    command = [sys.executable, "-c", as_nobody, str(source), str(tmp_path / "closed" / "ir")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "refused:" in done.stdout and "cannot write to this folder" in done.stdout, done.stdout + done.stderr
+    (tmp_path / "closed").mkdir(mode=0o555)
+    error = in_child(lambda: export_model(SOURCE, tmp_path / "closed" / "ir"), as_nobody=True)
+    assert error.startswith(f"ExportError: {tmp_path}/closed/ir: cannot write to this folder")
     assert not list((tmp_path / "closed").iterdir())
+
+
+def test_the_output_is_tried_before_the_checkpoint_is_looked_for(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "ir"):
+        with pytest.raises(ExportError, match=f"{output}: "):
+            export_model("user/no-such-model", output)
+    with pytest.raises(OSError, match="user/no-such-model"):
+        export_model("user/no-such-model", tmp_path / "new" / "ir")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def weights_were_read(*progress):
+    pytest.fail("weights were read")
+
+
+@pytest.mark.parametrize("statistics", ["file", "file/folder", "/proc/folder"])
+def test_statistics_that_cannot_be_written_are_refused_before_weights_are_read(statistics, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    settings = SCALE_ESTIMATION | {"statistics_path": str(tmp_path / statistics)}
+    with pytest.raises(ExportError, match=f"{tmp_path / statistics}: "):
+        export_model(SOURCE, tmp_path / "ir", quantization_config=settings, dataset=TEXTS, progress=weights_were_read)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_statistics_are_written(tmp_path):
+    settings = SCALE_ESTIMATION | {"statistics_path": str(tmp_path / "new" / "statistics")}
+    export_model(SOURCE, tmp_path / "ir", quantization_config=settings, dataset=TEXTS)
+    assert (tmp_path / "new" / "statistics" / "statistics_metadata.json").is_file()
+
+
+def test_texts_without_a_tokenizer_are_refused_before_weights_are_read(tmp_path):
+    source = shutil.copytree(SOURCE, tmp_path / "source", copy_function=shutil.copyfile)
+    for file in source.glob("token*"):
+        file.unlink()
+    settings = {"quantization_config": SCALE_ESTIMATION, "dataset": TEXTS}
+    with pytest.raises(ValueError, match=f"{source}: no tokenizer files"):
+        export_model(source, tmp_path / "ir", **settings, progress=weights_were_read)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def _size_limited(limit, arguments):
