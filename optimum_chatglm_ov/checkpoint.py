@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import mmap
 import os
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError
 
+
+logger = logging.getLogger(__name__)
 
 # Canonical module -> module in the original checkpoint; `{i}` is the layer.
 ORIGINAL_MODULES: Mapping[str, Mapping[str, str]] = {
@@ -159,7 +162,7 @@ class Checkpoint(Mapping[str, Weight]):
         self._readers = [open_shard(file) for file in weight_files(self.folder)]
         self._reader_of = {name: reader for reader in self._readers for name in reader.names()}
         self._original_name = original_names(config, self.shapes)
-        self._finite: set[str] = set()
+        self._checked: set[str] = set()
         self._check()
 
     def __iter__(self) -> Iterator[str]:
@@ -184,8 +187,16 @@ class Checkpoint(Mapping[str, Weight]):
         return Weight(data, self._read(original + "_scale"), self.config.quantization_bit, self.scratch)
 
     def _read(self, original: str) -> torch.Tensor:
-        data = read_tensor(self._reader_of[original], original, check=original not in self._finite)
-        self._finite.add(original)  # q, k and v are rows of one tensor: it is checked once
+        reader = self._reader_of[original]
+        is_new = original not in self._checked
+        data = read_tensor(reader, original, check=is_new)
+        # the first row of an embedding may be zeros, and is looked at first because it costs nothing
+        if is_new and not original.endswith(".bias") and not data[0].any() and not data.any():
+            logger.warning(
+                f"{reader.file}: tensor {original!r} is all zeros, as in a download that was given its size and not "
+                "finished. Unless it was trained so, download the file again."
+            )
+        self._checked.add(original)  # q, k and v are rows of one tensor: it is checked once
         return data
 
     def _is_quantized(self, name: str) -> bool:
