@@ -324,25 +324,6 @@ def test_progress_counts_every_tensor(tmp_path):
     assert counts == list(range(1, calls[-1][2] + 1))
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"weight_format": "int3"}, {"weight_format": "int8", "quantization_config": {"bits": 4}}]
-)
-def test_bad_arguments(arguments, tmp_path):
-    with pytest.raises(ValueError, match="weight_format"):
-        export_model(SOURCE, tmp_path / "ir", **arguments)
-    assert not list(tmp_path.iterdir())
-
-
-def test_large_models_are_int8_by_default():
-    from optimum_chatglm_ov.quantization import resolve_config
-
-    config = ChatGLMConfig()
-    settings = resolve_config(config, None, None, 6_000_000_000)
-    assert (settings.bits, settings.sym) == (8, True)
-    assert resolve_config(config, None, None, 100_000_000) is None
-    assert resolve_config(config, "original", None, 6_000_000_000) is None
-
-
 @pytest.mark.parametrize("source", ["chatglm2-6b", "glm-4-9b-chat", "chatglm2-6b-int4"])
 def test_original_weights_are_not_written_over(source, tmp_path):
     """Neither by name nor through links; their config.json would be another, and no second export possible."""
