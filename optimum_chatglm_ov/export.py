@@ -28,6 +28,7 @@ from .files import complete_folder
 from .hub import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
 from .prefix import load_prefix
 from .prefix import tensor_shapes as prefix_shapes
+from .signals import signals_elsewhere
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def export_model(
             weights = quantization.int8_rows(weights, quantization_config)
         model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)
         if quantization_config:
-            quantization.compress(model, quantization_config, tokenizer, dataset)
+            with signals_elsewhere():
+                quantization.compress(model, quantization_config, tokenizer, dataset)
         _describe(model)
         ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
         _check_size(folder / MODEL_FILE)

@@ -7,14 +7,13 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import ExportError
+from .signals import signals_wait
 
 
 # How the names of hidden folders begin that are only there while an output is written.
@@ -52,7 +51,7 @@ def complete_folder(output: str | Path, replaces: Collection[str] = ()) -> Itera
         cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
             yield folder
-            with _signals_wait():
+            with signals_wait():
                 _take_place(folder, output, replaces)
         except (OSError, RuntimeError) as error:
             reason = _writing_failed(error, output)
@@ -126,24 +125,6 @@ def _is_file(path: Path) -> bool:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Ctrl-C and SIGTERM take effect at the end of the block."""
-    arrived: list[int] = []
-    handlers = {}
-    try:
-        if threading.current_thread() is threading.main_thread():  # no other one is interrupted
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not None:  # one that was not set from Python cannot be set again
-                    handlers[number] = signal.signal(number, lambda number, _: arrived.append(number))
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
 
 
 def _writing_failed(error: OSError | RuntimeError, output: Path) -> str | None:

@@ -317,6 +317,36 @@ def test_interrupted_compression(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_interrupts_and_calibration(when, tmp_path):
+    """What NNCF ran to see activations is gone by then, with the stack for signals that OpenVINO had made."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys, time
+        import nncf
+        from optimum_chatglm_ov import export_model
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                pass
+        compress = nncf.compress_weights
+        def interrupted(*args, **kwargs):
+            compress(*args, **kwargs)
+            interrupt()
+        if sys.argv[3] == "during":
+            nncf.compress_weights = interrupted
+        settings = {"bits": 4, "group_size": 32, "scale_estimation": True, "num_samples": 2}
+        export_model(sys.argv[1], sys.argv[2], quantization_config=settings, dataset=["The quick brown fox. "] * 20)
+        interrupt()
+        """
+    )
+    command = [sys.executable, "-c", script, str(SOURCE), str(tmp_path / "ir"), when]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (-signal.SIGINT, 1) and "KeyboardInterrupt" in done.stderr, done.stderr
+    assert os.listdir(tmp_path) == ([] if when == "during" else ["ir"])
+
+
 def test_progress_counts_every_tensor(tmp_path):
     calls = []
     export_model(SOURCE, tmp_path / "ir", progress=lambda *call: calls.append(call))
