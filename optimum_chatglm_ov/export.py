@@ -61,7 +61,8 @@ def export_model(
 ) -> Path:
     """Exports an original ChatGLM checkpoint to an IR folder: model, configuration and tokenizer.
 
-    The folder appears complete or not at all; an earlier export in its place is kept until the new one is complete.
+    The folder gets all files of the model or none; an earlier export there is kept until the new one is complete, and
+    what else is there stays.
 
     Args:
         model_id: local folder or Hub id of an original checkpoint.
@@ -84,7 +85,8 @@ def export_model(
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ExportError: the output cannot be written.
+        ExportError: the output, or statistics of activations, cannot be written.
+        OSError: an input cannot be downloaded or read.
         ValueError: an argument or a key of config.json is not supported.
     """
     output = Path(output).absolute()
