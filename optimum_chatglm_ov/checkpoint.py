@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import mmap
 import os
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError
 
+
+logger = logging.getLogger(__name__)
 
 # Canonical module -> module in the original checkpoint; `{i}` is the layer.
 ORIGINAL_MODULES: Mapping[str, Mapping[str, str]] = {
@@ -56,8 +59,13 @@ _KNOWN_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 _QUANTIZED_MODULES = ("qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj")
 _SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-SAFETENSORS_FILES = ("model.safetensors.index.json", "model.safetensors")
-PICKLE_FILES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+# What holds the weights or the list of their shards; the first that is there counts.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,7 @@ class Checkpoint(Mapping[str, Weight]):
         self._readers = [open_shard(file) for file in weight_files(self.folder)]
         self._reader_of = {name: reader for reader in self._readers for name in reader.names()}
         self._original_name = original_names(config, self.shapes)
-        self._finite: set[str] = set()
+        self._checked: set[str] = set()
         self._check()
 
     def __iter__(self) -> Iterator[str]:
@@ -179,8 +187,16 @@ class Checkpoint(Mapping[str, Weight]):
         return Weight(data, self._read(original + "_scale"), self.config.quantization_bit, self.scratch)
 
     def _read(self, original: str) -> torch.Tensor:
-        data = read_tensor(self._reader_of[original], original, check=original not in self._finite)
-        self._finite.add(original)  # q, k and v are rows of one tensor: it is checked once
+        reader = self._reader_of[original]
+        is_new = original not in self._checked
+        data = read_tensor(reader, original, check=is_new)
+        # the first row of an embedding may be zeros, and is looked at first because it costs nothing
+        if is_new and not original.endswith(".bias") and not data[0].any() and not data.any():
+            logger.warning(
+                f"{reader.file}: tensor {original!r} is all zeros, as in a download that was given its size and not "
+                "finished. Unless it was trained so, download the file again."
+            )
+        self._checked.add(original)  # q, k and v are rows of one tensor: it is checked once
         return data
 
     def _is_quantized(self, name: str) -> bool:
@@ -264,33 +280,38 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: there are none, shards are missing, or the index names files outside the folder.
     """
-    for file in (folder / name for name in SAFETENSORS_FILES + PICKLE_FILES):
-        if file.is_file():
-            return _shards(file) if file.name.endswith(".index.json") else [file]
-    raise CheckpointError(
-        f"{folder}: no weights found; expected one of {', '.join(SAFETENSORS_FILES + PICKLE_FILES)}."
-    )
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f'{index}: not a weight index (expected JSON with a "weight_map"): {error}') from error
-    for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
-            raise CheckpointError(
-                f"{index}: shard name {name!r} is not a plain file name. A shard must lie beside its index; this "
-                "index is damaged or hostile."
-            )
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: no weights found; expected one of {', '.join(WEIGHT_FILES)}.")
+    if not file.name.endswith(".index.json"):
+        return [file]
+    names = shard_names(file)
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards named in {index.name} are missing: "
+            f"{folder}: {len(missing)} of {len(names)} shards named in {file.name} are missing: "
             f"{', '.join(missing)}. Download them again."
         )
-    return [index.parent / name for name in names]
+    return [folder / name for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The names of the weight files that lie beside `index`, which lists them.
+
+    Raises:
+        CheckpointError: the index is damaged, or names other files.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'{index}: not a weight index (expected JSON with a "weight_map"): {error}') from error
+    for name in names:
+        if not isinstance(name, str) or set(name) & set("/\\:\0") or Path(name).suffix not in (".safetensors", ".bin"):
+            raise CheckpointError(
+                f"{index}: shard name {name!r} is not the plain name of a .safetensors or .bin file. A shard must lie "
+                "beside its index; this index is damaged or hostile."
+            )
+    return names
 
 
 class _SafetensorsShard:

@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from . import graph, native, quantization
 from .adapters import merge_adapters
-from .checkpoint import Checkpoint, Scratch, Weight
+from .checkpoint import WEIGHT_FILES, Checkpoint, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
 from .files import complete_folder
@@ -28,13 +30,14 @@ from .native.operation import KV_CACHE_PRECISIONS
 from .native.transform import fuse_attention
 from .prefix import load_prefix
 from .prefix import tensor_shapes as prefix_shapes
+from .signals import signals_elsewhere
 
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
 # What an export may write: none of it is left over from an earlier one in the same folder.
-EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
+_EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Progress = Callable[[str, int, int], None]
@@ -62,11 +65,12 @@ def export_model(
 ) -> Path:
     """Exports an original ChatGLM checkpoint to an IR folder: model, configuration and tokenizer.
 
-    The folder appears complete or not at all; an earlier export in its place is kept until the new one is complete.
+    The folder gets all files of the model or none; an earlier export there is kept until the new one is complete, and
+    what else is there stays.
 
     Args:
         model_id: local folder or Hub id of an original checkpoint.
-        output: the folder to write.
+        output: the folder to write; not one with original weights, whose configuration would be replaced.
         weight_format: "fp32", "fp16" or "bf16" (that precision for all weights), "original" (as stored),
             "int8" (symmetric per output channel), "int4" and the other formats of `quantization.default_config`; by
             default int8 for models over 10^9 parameters and the stored precision for smaller ones.
@@ -88,30 +92,33 @@ def export_model(
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ExportError: the output cannot be written.
+        ExportError: the output, or statistics of activations, cannot be written.
+        OSError: an input cannot be downloaded or read.
         NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
         ValueError: an argument or a key of config.json is not supported.
     """
     _check_attention(attention, kv_cache_precision)
     output = Path(output).absolute()
-    source = resolve_checkpoint(
-        model_id,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        subfolder=subfolder,
-        export=True,
-    )
-    tokenizer = _load_tokenizer(source)
-    config = load_config(source, rope_ratio_type, tokenizer)
-    quantization_config = quantization.resolve_config(
-        config, weight_format, quantization_config, _parameters(config), dataset
-    )
-    shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
-    generation_config = _generation_config(source, config)
-    with complete_folder(output, replaces=EXPORTED_FILES) as folder:
+    with model_folder(output) as folder:  # an output that cannot be written is found before a download
+        source = resolve_checkpoint(
+            model_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            subfolder=subfolder,
+            export=True,
+        )
+        tokenizer = _load_tokenizer(source)
+        config = load_config(source, rope_ratio_type, tokenizer)
+        quantization_config = quantization.resolve_config(
+            config, weight_format, quantization_config, _parameters(config), dataset
+        )
+        if quantization_config:
+            _check_calibration(source, quantization_config, tokenizer, dataset)
+        shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
+        generation_config = _generation_config(source, config)
         weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:
             weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
@@ -125,7 +132,8 @@ def export_model(
             weights = quantization.int8_rows(weights, quantization_config)
         model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)
         if quantization_config:
-            quantization.compress(model, quantization_config, tokenizer, dataset)
+            with signals_elsewhere():
+                quantization.compress(model, quantization_config, tokenizer, dataset)
         if attention == "fused":
             fuse_attention(model, KV_CACHE_PRECISIONS[kv_cache_precision or "bf16"])
         _describe(model)
@@ -155,6 +163,22 @@ def _check_attention(attention: str, kv_cache_precision: str | None) -> None:
         )
     if attention == "fused":
         native.extension_path()  # where it cannot be built, this raises before the checkpoint is read
+
+
+def model_folder(output: str | Path) -> AbstractContextManager[Path]:
+    """A `complete_folder` for a model, with nothing left over of an earlier one.
+
+    Raises:
+        ExportError: `output` holds original weights; or see `complete_folder`.
+    """
+    folder = Path(os.path.realpath(output))
+    weights = next((folder / name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
+    if weights is not None:
+        raise ExportError(
+            f"{output}: a model written here would replace the configuration and tokenizer of the original weights "
+            f"{weights}. Choose another output folder."
+        )
+    return complete_folder(folder, replaces=_EXPORTED_FILES)
 
 
 def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:
@@ -194,6 +218,28 @@ def _load_tokenizer(source: Path) -> Any | None:
         logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
         return None
     return AutoTokenizer.from_pretrained(source)
+
+
+def _check_calibration(
+    source: Path, quantization_config: OVWeightQuantizationConfig, tokenizer: Any, dataset: Any
+) -> None:
+    """Refuses what would fail after all weights were read.
+
+    Raises:
+        ExportError: the statistics cannot be written.
+        ValueError: there are texts, and no tokenizer for them.
+    """
+    if dataset is None and quantization_config.dataset is None:
+        return
+    if tokenizer is None:
+        raise ValueError(
+            f"{source}: no tokenizer files, but the model is to see the texts of `dataset`. Add them, or choose a "
+            "quantisation without texts."
+        )
+    statistics = quantization_config.statistics_path
+    if statistics is not None and not Path(statistics).is_dir():
+        with complete_folder(statistics):  # removed again: NNCF takes one that is there for written
+            pass
 
 
 def _generation_config(source: Path, config: ChatGLMConfig) -> GenerationConfig:

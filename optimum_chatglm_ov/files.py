@@ -1,97 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output folders that appear complete or not at all."""
+"""Output folders that get all of their new files or none of them."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import ExportError
+from .signals import signals_wait
+
+
+# How the names of hidden folders begin that are only there while an output is written.
+UNFINISHED = ".chatglm-ov-"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def complete_folder(output: str | Path, replaces: Collection[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place when the block ends without an exception.
+    """A hidden folder inside `output`, whose files move into `output` when the block ends without an exception.
 
-    Files of an earlier `output` that the new one does not have are kept, but for those named in `replaces`. After an
-    exception (also Ctrl-C) the temporary folder is removed and `output` is as it was.
+    There they replace the files of the same names and those named in `replaces`; nothing else is touched. An exception
+    leaves `output` as it was; Ctrl-C and SIGTERM wait while files are moved. Not even a process that is killed then
+    leaves files of both sets side by side, and what it has hidden is cleared away by the next one.
 
     Raises:
-        ExportError: `output` is a file, or its parent cannot be written to, or the disk is full.
+        ExportError: `output` is a file, may not be written to, is being written to by another process, or its disk is
+            full.
     """
     output = Path(os.path.realpath(output))
-    if output.exists() and not output.is_dir():
-        raise ExportError(
-            f"{output}: the output must be a folder, but a file of that name exists. Choose another name."
-        )
+    if os.path.lexists(output) and not output.is_dir():
+        raise ExportError(f"{output}: must be a folder, but a file of that name exists. Choose another name.")
+    missing = [folder for folder in (output, *output.parents) if not os.path.lexists(folder)]
+    with ExitStack() as cleaning:
+        for folder in reversed(missing):
+            cleaning.callback(_remove_if_empty, folder)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            cleaning.enter_context(_locked(output))
+            folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, suffix=".partial", dir=output))
+        except OSError as error:
+            raise ExportError(
+                f"{output}: cannot write to this folder ({error.strerror or error}). Choose one that you may write to."
+            ) from error
+        cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            yield folder
+            with signals_wait():
+                _take_place(folder, output, replaces)
+        except (OSError, RuntimeError) as error:
+            reason = _writing_failed(error, output)
+            if reason is None:
+                raise
+            raise ExportError(
+                f"{output}: writing failed ({reason}); nothing was changed there. Free disk space or choose another "
+                "output folder."
+            ) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing to `folder`, and clears away what is left of those that were killed.
+
+    Raises:
+        ExportError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise ExportError(
-            f"{output.parent}: cannot create a folder here ({error.strerror or error}). Choose an output folder that "
-            "you may write to."
-        ) from error
-    try:
-        folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only the owner can read
-        yield folder
-        _take_place(folder, output, replaces)
-    except OSError as error:
-        raise _writing_failed(output, error.strerror or str(error)) from error
-    except RuntimeError as error:
-        if "iostream" not in str(error):  # how OpenVINO reports that a write failed
-            raise
-        raise _writing_failed(output, "no space left on the disk, or it failed") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ExportError(
+                f"{folder}: another process is writing to this folder. Wait for its end or choose another folder."
+            ) from error
+        except OSError:  # a file system without locks: nothing tells what is left over from what is in use
+            pass
+        else:
+            for abandoned in folder.glob(f"{UNFINISHED}*.partial"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _writing_failed(output: Path, reason: str) -> ExportError:
-    return ExportError(
-        f"{output}: writing failed ({reason}); nothing was changed there. Free disk space or choose another "
-        "output folder."
-    )
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have the descriptor, too
+        os.close(descriptor)
 
 
 def _take_place(folder: Path, output: Path, replaces: Collection[str]) -> None:
-    if not output.exists():
-        os.rename(folder, output)
-        return
-    if not os.access(output, os.W_OK):
-        raise PermissionError(13, "Permission denied", str(output))
-    if os.path.ismount(output):  # it cannot be renamed: its files are replaced one by one
-        names = {entry.name for entry in folder.iterdir()}
-        try:
-            for name in names:
-                shutil.copy2(folder / name, output / f".{name}.partial")
-            for name in names:
-                os.replace(output / f".{name}.partial", output / name)
-        finally:
-            for name in names:
-                (output / f".{name}.partial").unlink(missing_ok=True)
-        for name in set(replaces) - names:
-            (output / name).unlink(missing_ok=True)
-        return
-    earlier = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".earlier", dir=output.parent))
+    """Moves the files of `folder` into `output`, and those that they replace out of it, or changes nothing."""
+    new = sorted(os.listdir(folder))
+    replaced = [name for name in sorted({*new, *replaces}) if _is_file(output / name)]
+    earlier = Path(tempfile.mkdtemp(prefix=UNFINISHED, suffix=".earlier", dir=output))
+    # whoever stops this finds files of one set: the last one of the earlier set leaves before the first one comes
+    moves = [(output / name, earlier / name) for name in replaced] + [(folder / name, output / name) for name in new]
+    done = []
     try:
-        os.rename(output, earlier)
-        os.rename(folder, output)
-    except BaseException:
-        if not output.exists():
-            os.rename(earlier, output)
-        shutil.rmtree(earlier, ignore_errors=True)
+        for source, target in moves:
+            os.rename(source, target)
+            done.append((source, target))
+    except BaseException as error:
+        try:
+            for source, target in reversed(done):
+                os.rename(target, source)
+            earlier.rmdir()
+        except OSError as failure:
+            raise ExportError(
+                f"{output}: the new files could not be moved here ({error}), nor the earlier ones back ({failure}). "
+                f"These are in {earlier}; move them when the folder can be written to again."
+            ) from error
         raise
-    for entry in earlier.iterdir():
-        if entry.name not in replaces and not (output / entry.name).exists():
-            os.rename(entry, output / entry.name)
-    shutil.rmtree(earlier, ignore_errors=True)
+    for obsolete in output.glob(f"{UNFINISHED}*.earlier"):
+        shutil.rmtree(obsolete, ignore_errors=True)
+    _remove_if_empty(folder)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _is_file(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _writing_failed(error: OSError | RuntimeError, output: Path) -> str | None:
+    """Why `output` could not be written, if that is what `error` is about: inputs are read in the same block."""
+    if not isinstance(error, OSError):
+        return "no space left on the disk, or it failed" if "iostream" in str(error) else None  # OpenVINO's way
+    files = [os.path.realpath(str(name)) for name in (error.filename, error.filename2) if name is not None]
+    if not files:
+        return error.strerror if error.errno in _NO_SPACE else None
+    written = next((file for file in files if Path(file).is_relative_to(output)), None)
+    return written and f"{error.strerror}: {written}"

@@ -17,8 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
-from .checkpoint import PICKLE_FILES, SAFETENSORS_FILES
+from .checkpoint import WEIGHT_FILES, shard_names
 from .errors import ChatGLMError, CheckpointError
+from .files import UNFINISHED
 from .native.transform import cache_layout
 
 
@@ -107,13 +108,13 @@ def resolve_checkpoint(
         missing = "config.json" if weights else "weights"
         raise CheckpointError(
             f"{'/'.join(filter(None, (model_id, subfolder)))}: the repository has no {missing}; expected config.json "
-            f"and one of {', '.join((OPENVINO_MODEL_FILES[0], *SAFETENSORS_FILES, *PICKLE_FILES))}. "
+            f"and one of {', '.join((OPENVINO_MODEL_FILES[0], *WEIGHT_FILES))}. "
             "Check the name, `revision` and `subfolder`."
         )
     try:
         snapshot = _download(files & {*CONFIGURATION_FILES, *weights}, subfolder, revision=revision, **download)
         folder = snapshot / subfolder
-        shards = {shard for index in weights if index.endswith(".index.json") for shard in _shards(folder / index)}
+        shards = {shard for index in weights if index.endswith(".index.json") for shard in shard_names(folder / index)}
         if shards & files:
             # the commit that the first download found, in case the branch has moved since
             _download(shards & files, subfolder, revision=snapshot.name, **download)
@@ -121,6 +122,7 @@ def resolve_checkpoint(
         raise
     except Exception as error:  # httpx's, requests' or urllib3's own, depending on the version of huggingface_hub
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            error.filename = error.filename or str(cache_dir or constants.HF_HUB_CACHE)
             raise  # the disk: full, not writable, ...
         raise DownloadError(
             f"{model_id}: the download was interrupted ({type(error).__name__}: {error}). Call again: files that have "
@@ -184,15 +186,7 @@ def _weight_files(files: Iterable[str], export: bool) -> set[str]:
     files = set(files)
     if not export and files.issuperset(OPENVINO_MODEL_FILES):
         return {name for name in files if name.startswith("openvino_") and name.endswith((".xml", ".bin"))}
-    return set([name for name in SAFETENSORS_FILES + PICKLE_FILES if name in files][:1])
-
-
-def _shards(index: Path) -> set[str]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'{index}: not a weight index (expected JSON with a "weight_map"): {error}') from error
-    return {str(name) for name in names}
+    return set([name for name in WEIGHT_FILES if name in files][:1])
 
 
 def _download(names: Iterable[str], subfolder: str, **options: Any) -> Path:
@@ -207,7 +201,7 @@ def _check_complete(folder: Path, model_id: str, export: bool) -> None:
     needed = {"config.json"} | weights
     for index in weights:
         if index.endswith(".index.json"):
-            needed |= _shards(folder / index)
+            needed |= set(shard_names(folder / index))
     missing = sorted(needed - present) + ([] if weights else ["the weights"])
     if missing:
         raise CheckpointError(
@@ -302,6 +296,12 @@ print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 The license of the base model applies to these weights.
 """
     return str(ModelCard(card))
+
+
+def has_own_card(folder: str | Path) -> bool:
+    """Whether `folder` has a README.md that was not generated."""
+    file = Path(folder) / "README.md"
+    return file.exists() and _CARD_MARK not in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _base_model(config: PretrainedConfig) -> str | None:
@@ -402,15 +402,15 @@ class HubMixin:
         if revision not in (None, constants.DEFAULT_REVISION) and not options["create_pr"]:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         self.save_model_card(folder, repo_id)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=f"{UNFINISHED}*", **options)
 
     def save_model_card(self, folder: str | Path, repo_id: str = ".") -> None:
         """Writes README.md into `folder`, unless there is one that was not generated (see [`model_card`])."""
-        file = Path(folder) / "README.md"
-        if file.exists() and _CARD_MARK not in file.read_text(encoding="utf-8"):
+        if has_own_card(folder):
             return
         model = getattr(self, "model", None)
         described = {}
         if hasattr(model, "get_ops"):
             described = {"precision": weight_precision(model), "is_fused": cache_layout(model) is not None}
-        file.write_text(model_card(self.config, repo_id=repo_id, **described), encoding="utf-8")
+        card = model_card(self.config, repo_id=repo_id, **described)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")

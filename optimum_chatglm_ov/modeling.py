@@ -27,9 +27,8 @@ from .cache import FusedCache
 from .chat import ChatMixin
 from .configuration import ChatGLMConfig
 from .errors import ContextLengthError
-from .export import EXPORTED_FILES, MODEL_FILE, export_model, load_config
-from .files import complete_folder
-from .hub import HubMixin, has_openvino_model, resolve_checkpoint
+from .export import MODEL_FILE, export_model, load_config, model_folder
+from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .native import NativeBuildError
 from .native.operation import KV_CACHE_PRECISIONS
 from .native.runtime import FusedAttentionState
@@ -609,17 +608,18 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         With `push_to_hub=True` it is then uploaded; `kwargs` go to `push_to_hub`.
 
         Raises:
-            ExportError: the folder cannot be written.
+            ExportError: the folder cannot be written, or holds original weights.
             ValueError: the model was loaded with `compile_only=True`.
         """
         if self._compile_only:
             raise ValueError("A model loaded with `compile_only=True` cannot be saved; load it without.")
-        with complete_folder(save_directory, replaces=EXPORTED_FILES) as folder:
+        with model_folder(save_directory) as folder:
             super().save_pretrained(folder)
             source = Path(self.model_save_dir)
             if any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
                 AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-            self.save_model_card(folder)
+            if not has_own_card(save_directory):
+                self.save_model_card(folder)
         if push_to_hub:
             return self.push_to_hub(Path(save_directory), **kwargs)
 

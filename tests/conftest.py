@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -60,6 +62,41 @@ class Golden:
     def inputs(self, case: str) -> dict[str, torch.Tensor]:
         keys = ("input_ids", "attention_mask", "position_ids")
         return {key: torch.from_numpy(self[f"{case}_{key}"]) for key in keys if f"{case}_{key}" in self}
+
+
+def in_child(function: Callable[[], object], as_nobody: bool = False) -> str | int | None:
+    """Calls `function` in a process of its own, on request as a user who may write only where all others may.
+
+    Returns the exception it raised as text, or the number of the signal that ended the process.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            # none: that of the tests' process may be OpenVINO's, which frees it while it is in use
+            ctypes.CDLL(None).sigaltstack((ctypes.c_size_t * 3)(0, 2, 0), None)
+            if as_nobody and os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            function()
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".removesuffix(": ").encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as pipe:
+        raised = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) or raised or None
+
+
+def let_others_read(path: Path) -> None:
+    """Lets users other than the owner of the tests' folders get as far as `path`."""
+    for folder in (path, *path.parents):
+        mode = folder.stat().st_mode
+        if mode & 0o055 != 0o055 and folder.stat().st_uid == os.getuid():
+            folder.chmod(mode | 0o055)
 
 
 @pytest.fixture(scope="session")

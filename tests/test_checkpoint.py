@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError
 from optimum_chatglm_ov.checkpoint import Checkpoint, Scratch
 from optimum_chatglm_ov.graph import tensor_shapes
+from optimum_chatglm_ov.prefix import tensor_shapes as prefix_shapes
 
 
 def copy(name, tmp_path):
@@ -127,7 +128,8 @@ def test_truncated_shard(name, size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, "a\\b", "C:x"]
+    "shard",
+    ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, "a\\b.bin", "C:x.bin", "modeling.py"],
 )
 def test_hostile_shard_name(shard, tmp_path):
     folder = copy("chatglm3-6b", tmp_path)
@@ -180,3 +182,28 @@ def test_not_finite(value, tmp_path):
     checkpoint = open_checkpoint(folder)
     with pytest.raises(CheckpointError, match=f"{name}.*NaN or infinity"):
         checkpoint["layers.1.self_attn.o_proj.weight"]
+
+
+def test_a_download_that_ends_in_zeros(tmp_path, caplog):
+    """Programs that reserve the space of a file before they fill it leave zeros where they were stopped."""
+    folder = copy("chatglm3-6b", tmp_path)
+    shard = next(folder.glob("*-00002-*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    empty = {name for name, tensor in load_file(shard).items() if not tensor.any() and not name.endswith(".bias")}
+    checkpoint = open_checkpoint(folder)
+    for _ in range(2):
+        for name in checkpoint:
+            checkpoint[name]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert empty and len(warnings) == len(empty)
+    assert all(any(f"{shard}: tensor {name!r} is all zeros" in warning for warning in warnings) for name in empty)
+
+
+@pytest.mark.parametrize("folder", sorted((DATA / "models").iterdir()), ids=lambda folder: folder.name)
+def test_no_warning_about_complete_checkpoints(folder, caplog):
+    config = ChatGLMConfig.from_pretrained(folder)
+    checkpoint = Checkpoint(folder, config, tensor_shapes(config) | prefix_shapes(config))
+    for name in checkpoint:
+        checkpoint[name]
+    assert not caplog.records

@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,13 +38,15 @@ COMMAND = [sys.executable, "-m", "optimum_chatglm_ov.cli.main"]
 
 
 @pytest.fixture(autouse=True)
-def unchanged_libraries(monkeypatch):
-    """Commands run in this process must not silence the libraries for other tests."""
+def unchanged_process(monkeypatch):
+    """Commands run in this process must not silence the libraries for other tests, nor keep its signals."""
+    handler = signal.getsignal(signal.SIGTERM)
     verbosity = transformers.logging.get_verbosity()
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         yield
     transformers.logging.set_verbosity(verbosity)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def environment(**changes):
@@ -153,6 +156,18 @@ def test_export(tmp_path, capsys):
     assert exported.config.num_layers == original["num_layers"]
     assert AutoTokenizer.from_pretrained(output).chatglm_generation == "chatglm3"
     assert json.loads((output / "openvino_config.json").read_text())["quantization_config"]["bits"] == 8
+
+
+def test_a_terminated_export_leaves_nothing(tmp_path):
+    output = tmp_path / "new" / "output"
+    process = subprocess.Popen([*COMMAND, "export", CHATGLM3, output], env=environment(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(output.glob(".*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.terminate()
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 143, printed.decode()
+    assert not list(tmp_path.iterdir())
 
 
 def test_details_of_quantisation_reach_the_model(tmp_path):

@@ -11,16 +11,18 @@ import textwrap
 
 import openvino as ov
 import pytest
-from conftest import DATA
+from conftest import DATA, in_child, let_others_read
 from random_checkpoint import make
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, ExportError, export_model
+from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, ExportError, OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.export import _check_size
 
 
 SOURCE = DATA / "models" / "chatglm3-6b"
+SCALE_ESTIMATION = {"bits": 4, "group_size": 32, "scale_estimation": True, "num_samples": 2}
+TEXTS = ["The quick brown fox jumps over the lazy dog. "] * 20
 
 
 def content(folder):
@@ -121,37 +123,63 @@ def test_output_is_a_file(tmp_path):
     assert (tmp_path / "ir").read_text() == "mine"
 
 
+def test_an_input_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "lora" / "adapter_config.json").mkdir(parents=True)
+    with pytest.raises((OSError, CheckpointError), match="adapter_config.json"):
+        export_model(SOURCE, tmp_path / "ir", adapters=[tmp_path / "lora"])
+
+
 def test_parent_is_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ExportError, match="cannot create a folder"):
+    with pytest.raises(ExportError, match="cannot write to this folder"):
         export_model(SOURCE, tmp_path / "file" / "ir")
 
 
 def test_no_write_permission(tmp_path):
-    (tmp_path / "closed").mkdir()
-    as_nobody = textwrap.dedent(
-        """
-        import os, sys
-        from optimum_chatglm_ov import ExportError, export_model
-        if os.getuid() == 0:
-            os.setgroups([]); os.setgid(65534); os.setuid(65534)
-        try:
-            export_model(sys.argv[1], sys.argv[2])
-        except ExportError as error:
-            print("refused:", error)
-        """
-    )
-    (tmp_path / "closed").chmod(0o555)
-    readable = tmp_path
-    while readable != readable.parent:  # a user other than root must get as far as the closed folder
-        if os.access(readable, os.W_OK) and readable.stat().st_uid == os.getuid():
-            readable.chmod(readable.stat().st_mode | 0o055)
-        readable = readable.parent
-    source = shutil.copytree(SOURCE, tmp_path / "source", copy_function=shutil.copyfile)
-    command = [sys.executable, "-c", as_nobody, str(source), str(tmp_path / "closed" / "ir")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "refused:" in done.stdout and "cannot create a folder here" in done.stdout, done.stdout + done.stderr
+    let_others_read(tmp_path)
+    (tmp_path / "closed").mkdir(mode=0o555)
+    error = in_child(lambda: export_model(SOURCE, tmp_path / "closed" / "ir"), as_nobody=True)
+    assert error.startswith(f"ExportError: {tmp_path}/closed/ir: cannot write to this folder")
     assert not list((tmp_path / "closed").iterdir())
+
+
+def test_the_output_is_tried_before_the_checkpoint_is_looked_for(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "ir"):
+        with pytest.raises(ExportError, match=f"{output}: "):
+            export_model("user/no-such-model", output)
+    with pytest.raises(OSError, match="user/no-such-model"):
+        export_model("user/no-such-model", tmp_path / "new" / "ir")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def weights_were_read(*progress):
+    pytest.fail("weights were read")
+
+
+@pytest.mark.parametrize("statistics", ["file", "file/folder", "/proc/folder"])
+def test_statistics_that_cannot_be_written_are_refused_before_weights_are_read(statistics, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    settings = SCALE_ESTIMATION | {"statistics_path": str(tmp_path / statistics)}
+    with pytest.raises(ExportError, match=f"{tmp_path / statistics}: "):
+        export_model(SOURCE, tmp_path / "ir", quantization_config=settings, dataset=TEXTS, progress=weights_were_read)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_statistics_are_written(tmp_path):
+    settings = SCALE_ESTIMATION | {"statistics_path": str(tmp_path / "new" / "statistics")}
+    export_model(SOURCE, tmp_path / "ir", quantization_config=settings, dataset=TEXTS)
+    assert (tmp_path / "new" / "statistics" / "statistics_metadata.json").is_file()
+
+
+def test_texts_without_a_tokenizer_are_refused_before_weights_are_read(tmp_path):
+    source = shutil.copytree(SOURCE, tmp_path / "source", copy_function=shutil.copyfile)
+    for file in source.glob("token*"):
+        file.unlink()
+    settings = {"quantization_config": SCALE_ESTIMATION, "dataset": TEXTS}
+    with pytest.raises(ValueError, match=f"{source}: no tokenizer files"):
+        export_model(source, tmp_path / "ir", **settings, progress=weights_were_read)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def _size_limited(limit, arguments):
@@ -214,6 +242,24 @@ def test_full_tmpfs(kilobytes, weight_format, tmp_path):
     assert lines[-1] == f"{[(str(disk), []), (str(disk / 'ir'), ['earlier'])]} kept"
 
 
+@pytest.mark.skipif(not _may_mount(), reason="this system lets users mount no tmpfs of their own")
+def test_mount_point_in_a_read_only_folder(tmp_path):
+    """As a container has it: nothing can be made beside the output, nor can the output itself be renamed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = (
+        f"mount -t tmpfs tmpfs {disk} && mkdir {disk}/ir && mount -t tmpfs tmpfs {disk}/ir"
+        f" && mount -o remount,ro {disk} && echo mine >{disk}/ir/notes"
+        ' && for format in original int8; do "$@" --weight-format $format; done'
+        f" && ls -A {disk}/ir && cp {disk}/ir/openvino_model.bin {tmp_path}"
+    )
+    export = [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "export", str(SOURCE), f"{disk}/ir"]
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, "sh", *export], capture_output=True, text=True)
+    output = export_model(SOURCE, tmp_path / "ir", weight_format="int8")
+    assert sorted(done.stdout.splitlines()[2:]) == sorted([*os.listdir(output), "notes"]), done.stderr
+    assert (tmp_path / "openvino_model.bin").read_bytes() == (output / "openvino_model.bin").read_bytes()
+
+
 def test_weights_cut_short(tmp_path):
     """As after a full disk that OpenVINO did not notice."""
     folder = export_model(SOURCE, tmp_path / "ir")
@@ -271,6 +317,36 @@ def test_interrupted_compression(tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_interrupts_and_calibration(when, tmp_path):
+    """What NNCF ran to see activations is gone by then, with the stack for signals that OpenVINO had made."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys, time
+        import nncf
+        from optimum_chatglm_ov import export_model
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                pass
+        compress = nncf.compress_weights
+        def interrupted(*args, **kwargs):
+            compress(*args, **kwargs)
+            interrupt()
+        if sys.argv[3] == "during":
+            nncf.compress_weights = interrupted
+        settings = {"bits": 4, "group_size": 32, "scale_estimation": True, "num_samples": 2}
+        export_model(sys.argv[1], sys.argv[2], quantization_config=settings, dataset=["The quick brown fox. "] * 20)
+        interrupt()
+        """
+    )
+    command = [sys.executable, "-c", script, str(SOURCE), str(tmp_path / "ir"), when]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (-signal.SIGINT, 1) and "KeyboardInterrupt" in done.stderr, done.stderr
+    assert os.listdir(tmp_path) == ([] if when == "during" else ["ir"])
+
+
 def test_progress_counts_every_tensor(tmp_path):
     calls = []
     export_model(SOURCE, tmp_path / "ir", progress=lambda *call: calls.append(call))
@@ -278,30 +354,34 @@ def test_progress_counts_every_tensor(tmp_path):
     assert counts == list(range(1, calls[-1][2] + 1))
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"weight_format": "int3"}, {"weight_format": "int8", "quantization_config": {"bits": 4}}]
-)
-def test_bad_arguments(arguments, tmp_path):
-    with pytest.raises(ValueError, match="weight_format"):
-        export_model(SOURCE, tmp_path / "ir", **arguments)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("source", ["chatglm2-6b", "glm-4-9b-chat", "chatglm2-6b-int4"])
+def test_original_weights_are_not_written_over(source, tmp_path):
+    """Neither by name nor through links; their config.json would be another, and no second export possible."""
+    folder = shutil.copytree(DATA / "models" / source, tmp_path / "original", copy_function=shutil.copyfile)
+    (tmp_path / "link").symlink_to("original")
+    model = OVChatGLMForCausalLM.from_pretrained(folder, compile=False)
+    before = content(folder)
+    for write in (
+        lambda: export_model(folder, folder),
+        lambda: export_model(folder, tmp_path / "link"),
+        lambda: export_model(tmp_path / "link", folder),
+        lambda: export_model(SOURCE, folder),
+        lambda: model.save_pretrained(folder),
+    ):
+        with pytest.raises(ExportError, match=f"original weights {folder}/.*Choose another output folder"):
+            write()
+    assert content(folder) == before
+    assert export_model(folder, folder / "ir").joinpath("openvino_model.xml").is_file()
+    assert {name: data for name, data in content(folder).items() if not name.startswith("ir/")} == before
 
 
-def test_large_models_are_int8_by_default():
-    from optimum_chatglm_ov.quantization import resolve_config
-
-    config = ChatGLMConfig()
-    settings = resolve_config(config, None, None, 6_000_000_000)
-    assert (settings.bits, settings.sym) == (8, True)
-    assert resolve_config(config, None, None, 100_000_000) is None
-    assert resolve_config(config, "original", None, 6_000_000_000) is None
-
-
-def test_original_weights_beside_an_ir(tmp_path):
+def test_original_weights_beside_an_ir(tmp_path, exported):
     """A folder with both: `export=True` takes the original weights, otherwise the IR is loaded."""
     folder = shutil.copytree(SOURCE, tmp_path / "both", copy_function=shutil.copyfile)
-    export_model(folder, folder)
-    assert {"openvino_model.xml", "model.safetensors.index.json"} <= {file.name for file in folder.iterdir()}
+    for file in exported(SOURCE.name).glob("openvino_model.*"):
+        shutil.copyfile(file, folder / file.name)
+    assert OVChatGLMForCausalLM.from_pretrained(folder, compile=False).model_save_dir == folder
+    assert OVChatGLMForCausalLM.from_pretrained(folder, export=True, compile=False).model_save_dir != folder
     assert export_model(folder, tmp_path / "again").joinpath("openvino_model.bin").is_file()
 
 

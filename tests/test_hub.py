@@ -4,6 +4,8 @@
 import json
 import logging
 import os
+import resource
+import signal
 import subprocess
 import sys
 import traceback
@@ -12,6 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import transformers
+from conftest import in_child
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants, file_download
 from huggingface_hub.errors import (
@@ -25,6 +28,7 @@ from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.errors import CheckpointError
+from optimum_chatglm_ov.files import complete_folder
 from optimum_chatglm_ov.hub import DownloadError, has_openvino_model, model_card, resolve_checkpoint, weight_precision
 
 
@@ -145,12 +149,11 @@ def test_a_shard_that_the_repository_lacks_is_named(hub):
         resolve_checkpoint("user/part")
 
 
-def test_an_index_cannot_reach_outside_the_repository(hub, tmp_path):
-    index = {"weight_map": {"a": "../../../../secret", "b": "/etc/passwd", "c": "modeling_chatglm.py"}}
-    hub.create(
-        "user/hostile", {"config.json": b"{}", "a.py": b"", "model.safetensors.index.json": json.dumps(index).encode()}
-    )
-    with pytest.raises(CheckpointError, match="missing"):
+@pytest.mark.parametrize("shard", ["../../../../secret.bin", "/etc/passwd", "a.py"])
+def test_an_index_brings_nothing_but_weights_of_its_repository(hub, shard):
+    index = json.dumps({"weight_map": {"a": shard}}).encode()
+    hub.create("user/hostile", {"config.json": b"{}", "a.py": b"", "model.safetensors.index.json": index})
+    with pytest.raises(CheckpointError, match=f"shard name '{shard}' is not the plain name"):
         resolve_checkpoint("user/hostile")
     assert hub.downloaded() == {"config.json", "model.safetensors.index.json"}
 
@@ -314,6 +317,20 @@ def test_a_connection_that_stays_cut_leaves_no_half_file_in_place(hub, tmp_path,
     assert hub.downloaded() == {"model.safetensors"}
 
 
+def test_a_full_cache_is_named(hub, tmp_path):
+    """In a process whose files cannot grow."""
+    hub.create("user/model", SMALL)
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        export_model("user/model", tmp_path / "ir", cache_dir=tmp_path / "own")
+
+    error = in_child(limited)
+    assert error.startswith("OSError: ") and str(tmp_path / "own") in error
+    assert not (tmp_path / "ir").exists()
+
+
 # Pushing -------------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +395,19 @@ def test_pushing_again_uploads_what_has_changed_and_keeps_an_edited_card(hub, mo
     assert not any(method == "PUT" for method, _ in hub.requests)
     files = hub.repositories["user/pushed"].branches["main"].files
     assert files["generation_config.json"] == b'{"changed": true}' and b"My own text." in files["README.md"]
+
+
+def test_what_a_killed_process_left_is_not_pushed(hub, model, saved):
+    expected = set(files_of(saved))
+
+    def killed():
+        with complete_folder(saved) as folder:
+            (folder / "openvino_model.bin").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == signal.SIGKILL and set(files_of(saved)) > expected
+    model.push_to_hub(saved, "user/pushed", token=TOKEN)
+    assert set(hub.repositories["user/pushed"].branches["main"].files) == {*expected, ".gitattributes"}
 
 
 def test_a_pull_request_leaves_the_branch_alone(hub, model, saved):
@@ -489,6 +519,19 @@ def test_the_card_knows_the_precision_of_the_weights(tmp_path, precision):
     assert weight_precision(model.model) == precision
     model.save_model_card(tmp_path)
     assert precision in ModelCard.load(tmp_path / "README.md").data.tags
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_saving_again_renews_a_generated_card_and_keeps_any_other(model, saved, encoding):
+    card = saved / "README.md"
+    generated = card.read_bytes()
+    card.write_bytes(generated + b"changed")
+    model.save_pretrained(saved)
+    assert card.read_bytes() == generated
+    own = "---\nlanguage: zh\n---\n我的说明".encode(encoding)
+    card.write_bytes(own)
+    model.save_pretrained(saved)
+    assert card.read_bytes() == own and (saved / "nested" / "large.dat").is_file()
 
 
 def test_model_card_of_a_model_of_unknown_origin(tmp_path):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports an original ChatGLM checkpoint to a folder with an OpenVINO model, its configuration and its tokenizer. The
-folder appears complete or not at all."""
+folder gets all of these or none."""
 
 from __future__ import annotations
 

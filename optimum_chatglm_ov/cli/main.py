@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -28,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `chatglm-ov` with these arguments (those of the process by default).
 
     Returns:
-        The exit code: 0, 1 after an error, 2 for arguments that are not understood, 130 after Ctrl-C.
+        The exit code: 0, 1 after an error, 2 for arguments that are not understood, 130 after Ctrl-C. SIGTERM ends the
+        process with 143, when what is half written has been removed.
     """
     parser = argparse.ArgumentParser(prog="chatglm-ov", description="ChatGLM, every generation, on OpenVINO.")
     subparsers = parser.add_subparsers(title="sub-commands", dest="subcommand", metavar="SUB-COMMAND", required=True)
@@ -48,6 +51,8 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     debug = getattr(args, "debug", False)
     if not debug:
         _quiet_libraries()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         code = run(args)
         sys.stdout.flush()

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, graph
-from optimum_chatglm_ov.checkpoint import ORIGINAL_MODULES
+from optimum_chatglm_ov.checkpoint import original_names
 
 
 MODELS = {
@@ -93,7 +93,9 @@ def main() -> None:
 
 def write_weights(config: ChatGLMConfig, folder: Path, dtype: torch.dtype, shard_size: float) -> None:
     """Shards of about `shard_size` GB, and their index."""
-    shards = list(split(original_shapes(config), shard_size * 1e9 / dtype.itemsize))
+    needed = graph.tensor_shapes(config)
+    names = original_names(config, needed)
+    shards = list(split({names[name]: shape for name, shape in needed.items()}, shard_size * 1e9 / dtype.itemsize))
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
     for number, shapes in enumerate(shards, start=1):
@@ -103,19 +105,6 @@ def write_weights(config: ChatGLMConfig, folder: Path, dtype: torch.dtype, shard
         weight_map |= dict.fromkeys(shapes, file)
         print(f"{file}: {len(shapes)} tensors", flush=True)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def original_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, by its name in the original checkpoint."""
-    modules = ORIGINAL_MODULES[config.architecture]
-    shapes = {}
-    for name, shape in graph.tensor_shapes(config).items():
-        parts = name.split(".")
-        layer = parts[1] if parts[0] == "layers" else None
-        if layer is not None:
-            parts[1] = "{i}"
-        shapes[f"{modules['.'.join(parts[:-1])]}.{parts[-1]}".format(i=layer)] = shape
-    return shapes
 
 
 def split(shapes: dict[str, tuple[int, ...]], numbers: float) -> Iterator[dict[str, tuple[int, ...]]]:
