@@ -12,9 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..bench import WAYS, Measurement, cpu_description, measure
+from ..bench import WAYS, Measurement, cpu_description, measure, stream_bandwidth
 from ..errors import ExportError
 from .arguments import UsageError, add_computation_options, computation_options, positive_integer
+
+
+_SHORT_REPETITIONS = 10  # as many more where one takes milliseconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,9 +119,11 @@ def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
     from ..native.bench_attention import CHATGLM3, CHATGLM_6B, measure_attention
 
     shape = {"chatglm3": CHATGLM3, "chatglm": CHATGLM_6B}[args.attention_only]
+    bandwidth = stream_bandwidth(args.threads)
     for length in args.prompt_tokens:
         for new, past in ((length, 0), (1, length)):
-            found = measure_attention(shape, new, past, repetitions=args.repetitions, threads=args.threads)
+            repetitions = args.repetitions if new > 1 else _SHORT_REPETITIONS * args.repetitions
+            found = measure_attention(shape, new, past, repetitions=repetitions, threads=args.threads)
             for m in found:
                 cells = {
                     "attention": m.way,
@@ -126,6 +131,8 @@ def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
                     "after": f"{past}",
                     "time of a layer (ms)": f"{m.seconds * 1e3:.3f}",
                     "GFLOP/s": f"{m.gigaflops:.0f}",
+                    "read (GB/s)": f"{m.gigabytes:.1f}",
+                    "of a stream": f"{100 * m.gigabytes / bandwidth:.0f} %",
                     "times fused bf16": f"{m.seconds / found[0].seconds:.2f}",
                 }
                 yield _Row(asdict(m), cells)
