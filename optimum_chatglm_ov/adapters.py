@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import graph
-from .checkpoint import ORIGINAL_MODULES, Shard, Weight, open_shard, read_tensor
+from .checkpoint import ORIGINAL_MODULES, Derived, Shard, Weight, open_shard, read_tensor
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError
 
@@ -82,46 +82,28 @@ def merge_adapters(
             raise ValueError(f"{folder}: the adapter's weight is {weight!r}; expected a number.")
         for name, lora in _read(Path(folder), float(weight), weights, config).items():
             changes.setdefault(name, []).append(lora)
-    return _Merged(weights, changes, dtype)
+
+    def merge(name: str, base: Weight) -> Weight:
+        return _merged(name, base, changes[name], dtype) if name in changes else base
+
+    return Derived(weights, merge)
 
 
-class _Merged(Mapping):
-    def __init__(
-        self, weights: Mapping[str, Weight], changes: Mapping[str, Sequence[_LoRA]], dtype: torch.dtype | None
-    ):
-        self._weights = weights
-        self._changes = changes
-        self._dtype = dtype
-        self._last: tuple[str, Weight] | None = None  # the graph takes a fused projection's parts one after another
-
-    def __getitem__(self, name: str) -> Weight:
-        if name not in self._changes:
-            return self._weights[name]
-        if self._last is None or self._last[0] != name:
-            self._last = name, self._merge(name, self._weights[name], self._changes[name])
-        return self._last[1]
-
-    def _merge(self, name: str, weight: Weight, changes: Sequence[_LoRA]) -> Weight:
-        shape, dtype = tuple(weight.data.shape), self._dtype or weight.data.dtype
-        merged = weight.scratch.empty(shape, dtype) if weight.scratch else torch.empty(shape, dtype=dtype)
-        for start in range(0, shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            total = weight.data[rows].to(torch.float32, copy=True)
-            for lora in changes:
-                total += lora.scale * (lora.b[rows] @ lora.a)
-            merged[rows] = total
-        if not torch.isfinite(torch.stack(torch.aminmax(merged))).all():
-            raise CheckpointError(
-                f"{name}: the base and the adapters add up to values beyond the range of {dtype}. Give the adapters "
-                "smaller weights, or export with `weight_format` bf16 or fp32."
-            )
-        return replace(weight, data=merged, bits=8 * merged.element_size())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+def _merged(name: str, base: Weight, changes: Sequence[_LoRA], dtype: torch.dtype | None) -> Weight:
+    shape, dtype = tuple(base.data.shape), dtype or base.data.dtype
+    merged = base.scratch.empty(shape, dtype) if base.scratch else torch.empty(shape, dtype=dtype)
+    for start in range(0, shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        total = base.data[rows].to(torch.float32, copy=True)
+        for lora in changes:
+            total += lora.scale * (lora.b[rows] @ lora.a)
+        merged[rows] = total
+    if not torch.isfinite(torch.stack(torch.aminmax(merged))).all():
+        raise CheckpointError(
+            f"{name}: the base and the adapters add up to values beyond the range of {dtype}. Give the adapters "
+            "smaller weights, or export with `weight_format` bf16 or fp32."
+        )
+    return replace(base, data=merged, bits=8 * merged.element_size())
 
 
 def _read(folder: Path, weight: float, weights: Mapping[str, Weight], config: ChatGLMConfig) -> dict[str, _LoRA]:

@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,6 +122,37 @@ class Scratch:
         os.posix_fallocate(self._file.fileno(), start, size)  # a full disk must fail here, not as a bus error
         array = np.memmap(self._file, dtype=np.uint8, mode="r+", offset=start, shape=(size,))
         return torch.from_numpy(array).view(dtype).view(shape)
+
+
+class Derived(Mapping[str, Weight]):
+    """Weights made of other weights, under the same names, when they are asked for.
+
+    Args:
+        weights: tensors by canonical name.
+        derive: of a name and the weight in `weights`, the weight here.
+    """
+
+    def __init__(self, weights: Mapping[str, Weight], derive: Callable[[str, Weight], Weight]):
+        self._weights = weights
+        self._derive = derive
+        self._matrix: tuple[str, Weight] | None = None
+
+    def __getitem__(self, name: str) -> Weight:
+        if self._matrix is not None and self._matrix[0] == name:  # query, key and value are rows of one matrix
+            return self._matrix[1]
+        weight = self._derive(name, self._weights[name])
+        if weight.data.ndim == 2:
+            self._matrix = name, weight
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
 
 
 class Checkpoint(Mapping[str, Weight]):

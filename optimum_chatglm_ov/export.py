@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from . import graph, quantization
 from .adapters import merge_adapters
-from .checkpoint import Checkpoint, Scratch, Weight
+from .checkpoint import Checkpoint, Derived, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
 from .files import complete_folder
@@ -111,10 +111,10 @@ def export_model(
             prefix = load_prefix(weights, prefix_encoder, config)
             config.pre_seq_len = prefix.shape[3]
         if weight_format in _DTYPES:
-            weights = _InPrecision(weights, _DTYPES[weight_format])
+            weights = _in_precision(weights, _DTYPES[weight_format])
         if quantization_config:
             weights = quantization.int8_rows(weights, quantization_config)
-        model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)
+        model = graph.build_model(config, _counted(weights, progress) if progress else weights, prefix)
         if quantization_config:
             quantization.compress(model, quantization_config, tokenizer, dataset)
         _describe(model)
@@ -211,60 +211,29 @@ def _check_size(xml: Path) -> None:
         )
 
 
-class _InPrecision(Mapping):
-    """Weights with all floating-point tensors in one precision."""
+def _in_precision(weights: Mapping[str, Weight], dtype: torch.dtype) -> Mapping[str, Weight]:
+    """`weights` with all floating-point tensors in one precision."""
 
-    def __init__(self, weights: Mapping[str, Weight], dtype: torch.dtype):
-        self._weights = weights
-        self._dtype = dtype
-        self._recent: dict[str, Weight] = {}
-
-    def __getitem__(self, name: str) -> Weight:
-        if name not in self._recent:  # q, k and v ask for one tensor, one after the other
-            while len(self._recent) > 3:
-                del self._recent[next(iter(self._recent))]
-            self._recent[name] = self._convert(name)
-        return self._recent[name]
-
-    def _convert(self, name: str) -> Weight:
-        found = self._weights[name]
-        converted = found.to(self._dtype)
-        if converted is not found and not torch.isfinite(torch.stack(torch.aminmax(converted.data))).all():
+    def convert(name: str, weight: Weight) -> Weight:
+        converted = weight.to(dtype)
+        if converted is not weight and not torch.isfinite(torch.stack(torch.aminmax(converted.data))).all():
             raise ExportError(
-                f"{name}: values beyond the range of {self._dtype} (largest: {found.data.abs().max():.3g}); "
+                f"{name}: values beyond the range of {dtype} (largest: {weight.data.abs().max():.3g}); "
                 "export with `weight_format` bf16, fp32 or int8."
             )
         return converted
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
+    return Derived(weights, convert)
 
 
-class _Counted(Mapping):
-    """Weights that report each tensor's first use."""
+def _counted(weights: Mapping[str, Weight], progress: Progress) -> Mapping[str, Weight]:
+    """`weights`, reporting each tensor's first use."""
+    seen: set[str] = set()
 
-    def __init__(self, weights: Mapping[str, Weight], progress: Progress):
-        self._weights = weights
-        self._progress = progress
-        self._seen: set[str] = set()
+    def count(name: str, weight: Weight) -> Weight:
+        if name not in seen:
+            seen.add(name)
+            progress("Reading weights", len(seen), len(weights))
+        return weight
 
-    def __getitem__(self, name: str) -> Weight:
-        if name not in self._seen:
-            self._seen.add(name)
-            self._progress("Reading weights", len(self._seen), len(self._weights))
-        return self._weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
+    return Derived(weights, count)

@@ -20,9 +20,9 @@ from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
 from optimum.intel.openvino.quantization import _weight_only_quantization
 
 from . import texts
-from .checkpoint import Weight
+from .checkpoint import Derived, Weight
 from .configuration import ChatGLMConfig
-from .int8 import Int8Rows
+from .int8 import quantize_rows
 
 
 FLOATING_FORMATS = ("original", "fp32", "fp16", "bf16")
@@ -145,9 +145,10 @@ def int8_rows(weights: Mapping[str, Weight], quantization_config: OVWeightQuanti
     These are all matrices under `default_config("int8")`, the embedding and the output layer under 4 bits.
     """
     if _all_int8(quantization_config):
-        return Int8Rows(weights, lambda name: True)
+        return Derived(weights, quantize_rows)
     if _int8_ends(quantization_config):
-        return Int8Rows(weights, ("embed_tokens.weight", "lm_head.weight").__contains__)
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        return Derived(weights, lambda name, weight: quantize_rows(name, weight) if name in ends else weight)
     return weights
 
 

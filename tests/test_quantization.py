@@ -162,12 +162,12 @@ def test_int8_of_unusual_rows():
     rows[4, :2], rows[5] = torch.tensor([60000.0, -2.0]), torch.linspace(-1, 2, 64)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         weight = Weight(rows.to(dtype))
-        found = quantize_rows(weight, "rows")
+        found = quantize_rows("rows", weight)
         assert found.bits == 8 and found.data.dtype == torch.int8 and found.scale.dtype == torch.float16
         error = (found.data.float() * found.scale.float()[:, None] - weight.data.float()).abs()
         assert (error <= 0.56 * found.scale.float().abs()[:, None]).all()
     with pytest.raises(CheckpointError, match="lm_head.weight: numbers up to 1e\\+30, too large for int8"):
-        quantize_rows(Weight(torch.full((2, 64), 1e30)), "lm_head.weight")
+        quantize_rows("lm_head.weight", Weight(torch.full((2, 64), 1e30)))
 
 
 def _shapes():
