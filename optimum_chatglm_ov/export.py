@@ -193,6 +193,10 @@ def _describe(model: ov.Model) -> None:
         except importlib.metadata.PackageNotFoundError:
             continue
         model.set_rt_info(version, ["optimum", f"{package.replace('-', '_')}_version"])
+    precision, compression = quantization.weight_precision(model), ["nncf", "weight_compression"]
+    if precision in ("int8", "int4") and not model.has_rt_info(compression):
+        # integers that NNCF did not make: marked as its own, so that no tool quantises them again
+        model.set_rt_info(f"{precision}_sym", [*compression, "mode"])
 
 
 def _check_size(xml: Path) -> None:

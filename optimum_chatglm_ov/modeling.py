@@ -193,7 +193,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 adapters=adapters,
                 prefix_encoder=prefix_encoder,
             )
-            load_in_8bit = quantization_config = None
+            quantization_config = None
             config = None  # the one that was exported
         else:
             if adapters or prefix_encoder:
@@ -203,25 +203,26 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 )
             folder = source
             if load_in_8bit or quantization_config is not None:
+                if compile_only:
+                    raise ValueError("A model loaded with `compile_only=True` cannot be quantised; load it without.")
                 quantization_config = quantization.resolve_config(
                     load_config(folder), None, quantization_config or {"bits": 8}, 0
                 )
-                load_in_8bit = None
         if config is None:
             config = load_config(folder, rope_ratio_type)
         config.name_or_path = str(model_id)
         model = cls._from_pretrained(
             model_id=folder,
             config=config,
-            load_in_8bit=bool(load_in_8bit),
-            quantization_config=quantization_config,
             device=device,
             ov_config=dict(ov_config or {}),
-            compile=compile and attention == "sdpa",
+            compile=compile and attention == "sdpa" and quantization_config is None,
             compile_only=compile_only,
             generation_config=generation_config,
         )
         model._attention = attention
+        if quantization_config is not None:
+            model._quantize(quantization_config, folder)
         if compile:
             model.compile()
         model._temporary_folder = temporary
@@ -230,6 +231,17 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         if not use_cache:
             model.generation_config.use_cache = False
         return model
+
+    def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
+        precision = quantization.weight_precision(self.model)
+        if precision not in quantization.FLOATING_FORMATS:
+            raise ValueError(
+                f"{folder}: the weights are {precision} already and cannot be quantised again. Leave out "
+                "`load_in_8bit` and `quantization_config`, or export the original checkpoint with them."
+            )
+        tokenizer = None if quantization_config.dataset is None else AutoTokenizer.from_pretrained(folder)
+        quantization.compress(self.model, quantization_config, tokenizer)
+        self._openvino_config = OVConfig(quantization_config=quantization.for_saving(quantization_config))
 
     # Compilation -----------------------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ def test_details_refine_the_default_of_the_format():
     config = weight_arguments(arguments)["quantization_config"]
     assert (config.bits, config.dtype, config.ratio) == (4, "int4", 0.8)
     assert (config.quant_method.value, config.scale_estimation, config.num_samples) == ("awq", True, 7)
-    assert config.group_size == optimum_chatglm_ov.quantization.default_config("int4").group_size
+    assert config.group_size == optimum_chatglm_ov.quantization.refined("int4").group_size
     config = weight_arguments(parse("--weight-format", "int8", "--no-sym"))["quantization_config"]
     assert (config.bits, config.sym) == (8, False)
     config = weight_arguments(parse("--weight-format", "nf4", "--backup-precision", "none"))["quantization_config"]

@@ -3,11 +3,13 @@
 
 from collections import Counter
 
+import datasets
 import numpy as np
 import openvino as ov
 import pytest
 import torch
 from conftest import DATA, EXACT, Golden
+from optimum.intel.openvino import OVQuantizer
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
 from transformers import AutoTokenizer
 
@@ -101,12 +103,66 @@ def test_golden_of_quantised_checkpoints(name, exact_model):
         np.testing.assert_array_equal(ids, golden[f"greedy_{case}"], err_msg=case)
 
 
-def test_quantising_again_is_refused(tmp_path):
+def test_quantising_a_checkpoint_again_is_refused(tmp_path):
     source = DATA / "models" / "chatglm2-6b-int4"
     for settings in ({"weight_format": "int8"}, {"quantization_config": {"bits": 4}}):
         with pytest.raises(ValueError, match="already quantised"):
             export_model(source, tmp_path / "ir", **settings)
     assert not (tmp_path / "ir").exists()
+
+
+@pytest.mark.parametrize(
+    "name, weight_format, precision",
+    [
+        ("chatglm2-6b-int4", None, "int4"),
+        ("chatglm-6b-int8", None, "int8"),
+        ("chatglm3-6b", "int8", "int8"),
+        ("chatglm3-6b", "int4", "int4"),
+        ("chatglm3-6b", "nf4", "nf4"),
+    ],
+)
+def test_quantising_an_ir_again_is_refused(name, weight_format, precision, tmp_path):
+    """By this package, and by whatever goes by the mark that NNCF leaves, such as optimum-intel."""
+    folder = export_model(DATA / "models" / name, tmp_path / "ir", weight_format=weight_format)
+    for settings in ({"quantization_config": {"bits": 4}}, {"load_in_8bit": True}):
+        with pytest.raises(ValueError, match=f"ir: the weights are {precision} already.*export the original"):
+            OVChatGLMForCausalLM.from_pretrained(folder, **settings)
+    model = OVChatGLMForCausalLM.from_pretrained(folder, compile=False, load_in_8bit=False)
+    with pytest.raises(RuntimeError, match="already optimized"):
+        OVQuantizer(model).quantize(ov_config=OVConfig(quantization_config=OVWeightQuantizationConfig(bits=8)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 8},
+        {"bits": 8, "sym": False},
+        {"bits": 4},
+        {"bits": 4, "all_layers": True, "group_size": 32},
+        {"bits": 4, "group_size": 32, "scale_estimation": True, "num_samples": 4, "dataset": TEXTS},
+    ],
+)
+@pytest.mark.parametrize("name", ["chatglm3-6b", "chatglm-6b-3layer-untied"])
+def test_an_ir_is_quantised_as_at_the_export(name, settings, exported, tmp_path):
+    """The same request gives the same integers in the blocks, and the settings are saved with the model."""
+    model = OVChatGLMForCausalLM.from_pretrained(exported(name), quantization_config=dict(settings), ov_config=EXACT)
+    model.save_pretrained(tmp_path / "later")
+    export_model(DATA / "models" / name, tmp_path / "at once", quantization_config=dict(settings))
+    assert types_of(tmp_path / "later") == types_of(tmp_path / "at once")
+    later, at_once = constants(tmp_path / "later"), constants(tmp_path / "at once")
+    for constant in ("layers.0.self_attn.o_proj.weight", "layers.2.mlp.down_proj.weight"):
+        found, expected = (nodes[constant].data.astype(np.int64) for nodes in (later, at_once))
+        assert (found != expected).mean() < 0.02  # int8 scales are rounded to fp16 before or after the integers
+    saved = [OVConfig.from_pretrained(tmp_path / when).quantization_config.to_dict() for when in ("later", "at once")]
+    assert saved[0] == saved[1] and saved[0]["bits"] == settings["bits"] and saved[0]["tokenizer"] is None
+    ids = torch.from_numpy(Golden(name)["single_input_ids"])
+    expected = OVChatGLMForCausalLM.from_pretrained(tmp_path / "at once", ov_config=EXACT)(ids).logits
+    assert (model(ids).logits - expected).abs().mean() < 0.05 * expected.std()
+
+
+def test_what_is_compiled_only_is_not_quantised(exported):
+    with pytest.raises(ValueError, match="`compile_only=True` cannot be quantised"):
+        OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), compile_only=True, load_in_8bit=True)
 
 
 # NNCF ----------------------------------------------------------------------------------------------------------------
@@ -241,6 +297,48 @@ def test_dataset_as_file_strings_and_rows(tmp_path):
             np.testing.assert_array_equal(sample["input_ids"], first["input_ids"])
 
 
+def test_rows_of_the_datasets_package(tmp_path):
+    """A `Dataset`, also as a stream, is read as its texts are; a `DatasetDict` of them is refused."""
+    rows = datasets.Dataset.from_dict({"id": range(len(TEXTS)), "text": TEXTS})
+    settings = {"bits": 4, "group_size": 32, "scale_estimation": True, "num_samples": 4}
+    folders = [
+        export_model(CHATGLM3, tmp_path / name, quantization_config=dict(settings), dataset=dataset)
+        for name, dataset in (("texts", TEXTS), ("rows", rows), ("stream", rows.to_iterable_dataset()))
+    ]
+    in_settings = dict(settings) | {"dataset": rows}
+    folders.append(export_model(CHATGLM3, tmp_path / "in settings", quantization_config=in_settings))
+    contents = [(folder / "openvino_model.bin").read_bytes() for folder in folders]
+    assert len(set(contents)) == 1
+    with pytest.raises(ValueError, match="DatasetDict with the keys 'train', 'test'. Pass one split"):
+        export_model(
+            CHATGLM3,
+            tmp_path / "ir",
+            quantization_config=dict(settings),
+            dataset=datasets.DatasetDict(train=rows, test=rows),
+        )
+
+
+@pytest.mark.parametrize("name", ["chatglm3-6b", "chatglm-6b-3layer-untied"])
+def test_texts_of_the_model_itself(name, exported, exact_model, tmp_path):
+    """`auto`: any first token, then what the model itself finds likely, one token after the other."""
+    source = DATA / "models" / name
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    config = OVWeightQuantizationConfig(bits=4, num_samples=32)
+    model = ov.Core().read_model(exported(name) / "openvino_model.xml")
+    samples = quantization.calibration_inputs(config, tokenizer, "auto:seq_len=24", model)
+    assert len(samples) == 32 and {sample["input_ids"].shape for sample in samples} == {(1, 26)}
+    ids = torch.from_numpy(np.concatenate([sample["input_ids"] for sample in samples]))
+    assert (ids[:, :2] == torch.tensor(tokenizer.build_inputs_with_special_tokens([]))).all()
+    assert len(set(ids[:, 2].tolist())) > 16 and ids.max() < len(tokenizer)
+    logits = exact_model(name)(ids).logits[:, 2:-1, : len(tokenizer)]
+    likely = logits.log_softmax(-1).gather(2, ids[:, 3:, None]).mean()
+    by_chance = logits.log_softmax(-1).gather(2, ids.roll(1, 0)[:, 3:, None]).mean()
+    assert likely > by_chance + 0.1
+    settings = {"bits": 4, "group_size": 32, "scale_estimation": True, "num_samples": 4}
+    estimated = export_model(source, tmp_path / "ir", quantization_config=settings, dataset="auto")
+    assert types_of(estimated)[0]["u4"] > 0
+
+
 def test_text_file_in_quantization_config(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(TEXTS), encoding="utf-8")
@@ -258,8 +356,21 @@ def test_text_file_in_quantization_config(tmp_path):
         ({"bits": 4, "scale_estimation": True}, [{"content": "x"}], "'text' column"),
         ({"bits": 3}, None, "3"),
         ({"bits": 4, "nonsense": 1}, None, "nonsense"),
-        ({"bits": 8}, TEXTS, "`dataset` is only for 4-bit weights"),
-        ({"bits": 8, "dataset": TEXTS}, None, "`dataset` is only for 4-bit weights"),
+        ({"bits": 8}, TEXTS, "`dataset` would have no effect: texts are for 4-bit weights with awq"),
+        ({"bits": 8, "dataset": TEXTS}, None, "`dataset` would have no effect"),
+        ({"bits": 4}, TEXTS, "`dataset` would have no effect"),
+        ({"bits": 4, "ratio": 0.5, "sensitivity_metric": "weight_quantization_error"}, TEXTS, "would have no effect"),
+        ({"bits": 4, "ratio": 0.5, "sensitivity_metric": "max_activation_variance"}, None, "needs texts"),
+        ({"bits": 4, "ratio": 0.5, "sensitivity_metric": "nonsense"}, None, "'nonsense'; expected one of weight_q"),
+        ({"bits": 4, "scale_estimation": True}, {"train": TEXTS, "test": TEXTS}, "keys 'train', 'test'. Pass one"),
+        ({"bits": 4, "scale_estimation": True, "dataset": {"train": TEXTS}}, None, "dict with the keys 'train'"),
+        ({"bits": 4, "scale_estimation": True}, 3, "The texts are 3; expected a UTF-8 text file"),
+        ({"bits": 4, "scale_estimation": True}, ["half \ud800"], "character 5 is half of a character"),
+        ({"bits": 4, "scale_estimation": True}, "wikitext3", "wikitext3: cannot read.*wikitext2, c4, c4-new, gsm8k"),
+        ({"bits": 4, "scale_estimation": True}, "c4:length=3", "the only option of a data set is `seq_len`"),
+        ({"bits": 4, "scale_estimation": True}, "c4:seq_len=0", "the only option of a data set is `seq_len`"),
+        ({"bits": 4, "scale_estimation": True}, "gsm8k:seq_len=64", "data set 'gsm8k' could not be loaded"),
+        ({"bits": 4, "scale_estimation": True, "dataset": "wikitext2:seq_len=64"}, None, "'wikitext2' could not be"),
         ({"bits": 8, "ratio": 0.5}, None, "ratio"),
         ({"bits": 8, "group_size": 64}, None, "group_size"),
         ({"bits": 8, "quant_method": "awq"}, None, "awq|AWQ"),
@@ -268,8 +379,17 @@ def test_text_file_in_quantization_config(tmp_path):
     ],
 )
 def test_wrong_settings(settings, dataset, message, tmp_path):
+    read = []
     with pytest.raises(ValueError, match=message):
-        export_model(CHATGLM3, tmp_path / "ir", quantization_config=settings, dataset=dataset)
+        export_model(
+            CHATGLM3,
+            tmp_path / "ir",
+            quantization_config=settings,
+            dataset=dataset,
+            progress=lambda *call: read.append(call),
+        )
+    if "group_size" not in settings:  # NNCF alone knows what fits the matrices
+        assert read == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -288,6 +408,44 @@ def test_settings_load_back(tmp_path):
     assert (loaded.bits, loaded.sym, loaded.group_size, loaded.ratio) == (4, True, 32, 0.8)
     assert loaded.group_size_fallback == "adjust"
     assert OVChatGLMForCausalLM.from_pretrained(folder, compile=False) is not None
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_group_size_of_activations_reaches_the_plugin(weight_format, tmp_path):
+    settings = {"dtype": weight_format, "dq_group_size": 64}
+    model = OVChatGLMForCausalLM.from_pretrained(
+        export_model(CHATGLM3, tmp_path / "ir", quantization_config=settings), attention="sdpa"
+    )
+    assert model.request.get_compiled_model().get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 64
+
+
+def test_one_request_has_one_meaning(tmp_path):
+    """A format by name, and a dictionary: what it names over the defaults of that format."""
+    expected = quantization.refined("int4").to_dict()
+    assert (expected["group_size"], expected["sym"], expected["backup_precision"]) == (64, False, "int8_sym")
+
+    def resolved(weight_format=None, quantization_config=None):
+        config = ChatGLMConfig.from_pretrained(CHATGLM3)
+        return quantization.resolve_config(config, weight_format, quantization_config, 0).to_dict()
+
+    fallback = {"group_size_fallback": "adjust"}
+    assert resolved("int4") == resolved(None, {"bits": 4}) == resolved(None, {"dtype": "int4"}) == expected | fallback
+    assert resolved(None, {"bits": 4, "num_samples": 4}) == expected | fallback | {"num_samples": 4}
+    assert resolved(None, {"bits": 4, "ratio": 0.8, "sym": True}) == expected | fallback | {"ratio": 0.8, "sym": True}
+    assert resolved("int8") == resolved(None, {}) == resolved(None, {"bits": 8})
+    assert resolved("nf4") == resolved(None, {"bits": 4, "dtype": "nf4"})
+    saved = resolved(None, {"bits": 4, "group_size": 32})
+    assert resolved(None, saved) == saved
+
+
+def test_a_config_object_is_taken_as_written(tmp_path):
+    """With optimum-intel's defaults: groups of 128, here as large as the columns allow, and int8 with zero points."""
+    settings = OVWeightQuantizationConfig(bits=4)
+    folder = export_model(CHATGLM3, tmp_path / "ir", quantization_config=settings)
+    assert types_of(folder) == ({"u4": LINEARS - 3, "u8": 3}, {"u8"})
+    assert settings.to_dict() == OVWeightQuantizationConfig(bits=4).to_dict()
+    saved = OVConfig.from_pretrained(folder).quantization_config
+    assert (saved.group_size, saved.backup_precision) == (None, None)
 
 
 @pytest.mark.parametrize("precision", ["u8", "bf16", "f16", "f32"])

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..quantization import FLOATING_FORMATS, default_config
+from ..quantization import FLOATING_FORMATS, refined
 from .arguments import UsageError, add_hub_arguments, add_weight_format, hub_arguments, positive_integer
 
 
@@ -156,10 +156,4 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
     dataset = {"dataset": args.dataset} if args.dataset else {}
     if not details:
         return {"weight_format": args.weight_format, **dataset}
-    from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
-
-    default = default_config(args.weight_format)
-    settings = {
-        name: getattr(default, name) for name in ("bits", "dtype", "sym", "group_size", "ratio", "backup_precision")
-    }
-    return {"quantization_config": OVWeightQuantizationConfig(**{**settings, **details}), **dataset}
+    return {"quantization_config": refined(args.weight_format, **details), **dataset}
