@@ -54,6 +54,8 @@ ORIGINAL_MODULES: Mapping[str, Mapping[str, str]] = {
 # Buffers that the original modules save and never read back.
 _KNOWN_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 _QUANTIZED_MODULES = ("qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj")
+# Rows converted at a time: copies stay below 100 MB.
+_ROWS = 1024
 _SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 SAFETENSORS_FILES = ("model.safetensors.index.json", "model.safetensors")
@@ -87,20 +89,25 @@ class Weight:
         return replace(self, data=data, scale=None if self.scale is None else self.scale[index])
 
     def to(self, dtype: torch.dtype) -> Weight:
-        """The weight in `dtype`; quantised weights and those that have it already are returned as they are."""
-        if self.scale is not None or self.data.dtype == dtype:
+        """The weight as floating-point numbers of `dtype`, rounded once; itself, if it has that already."""
+        if self.scale is None and self.data.dtype == dtype:
             return self
-        if self.scratch is None:
-            return replace(self, data=self.data.to(dtype))
-        return replace(self, data=self.scratch.empty(tuple(self.data.shape), dtype).copy_(self.data))
+        shape = list(self.data.shape)
+        if self.bits == 4:
+            shape[1] *= 2
+        out = self.scratch.empty(tuple(shape), dtype) if self.scratch else torch.empty(shape, dtype=dtype)
+        for start in range(0, shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            out[rows] = self.rows(rows)._numbers()
+        return replace(self, data=out, scale=None, bits=8 * dtype.itemsize)
 
-    def dequantized(self) -> torch.Tensor:
-        """The weight as floating-point numbers, `fp16(integer * scale)` for quantised data."""
+    def _numbers(self) -> torch.Tensor:
+        if self.scale is None:
+            return self.data
+        integers = self.data
         if self.bits == 4:
             integers = torch.stack((self.data >> 4, (self.data << 4) >> 4), dim=-1).flatten(-2)
-        else:
-            integers = self.data
-        return integers if self.scale is None else integers.to(torch.float16) * self.scale[:, None]
+        return integers * self.scale.float()[:, None]
 
 
 class Scratch:

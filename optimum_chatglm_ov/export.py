@@ -63,12 +63,16 @@ def export_model(
     Args:
         model_id: local folder or Hub id of an original checkpoint.
         output: the folder to write.
-        weight_format: "fp32", "fp16" or "bf16" (that precision for all weights), "original" (as stored),
-            "int8" (symmetric per output channel), "int4" and the other formats of `quantization.default_config`; by
-            default int8 for models over 10^9 parameters and the stored precision for smaller ones.
-        quantization_config: optimum-intel's weight quantisation settings, instead of `weight_format`.
+        weight_format: "fp32", "fp16" or "bf16" (that precision for all weights, also for those that the checkpoint
+            has as int4 or int8), "original" (as stored), "int8" (symmetric per output channel), "int4" and the other
+            formats of `quantization.refined`; by default int8 for models over 10^9 parameters and the stored precision
+            for smaller and for quantised ones.
+        quantization_config: settings instead of `weight_format`: a dictionary of what differs from the defaults of its
+            `dtype` or `bits`, or an `OVWeightQuantizationConfig`, taken as it is with the defaults of optimum-intel
+            (embedding and output layer get its `backup_precision`, int8 with zero points unless it says otherwise).
         dataset: texts for the methods that look at activations (awq, scale_estimation, gptq, mixed precision): a text
-            file, strings, a `datasets.Dataset` with a "text" column, or "wikitext2" or "c4".
+            file, strings, a `datasets.Dataset` with a "text" column, "wikitext2", "c4" or "gsm8k", or "auto": what the
+            model itself generates.
         revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers' `from_pretrained`.
         rope_ratio_type: what `rope_ratio` means, "linear" or "theta" (see `ChatGLMConfig`).
         adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight.
@@ -216,13 +220,14 @@ def _check_size(xml: Path) -> None:
 
 
 def _in_precision(weights: Mapping[str, Weight], dtype: torch.dtype) -> Mapping[str, Weight]:
-    """`weights` with all floating-point tensors in one precision."""
+    """`weights` as floating-point numbers in one precision."""
 
     def convert(name: str, weight: Weight) -> Weight:
         converted = weight.to(dtype)
         if converted is not weight and not torch.isfinite(torch.stack(torch.aminmax(converted.data))).all():
+            largest = weight.to(torch.float32).data.abs().max()
             raise ExportError(
-                f"{name}: values beyond the range of {dtype} (largest: {weight.data.abs().max():.3g}); "
+                f"{name}: values beyond the range of {dtype} (largest: {largest:.3g}); "
                 "export with `weight_format` bf16, fp32 or int8."
             )
         return converted

@@ -26,6 +26,8 @@ from .configuration import ChatGLMConfig
 from .int8 import quantize_rows
 
 
+logger = logging.getLogger(__name__)
+
 FLOATING_FORMATS = ("original", "fp32", "fp16", "bf16")
 QUANTIZED_FORMATS = ("int8", "int4", "nf4", "mxfp4", "cb4")
 WEIGHT_FORMATS = FLOATING_FORMATS + QUANTIZED_FORMATS
@@ -119,6 +121,11 @@ def resolve_config(
         quantization_config = refined(quantization_config.get("dtype") or f"int{bits}", **quantization_config)
     if quantization_config is None:
         if weight_format in FLOATING_FORMATS:
+            if config.quantization_bit and weight_format != "original":
+                logger.warning(
+                    f"The int{config.quantization_bit} weights of the checkpoint become {weight_format}, with the "
+                    "same values; the format 'original' keeps the integers, which are smaller and faster."
+                )
             return None
         if weight_format is None:
             if config.quantization_bit or num_parameters <= _INT8_BY_DEFAULT_ABOVE:

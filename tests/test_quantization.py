@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Precision of the weights in the IR: NNCF's formats, and checkpoints that are already quantised."""
 
+import shutil
 from collections import Counter
 
 import datasets
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model, graph, quantization
 from optimum_chatglm_ov.checkpoint import Checkpoint, Weight
-from optimum_chatglm_ov.errors import CheckpointError
+from optimum_chatglm_ov.errors import CheckpointError, ExportError
 from optimum_chatglm_ov.int8 import quantize_rows
 
 
@@ -101,6 +102,63 @@ def test_golden_of_quantised_checkpoints(name, exact_model):
     for case in golden.cases("", prefix="greedy_"):
         ids = model.generate(**golden.inputs(case), max_new_tokens=24, do_sample=False).numpy()
         np.testing.assert_array_equal(ids, golden[f"greedy_{case}"], err_msg=case)
+
+
+@pytest.mark.parametrize("weight_format, error", [("fp32", 1e-3), ("fp16", 0.03), ("bf16", 0.6)])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_named_precision_dequantises(name, weight_format, error, tmp_path, caplog):
+    """Integers times scales, rounded once, so not at all to fp32; the log says that the integers are gone."""
+    source, golden = DATA / "models" / name, Golden(name)
+    folder = export_model(source, tmp_path / "ir", weight_format=weight_format)
+    nodes = constants(folder)
+    assert {node.get_element_type().get_type_name() for node in nodes.values()} == {weight_format.replace("fp", "f")}
+    assert f"become {weight_format}, with the same values" in caplog.text
+    config = ChatGLMConfig.from_pretrained(source)
+    weight = Checkpoint(source, config, graph.tensor_shapes(config))["layers.1.mlp.down_proj.weight"]
+    exact = original_integers(weight) * weight.scale.numpy()[:, None].astype(np.float32)
+    if weight_format != "bf16":  # which numpy does not have
+        found = nodes["layers.1.mlp.down_proj.weight"].data
+        np.testing.assert_array_equal(found, exact.astype(found.dtype))
+    model = OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT)
+    logits = model(torch.from_numpy(golden["single_input_ids"])).logits.numpy()
+    np.testing.assert_allclose(logits, golden["single_logits_dequant32"], atol=error, rtol=0)
+
+
+def test_scales_beyond_fp16_are_refused(tmp_path):
+    source = shutil.copytree(DATA / "models" / "chatglm2-6b-int8", tmp_path / "source")
+    tensors = torch.load(source / "pytorch_model.bin", weights_only=True)
+    name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    tensors[name][0, 0], tensors[f"{name}_scale"][0] = 127, 60000
+    torch.save(tensors, source / "pytorch_model.bin")
+    with pytest.raises(ExportError, match="layers.0.mlp.down_proj.weight: values beyond the range"):
+        export_model(source, tmp_path / "ir", weight_format="fp16")
+    assert export_model(source, tmp_path / "ir", weight_format="bf16").is_dir()
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ({"dtype": torch.float32}, "fp32"),
+        ({"torch_dtype": "bfloat16"}, "bf16"),
+        ({"dtype": torch.float32, "load_in_8bit": False}, "fp32"),
+        ({"dtype": torch.float32, "load_in_8bit": True}, "int8"),
+        ({"dtype": torch.float32, "quantization_config": {"bits": 4}}, "int4"),
+        ({"dtype": "auto"}, "int8"),
+        ({"dtype": "auto", "load_in_8bit": False}, "fp16"),
+        ({}, "int8"),
+    ],
+)
+def test_a_given_dtype_is_the_precision(arguments, expected, monkeypatch):
+    """Also of a model so large that it becomes int8 where nothing is said."""
+    monkeypatch.setattr(quantization, "_INT8_BY_DEFAULT_ABOVE", 1000)
+    model = OVChatGLMForCausalLM.from_pretrained(CHATGLM3, export=True, compile=False, **arguments)
+    assert quantization.weight_precision(model.model) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, "int8", "float", 16])
+def test_a_dtype_that_weights_cannot_have(dtype):
+    with pytest.raises(ValueError, match="`dtype` is .*expected torch.float32, torch.float16, torch.bfl"):
+        OVChatGLMForCausalLM.from_pretrained(CHATGLM3, export=True, dtype=dtype)
 
 
 def test_quantising_a_checkpoint_again_is_refused(tmp_path):
