@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import graph
-from .checkpoint import ORIGINAL_MODULES, Shard, Weight, open_shard, read_tensor
+from .checkpoint import ORIGINAL_MODULES, Derived, Shard, Weight, open_shard, read_tensor
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError
 
@@ -22,7 +22,7 @@ from .errors import CheckpointError
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-# Variants whose weights are not W + scale * B @ A, by key of adapter_config.json.
+# Variants that are not W + scale * B @ A in every layer and for every token, by key of adapter_config.json.
 _UNSUPPORTED = (
     "use_dora",
     "lora_bias",
@@ -30,6 +30,12 @@ _UNSUPPORTED = (
     "trainable_token_indices",
     "use_qalora",
     "target_parameters",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
 # Initialisations that also change the base weights an adapter belongs to.
 _INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -65,7 +71,7 @@ def merge_adapters(
     Raises:
         CheckpointError: a folder is not a LoRA adapter, was made for another model, uses a variant of LoRA that cannot
             be merged, or the checkpoint is quantised.
-        ValueError: `adapters` is a single path or a weight is not a finite number.
+        ValueError: `adapters` is a single path, or holds what is neither a folder nor a folder with a finite weight.
     """
     if isinstance(adapters, (str, Path)):
         raise ValueError(f"`adapters` is {str(adapters)!r}; expected a list of folders, or of (folder, weight).")
@@ -77,51 +83,36 @@ def merge_adapters(
         )
     changes: dict[str, list[_LoRA]] = {}
     for adapter in adapters:
-        folder, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ValueError(f"{folder}: the adapter's weight is {weight!r}; expected a number.")
+        folder, weight = adapter if isinstance(adapter, tuple) and len(adapter) == 2 else (adapter, 1.0)
+        if not isinstance(folder, (str, Path)):
+            raise ValueError(f"`adapters` has {adapter!r}; expected a folder, or a tuple (folder, weight).")
+        if not _is_number(weight):
+            raise ValueError(f"{folder}: the adapter's weight is {weight!r}; expected a finite number.")
         for name, lora in _read(Path(folder), float(weight), weights, config).items():
             changes.setdefault(name, []).append(lora)
-    return _Merged(weights, changes, dtype)
+
+    def merge(name: str, base: Weight) -> Weight:
+        return _merged(name, base, changes[name], dtype) if name in changes else base
+
+    return Derived(weights, merge)
 
 
-class _Merged(Mapping):
-    def __init__(
-        self, weights: Mapping[str, Weight], changes: Mapping[str, Sequence[_LoRA]], dtype: torch.dtype | None
-    ):
-        self._weights = weights
-        self._changes = changes
-        self._dtype = dtype
-        self._last: tuple[str, Weight] | None = None  # the graph takes a fused projection's parts one after another
-
-    def __getitem__(self, name: str) -> Weight:
-        if name not in self._changes:
-            return self._weights[name]
-        if self._last is None or self._last[0] != name:
-            self._last = name, self._merge(name, self._weights[name], self._changes[name])
-        return self._last[1]
-
-    def _merge(self, name: str, weight: Weight, changes: Sequence[_LoRA]) -> Weight:
-        shape, dtype = tuple(weight.data.shape), self._dtype or weight.data.dtype
-        merged = weight.scratch.empty(shape, dtype) if weight.scratch else torch.empty(shape, dtype=dtype)
-        for start in range(0, shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            total = weight.data[rows].to(torch.float32, copy=True)
-            for lora in changes:
-                total += lora.scale * (lora.b[rows] @ lora.a)
-            merged[rows] = total
-        if not torch.isfinite(torch.stack(torch.aminmax(merged))).all():
-            raise CheckpointError(
-                f"{name}: the base and the adapters add up to values beyond the range of {dtype}. Give the adapters "
-                "smaller weights, or export with `weight_format` bf16 or fp32."
-            )
-        return replace(weight, data=merged, bits=8 * merged.element_size())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+def _merged(name: str, base: Weight, changes: Sequence[_LoRA], dtype: torch.dtype | None) -> Weight:
+    shape, dtype = tuple(base.data.shape), dtype or base.data.dtype
+    merged = base.scratch.empty(shape, dtype) if base.scratch else torch.empty(shape, dtype=dtype)
+    for start in range(0, shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        total = base.data[rows].to(torch.float32, copy=True)
+        for lora in changes:
+            total += lora.scale * (lora.b[rows] @ lora.a)
+        merged[rows] = total
+    if not torch.isfinite(torch.stack(torch.aminmax(merged))).all():
+        wider = ", or export with `weight_format` bf16 or fp32" if dtype == torch.float16 else ""
+        raise CheckpointError(
+            f"{name}: the base and the adapters add up to values beyond the range of {dtype}. Give the adapters "
+            f"smaller weights{wider}."
+        )
+    return replace(base, data=merged, bits=8 * merged.element_size())
 
 
 def _read(folder: Path, weight: float, weights: Mapping[str, Weight], config: ChatGLMConfig) -> dict[str, _LoRA]:
@@ -180,7 +171,12 @@ def _lora(
 ) -> _LoRA:
     if set(sides) != {"A", "B"}:
         raise CheckpointError(f"{shard.file}: {module} has only lora_{''.join(sides)}; the file is incomplete.")
-    a, b = (read_tensor(shard, sides[side]).float() for side in "AB")
+    a, b = (read_tensor(shard, sides[side]) for side in "AB")
+    for side in (a, b):
+        if not side.is_floating_point():
+            raise CheckpointError(
+                f"{shard.file}: {module} has an adapter of {side.dtype}; expected float32, float16 or bfloat16."
+            )
     rank = _for_module(settings.get("rank_pattern"), module, settings["r"])
     alpha = _for_module(settings.get("alpha_pattern"), module, settings["lora_alpha"])
     rows, columns = shape
@@ -190,7 +186,7 @@ def _lora(
             f"{[rank, columns]} and {[rows, rank]} (rank {rank} in adapter_config.json, a linear of {rows} x "
             f"{columns}). The adapter was trained for another model, or its two files do not belong together."
         )
-    return _LoRA(a, b, weight * alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+    return _LoRA(a.float(), b.float(), weight * alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
 
 
 def _for_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -205,9 +201,10 @@ def _settings(file: Path) -> dict[str, Any]:
     """The content of adapter_config.json, refused if the adapter is more than `W + scale * B @ A`."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
+        found = "not found" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else error.strerror
         raise CheckpointError(
-            f"{file}: not found; expected a folder that PEFT's `save_pretrained` wrote for a LoRA adapter."
+            f"{file}: {found}; expected a folder that PEFT's `save_pretrained` wrote for a LoRA adapter."
         ) from error
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
@@ -215,10 +212,12 @@ def _settings(file: Path) -> dict[str, Any]:
         found = settings.get("peft_type") if isinstance(settings, dict) else settings
         raise CheckpointError(f"{file}: peft_type is {found!r}; expected 'LORA', the only kind that can be merged.")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not _is_number(rank) or rank != int(rank) or rank < 1:
+    if not _is_rank(rank):
         raise CheckpointError(f"{file}: r is {rank!r}; expected the rank, a positive whole number.")
-    if not _is_number(alpha) or not math.isfinite(alpha):
-        raise CheckpointError(f"{file}: lora_alpha is {alpha!r}; expected a number.")
+    if not _is_number(alpha):
+        raise CheckpointError(f"{file}: lora_alpha is {alpha!r}; expected a finite number.")
+    _check_patterns(file, "rank_pattern", settings.get("rank_pattern"), _is_rank)
+    _check_patterns(file, "alpha_pattern", settings.get("alpha_pattern"), _is_number)
     used = [key for key in _UNSUPPORTED if settings.get(key)]
     if settings.get("bias", "none") != "none":
         used.append("bias")
@@ -238,8 +237,27 @@ def _settings(file: Path) -> dict[str, Any]:
     return settings
 
 
+def _check_patterns(file: Path, key: str, patterns: Any, is_valid: Callable[[Any], bool]) -> None:
+    if not isinstance(patterns or {}, dict):
+        raise CheckpointError(f"{file}: {key} is {patterns!r}; expected an object with a number for each pattern.")
+    for pattern, value in (patterns or {}).items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(
+                f"{file}: {key} has {pattern!r}, which is no regular expression: {error}."
+            ) from error
+        if not is_valid(value):
+            expected = "a finite number" if is_valid is _is_number else "a positive whole number"
+            raise CheckpointError(f"{file}: {key} has {value!r} for {pattern!r}; expected {expected}.")
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_number(value) and value == int(value) and value >= 1
 
 
 def _shortened(names: Sequence[str], most: int = 4) -> str:

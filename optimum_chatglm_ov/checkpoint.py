@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +57,8 @@ ORIGINAL_MODULES: Mapping[str, Mapping[str, str]] = {
 # Buffers that the original modules save and never read back.
 _KNOWN_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 _QUANTIZED_MODULES = ("qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj")
+# Rows converted at a time: copies stay below 100 MB.
+_ROWS = 1024
 _SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # What holds the weights or the list of their shards; the first that is there counts.
@@ -95,20 +97,25 @@ class Weight:
         return replace(self, data=data, scale=None if self.scale is None else self.scale[index])
 
     def to(self, dtype: torch.dtype) -> Weight:
-        """The weight in `dtype`; quantised weights and those that have it already are returned as they are."""
-        if self.scale is not None or self.data.dtype == dtype:
+        """The weight as floating-point numbers of `dtype`, rounded once; itself, if it has that already."""
+        if self.scale is None and self.data.dtype == dtype:
             return self
-        if self.scratch is None:
-            return replace(self, data=self.data.to(dtype))
-        return replace(self, data=self.scratch.empty(tuple(self.data.shape), dtype).copy_(self.data))
+        shape = list(self.data.shape)
+        if self.bits == 4:
+            shape[1] *= 2
+        out = self.scratch.empty(tuple(shape), dtype) if self.scratch else torch.empty(shape, dtype=dtype)
+        for start in range(0, shape[0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            out[rows] = self.rows(rows)._numbers()
+        return replace(self, data=out, scale=None, bits=8 * dtype.itemsize)
 
-    def dequantized(self) -> torch.Tensor:
-        """The weight as floating-point numbers, `fp16(integer * scale)` for quantised data."""
+    def _numbers(self) -> torch.Tensor:
+        if self.scale is None:
+            return self.data
+        integers = self.data
         if self.bits == 4:
             integers = torch.stack((self.data >> 4, (self.data << 4) >> 4), dim=-1).flatten(-2)
-        else:
-            integers = self.data
-        return integers if self.scale is None else integers.to(torch.float16) * self.scale[:, None]
+        return integers * self.scale.float()[:, None]
 
 
 class Scratch:
@@ -130,6 +137,37 @@ class Scratch:
         os.posix_fallocate(self._file.fileno(), start, size)  # a full disk must fail here, not as a bus error
         array = np.memmap(self._file, dtype=np.uint8, mode="r+", offset=start, shape=(size,))
         return torch.from_numpy(array).view(dtype).view(shape)
+
+
+class Derived(Mapping[str, Weight]):
+    """Weights made of other weights, under the same names, when they are asked for.
+
+    Args:
+        weights: tensors by canonical name.
+        derive: of a name and the weight in `weights`, the weight here.
+    """
+
+    def __init__(self, weights: Mapping[str, Weight], derive: Callable[[str, Weight], Weight]):
+        self._weights = weights
+        self._derive = derive
+        self._matrix: tuple[str, Weight] | None = None
+
+    def __getitem__(self, name: str) -> Weight:
+        if self._matrix is not None and self._matrix[0] == name:  # query, key and value are rows of one matrix
+            return self._matrix[1]
+        weight = self._derive(name, self._weights[name])
+        if weight.data.ndim == 2:
+            self._matrix = name, weight
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
 
 
 class Checkpoint(Mapping[str, Weight]):

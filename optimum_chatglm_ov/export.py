@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from . import graph, native, quantization
 from .adapters import merge_adapters
-from .checkpoint import WEIGHT_FILES, Checkpoint, Scratch, Weight
+from .checkpoint import WEIGHT_FILES, Checkpoint, Derived, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
 from .files import complete_folder
@@ -71,12 +71,16 @@ def export_model(
     Args:
         model_id: local folder or Hub id of an original checkpoint.
         output: the folder to write; not one with original weights, whose configuration would be replaced.
-        weight_format: "fp32", "fp16" or "bf16" (that precision for all weights), "original" (as stored),
-            "int8" (symmetric per output channel), "int4" and the other formats of `quantization.default_config`; by
-            default int8 for models over 10^9 parameters and the stored precision for smaller ones.
-        quantization_config: optimum-intel's weight quantisation settings, instead of `weight_format`.
+        weight_format: "fp32", "fp16" or "bf16" (that precision for all weights, also for those that the checkpoint
+            has as int4 or int8), "original" (as stored), "int8" (symmetric per output channel), "int4" and the other
+            formats of `quantization.refined`; by default int8 for models over 10^9 parameters and the stored precision
+            for smaller and for quantised ones.
+        quantization_config: settings instead of `weight_format`: a dictionary of what differs from the defaults of its
+            `dtype` or `bits`, or an `OVWeightQuantizationConfig`, taken as it is with the defaults of optimum-intel
+            (embedding and output layer get its `backup_precision`, int8 with zero points unless it says otherwise).
         dataset: texts for the methods that look at activations (awq, scale_estimation, gptq, mixed precision): a text
-            file, strings, a `datasets.Dataset` with a "text" column, or "wikitext2" or "c4".
+            file, strings, a `datasets.Dataset` with a "text" column, "wikitext2", "c4" or "gsm8k", or "auto": what the
+            model itself generates.
         revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers' `from_pretrained`.
         rope_ratio_type: what `rope_ratio` means, "linear" or "theta" (see `ChatGLMConfig`).
         adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight.
@@ -127,10 +131,10 @@ def export_model(
             prefix = load_prefix(weights, prefix_encoder, config)
             config.pre_seq_len = prefix.shape[3]
         if weight_format in _DTYPES:
-            weights = _InPrecision(weights, _DTYPES[weight_format])
+            weights = _in_precision(weights, _DTYPES[weight_format])
         if quantization_config:
             weights = quantization.int8_rows(weights, quantization_config)
-        model = graph.build_model(config, _Counted(weights, progress) if progress else weights, prefix)
+        model = graph.build_model(config, _counted(weights, progress) if progress else weights, prefix)
         if quantization_config:
             with signals_elsewhere():
                 quantization.compress(model, quantization_config, tokenizer, dataset)
@@ -266,6 +270,10 @@ def _describe(model: ov.Model) -> None:
         except importlib.metadata.PackageNotFoundError:
             continue
         model.set_rt_info(version, ["optimum", f"{package.replace('-', '_')}_version"])
+    precision, compression = quantization.weight_precision(model), ["nncf", "weight_compression"]
+    if precision in ("int8", "int4") and not model.has_rt_info(compression):
+        # integers that NNCF did not make: marked as its own, so that no tool quantises them again
+        model.set_rt_info(f"{precision}_sym", [*compression, "mode"])
 
 
 def _check_size(xml: Path) -> None:
@@ -284,60 +292,30 @@ def _check_size(xml: Path) -> None:
         )
 
 
-class _InPrecision(Mapping):
-    """Weights with all floating-point tensors in one precision."""
+def _in_precision(weights: Mapping[str, Weight], dtype: torch.dtype) -> Mapping[str, Weight]:
+    """`weights` as floating-point numbers in one precision."""
 
-    def __init__(self, weights: Mapping[str, Weight], dtype: torch.dtype):
-        self._weights = weights
-        self._dtype = dtype
-        self._recent: dict[str, Weight] = {}
-
-    def __getitem__(self, name: str) -> Weight:
-        if name not in self._recent:  # q, k and v ask for one tensor, one after the other
-            while len(self._recent) > 3:
-                del self._recent[next(iter(self._recent))]
-            self._recent[name] = self._convert(name)
-        return self._recent[name]
-
-    def _convert(self, name: str) -> Weight:
-        found = self._weights[name]
-        converted = found.to(self._dtype)
-        if converted is not found and not torch.isfinite(torch.stack(torch.aminmax(converted.data))).all():
+    def convert(name: str, weight: Weight) -> Weight:
+        converted = weight.to(dtype)
+        if converted is not weight and not torch.isfinite(torch.stack(torch.aminmax(converted.data))).all():
+            largest = weight.to(torch.float32).data.abs().max()
             raise ExportError(
-                f"{name}: values beyond the range of {self._dtype} (largest: {found.data.abs().max():.3g}); "
+                f"{name}: values beyond the range of {dtype} (largest: {largest:.3g}); "
                 "export with `weight_format` bf16, fp32 or int8."
             )
         return converted
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
+    return Derived(weights, convert)
 
 
-class _Counted(Mapping):
-    """Weights that report each tensor's first use."""
+def _counted(weights: Mapping[str, Weight], progress: Progress) -> Mapping[str, Weight]:
+    """`weights`, reporting each tensor's first use."""
+    seen: set[str] = set()
 
-    def __init__(self, weights: Mapping[str, Weight], progress: Progress):
-        self._weights = weights
-        self._progress = progress
-        self._seen: set[str] = set()
+    def count(name: str, weight: Weight) -> Weight:
+        if name not in seen:
+            seen.add(name)
+            progress("Reading weights", len(seen), len(weights))
+        return weight
 
-    def __getitem__(self, name: str) -> Weight:
-        if name not in self._seen:
-            self._seen.add(name)
-            self._progress("Reading weights", len(self._seen), len(self._weights))
-        return self._weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
+    return Derived(weights, count)

@@ -21,6 +21,7 @@ from .checkpoint import WEIGHT_FILES, shard_names
 from .errors import ChatGLMError, CheckpointError
 from .files import UNFINISHED
 from .native.transform import cache_layout
+from .quantization import QUANTIZED_FORMATS, weight_precision
 
 
 logger = logging.getLogger(__name__)
@@ -213,20 +214,6 @@ def _check_complete(folder: Path, model_id: str, export: bool) -> None:
 # Model card ----------------------------------------------------------------------------------------------------------
 
 
-def weight_precision(model: Any) -> str:
-    """`"int4"`, `"int8"`, `"fp16"`, `"bf16"` or `"fp32"`: the narrowest type among the weights of an `openvino.Model`.
-
-    Matrices alone are counted, so shapes, axes and scales do not tell.
-    """
-    narrowest_first = {"u4": "int4", "i4": "int4", "u8": "int8", "i8": "int8", "f16": "fp16", "bf16": "bf16"}
-    found = {
-        node.get_element_type().get_type_name()
-        for node in model.get_ops()
-        if node.get_type_name() == "Constant" and len(node.get_output_shape(0)) >= 2
-    }
-    return next((name for element_type, name in narrowest_first.items() if element_type in found), "fp32")
-
-
 def model_card(
     config: PretrainedConfig,
     *,
@@ -248,7 +235,7 @@ def model_card(
     """
     base_model = base_model or _base_model(config)
     versions = _installed_versions() if versions is None else versions
-    quantized = precision in ("int8", "int4")
+    quantized = precision in QUANTIZED_FORMATS
     data = ModelCardData(
         language=["zh", "en"],
         library_name="openvino",

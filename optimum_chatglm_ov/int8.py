@@ -6,7 +6,6 @@ NNCF's int8_sym gives the same form, but holds several float copies of a whole m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,40 +18,8 @@ from .errors import CheckpointError
 _BLOCK = 1 << 20
 
 
-class Int8Rows(Mapping):
-    """Weights whose matrices are int8, symmetric per row (= per output channel), as far as `chosen` names them.
-
-    Args:
-        weights: tensors by canonical name; those that the checkpoint has quantised itself stay as they are.
-        chosen: tells by its name whether a matrix becomes int8.
-    """
-
-    def __init__(self, weights: Mapping[str, Weight], chosen: Callable[[str], bool]):
-        self._weights = weights
-        self._chosen = chosen
-        self._recent: dict[str, Weight] = {}
-
-    def __getitem__(self, name: str) -> Weight:
-        if name in self._recent:  # query, key and value ask for one matrix, one after the other
-            return self._recent[name]
-        weight = self._weights[name]
-        if weight.scale is not None or weight.data.ndim != 2 or not self._chosen(name):
-            return weight
-        self._recent = {name: quantize_rows(weight, name)}
-        return self._recent[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-
-def quantize_rows(weight: Weight, name: str) -> Weight:
-    """`weight` `[rows, columns]` as int8 and one fp16 scale a row.
+def quantize_rows(name: str, weight: Weight) -> Weight:
+    """The matrix `weight` `[rows, columns]` as int8 and one fp16 scale a row; what is none, or quantised, as it is.
 
     As in NNCF's int8_sym, the scale has the sign that makes the number of largest magnitude -128. The integers are
     found with the scale as it is stored, rounded to fp16.
@@ -60,6 +27,8 @@ def quantize_rows(weight: Weight, name: str) -> Weight:
     Raises:
         CheckpointError: a row whose scale fp16 cannot hold.
     """
+    if weight.scale is not None or weight.data.ndim != 2:
+        return weight
     data = weight.data
     rows, columns = data.shape
     integers = torch.empty(rows, columns, dtype=torch.int8)

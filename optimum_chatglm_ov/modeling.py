@@ -55,7 +55,7 @@ _ARGUMENTS_OF_TRANSFORMERS = {
     "use_safetensors",
     "variant",
 }
-_WEIGHT_FORMAT_OF_DTYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_WEIGHT_FORMAT_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class _AutoModelForCausalLM(AutoModelForCausalLM):
@@ -128,8 +128,9 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 `rope_ratio_type`.
             revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers.
             load_in_8bit: int8 weights; `False` keeps them as stored. Unset: int8 for models over 10^9 parameters.
-            quantization_config: optimum-intel's weight quantisation settings (or a dict of its arguments).
-            dtype: with `load_in_8bit=False`, the precision the weights are exported in (also as `torch_dtype`).
+            quantization_config: see `export_model`; also for an IR whose weights are floating-point numbers.
+            dtype: precision that the weights are exported in, of models of any size (also as `torch_dtype`), unless
+                `load_in_8bit` or `quantization_config` asks for another; "auto" says nothing. An IR keeps its own.
             use_cache: `False` computes every step of a generation from its first token.
             device: OpenVINO device.
             ov_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
@@ -168,9 +169,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
         if config is not None:
             rope_ratio_type = rope_ratio_type or getattr(config, "rope_ratio_type", None)
-        dtype = kwargs.pop("torch_dtype", dtype)
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype)
+        weight_format = _weight_format(kwargs.pop("torch_dtype", dtype))
         source = resolve_checkpoint(model_id, subfolder=subfolder, export=bool(export), **hub_arguments)
         has_ir = has_openvino_model(source)
         if export is False and not has_ir:
@@ -186,19 +185,22 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 )
             if quantization_config is None and load_in_8bit:
                 quantization_config = {"bits": 8}
-            keeps_precision = load_in_8bit is False and quantization_config is None
+            if quantization_config is not None:
+                weight_format = None
+            elif load_in_8bit is False:
+                weight_format = weight_format or "original"
             # not a context manager: the IR must live as long as the model that maps it
             temporary = TemporaryDirectory(prefix="optimum_chatglm_ov-")
             folder = export_model(
                 source,
                 Path(temporary.name) / "model",
-                weight_format=_WEIGHT_FORMAT_OF_DTYPE.get(dtype, "original") if keeps_precision else None,
+                weight_format=weight_format,
                 quantization_config=quantization_config,
                 rope_ratio_type=rope_ratio_type,
                 adapters=adapters,
                 prefix_encoder=prefix_encoder,
             )
-            load_in_8bit = quantization_config = None
+            quantization_config = None
             config = None  # the one that was exported
         else:
             if adapters or prefix_encoder:
@@ -220,18 +222,17 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                             "Leave it out, or export the original checkpoint again in the portable form."
                         )
             if load_in_8bit or quantization_config is not None:
+                if compile_only:
+                    raise ValueError("A model loaded with `compile_only=True` cannot be quantised; load it without.")
                 quantization_config = quantization.resolve_config(
                     load_config(folder), None, quantization_config or {"bits": 8}, 0
                 )
-                load_in_8bit = None
         if config is None:
             config = load_config(folder, rope_ratio_type)
         config.name_or_path = str(model_id)
         model = cls._from_pretrained(
             model_id=folder,
             config=config,
-            load_in_8bit=bool(load_in_8bit),
-            quantization_config=quantization_config,
             device=device,
             ov_config=dict(ov_config or {}),
             compile=compile and compile_only,  # otherwise below, with the attention that was chosen
@@ -239,6 +240,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             generation_config=generation_config,
         )
         model._attention = attention
+        if quantization_config is not None:
+            model._quantize(quantization_config, folder)
         if compile:
             model.compile()
         model._temporary_folder = temporary
@@ -277,6 +280,16 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
     @staticmethod
     def _has_cache_inputs(model: ov.Model | ov.CompiledModel) -> bool:
         return True
+    def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
+        precision = quantization.weight_precision(self.model)
+        if precision not in quantization.FLOATING_FORMATS:
+            raise ValueError(
+                f"{folder}: the weights are {precision} already and cannot be quantised again. Leave out "
+                "`load_in_8bit` and `quantization_config`, or export the original checkpoint with them."
+            )
+        tokenizer = None if quantization_config.dataset is None else AutoTokenizer.from_pretrained(folder)
+        quantization.compress(self.model, quantization_config, tokenizer)
+        self._openvino_config = OVConfig(quantization_config=quantization.for_saving(quantization_config))
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
@@ -622,6 +635,23 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 self.save_model_card(folder)
         if push_to_hub:
             return self.push_to_hub(Path(save_directory), **kwargs)
+
+
+def _weight_format(dtype: torch.dtype | str | None) -> str | None:
+    """The `weight_format` that `dtype` of transformers' `from_pretrained` asks for, `None` if it asks for none.
+
+    Raises:
+        ValueError: a type that weights cannot have.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    weight_format = _WEIGHT_FORMAT_OF_DTYPE.get(str(dtype).removeprefix("torch."))
+    if weight_format is None:
+        raise ValueError(
+            f"`dtype` is {dtype!r}; expected torch.float32, torch.float16, torch.bfloat16 or 'auto'. Integers are "
+            "asked for with `load_in_8bit` or `quantization_config`."
+        )
+    return weight_format
 
 
 class _WithinLength(CandidateGenerator):

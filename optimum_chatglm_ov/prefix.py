@@ -47,7 +47,7 @@ def load_prefix(weights: Mapping[str, Weight], prefix_encoder: str | Path | None
         are in the order of `graph.key_channels`.
 
     Raises:
-        CheckpointError: tensors are missing, or of a prefix for another model.
+        CheckpointError: tensors are missing, not numbers, or of a prefix for another model.
     """
     if prefix_encoder is None:
         source = "the checkpoint"
@@ -55,12 +55,17 @@ def load_prefix(weights: Mapping[str, Weight], prefix_encoder: str | Path | None
     else:
         source = str(prefix_encoder)
         tensors = _read(Path(prefix_encoder))
-    encoded = _encode({name: tensor.float() for name, tensor in tensors.items()}, source)
+    encoded = _encode(tensors, source)
     layers, groups, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     if encoded.shape[1] != _size(config):
         raise CheckpointError(
             f"{source}: the prefix has {encoded.shape[1]} numbers a token, expected {_size(config)} (2 x {layers} "
             f"layers x {groups} key/value heads x {head_dim}). It was trained for another model."
+        )
+    if not torch.isfinite(encoded).all():
+        raise CheckpointError(
+            f"{source}: the prefix that its tensors give has values beyond the range of float32; they are damaged or "
+            "from a diverged training."
         )
     prefix = encoded.view(-1, layers, 2, groups, head_dim).permute(1, 2, 3, 0, 4).contiguous().numpy()
     prefix[:, 0] = prefix[:, 0][..., graph.key_channels(config)]
@@ -73,18 +78,28 @@ def _encode(tensors: Mapping[str, torch.Tensor], source: str) -> torch.Tensor:
         raise CheckpointError(
             f"{source}: no tensor 'prefix_encoder.{_EMBEDDING}' found; expected the weights of a P-Tuning v2 training."
         )
-    embedding = tensors[_EMBEDDING]
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{source}: prefix_encoder.{name} is {tensor.dtype}; expected float32, float16 or bfloat16."
+            )
+    embedding = tensors[_EMBEDDING].float()
+    if embedding.ndim != 2 or not len(embedding):
+        raise CheckpointError(
+            f"{source}: prefix_encoder.{_EMBEDDING} is {list(embedding.shape)}; expected two dimensions, the tokens "
+            "of the prefix (at least one) and the numbers of each."
+        )
     if not any(name in tensors for name in _PROJECTION):
         return embedding
     missing = [f"prefix_encoder.{name}" for name in _PROJECTION if name not in tensors]
     if missing:
         raise CheckpointError(f"{source}: a projected prefix lacks {', '.join(missing)}.")
-    first, first_bias, second, second_bias = (tensors[name] for name in _PROJECTION)
-    try:
-        return torch.tanh(embedding @ first.T + first_bias) @ second.T + second_bias
-    except RuntimeError as error:
+    first, first_bias, second, second_bias = (tensors[name].float() for name in _PROJECTION)
+    expected = (*first_bias.shape, embedding.shape[1]), (*second_bias.shape, *first_bias.shape)
+    if first_bias.ndim != 1 or (first.shape, second.shape) != expected:
         shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in (_EMBEDDING, *_PROJECTION))
-        raise CheckpointError(f"{source}: the shapes of the prefix encoder do not fit together: {shapes}.") from error
+        raise CheckpointError(f"{source}: the shapes of the prefix encoder do not fit together: {shapes}.")
+    return torch.tanh(embedding @ first.T + first_bias) @ second.T + second_bias
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -4,38 +4,65 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
+_C4 = {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}
 # Data sets known by name, as in optimum-cli's `--dataset`; the only sources that need a network.
 _NAMED = {
-    "wikitext2": ("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
-    "c4": ("allenai/c4", {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
-    "c4-new": ("allenai/c4", {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}}),
+    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
+    "c4": _C4,
+    "c4-new": _C4,
+    "gsm8k": {"path": "openai/gsm8k", "name": "main"},
 }
+# A name for texts that the model to be calibrated generates (see `quantization.compress`).
+OWN_TEXTS = "auto"
 
 
 def read_texts(source: str | Path | Iterable[Any]) -> Iterable[str]:
     """The texts of `source`.
 
     Args:
-        source: a UTF-8 text file (its paragraphs, separated by blank lines), "wikitext2", "c4" or "c4-new" (downloaded
-            by `datasets`), strings, or rows with a "text" column, such as a `datasets.Dataset`.
+        source: a UTF-8 text file (its paragraphs, separated by blank lines), "wikitext2", "c4", "c4-new" or "gsm8k"
+            (downloaded by `datasets`), strings, or rows with a "text" column, such as a `datasets.Dataset`.
 
     Raises:
         ValueError: the source is none of those, or has no text.
     """
     if isinstance(source, (str, Path)):
-        texts = _named(str(source)) if str(source) in _NAMED else _paragraphs(Path(source))
-    else:
+        name = name_and_length(source)[0]
+        texts = _paragraphs(Path(source)) if name is None else _named(name)
+    elif isinstance(source, Mapping):
+        raise ValueError(
+            f"The texts are a {type(source).__name__} with the keys {', '.join(map(repr, source))}. Pass one split, "
+            "such as `data['train']`, or another value that is a list of texts."
+        )
+    elif isinstance(source, Iterable):
         texts = (_text(row) for row in source)
-    texts = iter(texts)
+    else:
+        raise ValueError(f"The texts are {_brief(source)}; expected {_expected()}.")
+    texts = map(_unicode, texts)
     first = next((text for text in texts if text.strip()), None)
     if first is None:
         raise ValueError(f"No text found in {_brief(source)}; expected at least one line that is not blank.")
     return itertools.chain([first], (text for text in texts if text.strip()))
+
+
+def name_and_length(source: Any) -> tuple[str | None, int | None]:
+    """Name and `seq_len` of a data set given as "wikitext2" or "wikitext2:seq_len=64"; `None` for what is not given.
+
+    Raises:
+        ValueError: other options than a positive `seq_len`.
+    """
+    name, colon, options = source.partition(":") if isinstance(source, str) else ("", "", "")
+    if name not in (*_NAMED, OWN_TEXTS):
+        return None, None
+    key, _, length = options.partition("=")
+    if colon and (key.strip() != "seq_len" or not length.strip().isdecimal() or int(length) < 1):
+        raise ValueError(f"{source!r}: the only option of a data set is `seq_len`, as in '{name}:seq_len=64'.")
+    return name, int(length) if colon else None
 
 
 def blocks(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
@@ -59,29 +86,36 @@ def generated(block: list[int], tokenizer: Any) -> tuple[list[int], int]:
     return prompt + block, len(prompt)
 
 
+def _expected() -> str:
+    return f"a UTF-8 text file, one of {', '.join(_NAMED)}, a list of strings or a `datasets.Dataset`"
+
+
 def _paragraphs(file: Path) -> Iterator[str]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{file}: cannot read the text ({error}); expected a UTF-8 text file, one of {', '.join(_NAMED)}, a list "
-            "of strings or a `datasets.Dataset`."
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file}: cannot read the text ({reason}); expected {_expected()}.") from error
     return iter(text.split("\n\n"))
 
 
 def _named(name: str) -> Iterator[str]:
-    path, arguments = _NAMED[name]
+    if name == OWN_TEXTS:
+        raise ValueError(f"{name!r} stands for texts that the model makes itself, for its calibration alone.")
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(path, split="train", **arguments)
+        rows = load_dataset(split="train", **_NAMED[name])
     except Exception as error:  # a missing package, no network, a Hub error: all have the same way out
         raise ValueError(
             f"The data set {name!r} could not be loaded ({error}). Give a text file, a list of strings or a "
             "`datasets.Dataset` that is on this machine."
         ) from error
-    return (_text(row) for row in rows)
+    return map(_question if name == "gsm8k" else _text, rows)
+
+
+def _question(row: Mapping[str, str]) -> str:
+    return f"Question: {row['question']}\nAnswer: {row['answer']}"  # as optimum-intel does
 
 
 def _text(row: Any) -> str:
@@ -94,6 +128,17 @@ def _text(row: Any) -> str:
             f"A data set row is {_brief(row)}; expected a string or a row with a 'text' column. Rename the column, or "
             "give a list of strings."
         ) from error
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{_brief(text)}: {text[error.start]!r} at character {error.start} is half of a character. Decode the "
+            "text with the encoding it has."
+        ) from error
+    return text
 
 
 def _brief(value: Any) -> str:

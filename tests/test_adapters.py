@@ -3,16 +3,19 @@
 
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import openvino as ov
 import pytest
 import torch
-from conftest import DATA, EXACT
+from conftest import DATA, EXACT, Golden
+from reference import TinyChatGLM, read_state_dict
 from safetensors.torch import load_file, save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model, graph
-from optimum_chatglm_ov.adapters import merge_adapters
+from optimum_chatglm_ov.adapters import TARGETS, merge_adapters
 from optimum_chatglm_ov.checkpoint import Checkpoint
 
 
@@ -182,6 +185,62 @@ def test_equal_to_peft(tmp_path):
             torch.testing.assert_close(weights[name.format(i=i)].data.float(), expected, rtol=1e-6, atol=1e-6)
 
 
+def adapted(name, folder):
+    """An adapter of all four linears of the second layer of `name`; what it adds to each, by name of the weight."""
+    generator = torch.Generator().manual_seed(3)
+    tensors, changes = {}, {}
+    for key, weight in read_state_dict(DATA / "models" / name).items():
+        module = key.removesuffix(".weight")
+        if ".layers.1." in key and module.rpartition(".")[2] in TARGETS and weight.ndim == 2:
+            rows, columns = weight.shape
+            a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((2, columns), (rows, 2)))
+            tensors |= {f"base_model.model.{module}.lora_{side}.weight": part for side, part in zip("AB", (a, b))}
+            changes[key] = 8 / 2 * b @ a
+    assert len(changes) == len(TARGETS)
+    write_adapter(folder, rank=2)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return changes
+
+
+def logits(folder, ids):
+    return OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT)(ids).logits
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b", "chatglm2-flags-mha-layernorm", "chatglm3-6b", "glm-4-9b-chat"])
+def test_exported_model_equals_torch(name, tmp_path):
+    """From input ids to logits, with the fused query, key and value changed, against the plain definition in torch."""
+    changes = adapted(name, tmp_path / "lora")
+    reference = TinyChatGLM.from_folder(DATA / "models" / name)
+    ids = torch.from_numpy(Golden(name)["single_input_ids"])
+    with torch.no_grad():
+        plain = reference(ids)
+        for key, change in changes.items():
+            reference.get_parameter(key).add_(change)
+        expected = reference(ids)
+    found = logits(
+        export_model(DATA / "models" / name, tmp_path / "ir", weight_format="fp32", adapters=[tmp_path / "lora"]), ids
+    )
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    assert (expected - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm-6b-3layer-untied"])
+def test_exported_model_equals_a_checkpoint_of_the_sums(name, tmp_path):
+    """chatglm-6b: the export of the base and an adapter is that of the sums, computed in torch and saved."""
+    source, changes = DATA / "models" / name, adapted(name, tmp_path / "lora")
+    (tmp_path / "sums").mkdir()
+    for file in source.iterdir():
+        if file.suffix not in (".bin", ".safetensors") and "index" not in file.name:
+            shutil.copy(file, tmp_path / "sums")
+    base = read_state_dict(source)
+    torch.save(base | {key: base[key].float() + changes[key] for key in changes}, tmp_path / "sums/pytorch_model.bin")
+    ids = torch.from_numpy(Golden(name)["single_input_ids"])
+    found = logits(export_model(source, tmp_path / "ir", weight_format="fp32", adapters=[tmp_path / "lora"]), ids)
+    expected = logits(export_model(tmp_path / "sums", tmp_path / "sums-ir", weight_format="fp32"), ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (expected - logits(export_model(source, tmp_path / "plain-ir"), ids)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("weight_format", ["original", "int8"])
 def test_merged_model_runs(weight_format, tmp_path):
     write_adapter(tmp_path / "lora")
@@ -207,10 +266,24 @@ def test_merged_model_runs(weight_format, tmp_path):
         ({"modules_to_save": ["output_layer"]}, "modules_to_save.*not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens=\[1, 2\] is not supported"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication=.*not supported"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config=.*not supported"),
+        ({"r": math.inf}, "r is inf; expected the rank"),
+        ({"r": math.nan}, "r is nan; expected the rank"),
+        ({"r": 2.5}, "r is 2.5; expected the rank"),
+        ({"lora_alpha": math.nan}, "lora_alpha is nan; expected a finite number"),
+        ({"alpha_pattern": {"dense": None}}, "alpha_pattern has None for 'dense'; expected a finite number"),
+        ({"alpha_pattern": {"dense": math.nan}}, "alpha_pattern has nan for 'dense'; expected a finite number"),
+        ({"rank_pattern": {"den(se": 4}}, r"rank_pattern has 'den\(se', which is no regular expression"),
+        ({"rank_pattern": ["dense"]}, r"rank_pattern is \['dense'\]; expected an object"),
+        ({"rank_pattern": {"dense": 0}}, "rank_pattern has 0 for 'dense'; expected a positive whole number"),
     ],
 )
 def test_unusable_settings(settings, message, tmp_path):
-    write_adapter(tmp_path / "lora", **settings)
+    write_adapter(tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     with pytest.raises(CheckpointError, match=message):
         merged([tmp_path / "lora"])
 
@@ -234,10 +307,41 @@ def test_unusable_tensors(tensors, message, tmp_path):
         merged([tmp_path / "lora"])
 
 
+def test_integers_are_no_adapter(tmp_path):
+    write_adapter(tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.int32) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="layers.0.* has an adapter of torch.int32; expected float32"):
+        merged([tmp_path / "lora"])
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_file_cut_short(pickled, tmp_path):
+    write_adapter(tmp_path / "lora", pickled=pickled)
+    file = next((tmp_path / "lora").glob("adapter_model.*"))
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=f"{file.name}: not a readable weight file .*truncated"):
+        export_model(MODEL, tmp_path / "ir", adapters=[tmp_path / "lora"])
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+@pytest.mark.parametrize(
+    "weight_format, weight, advice",
+    [("fp16", 1e6, ", or export with `weight_format` bf16 or fp32."), ("bf16", 1e39, "."), ("fp32", 1e39, ".")],
+)
+def test_sums_beyond_the_range(weight_format, weight, advice, tmp_path):
+    write_adapter(tmp_path / "lora")
+    with pytest.raises(CheckpointError, match="add up to values beyond the range") as refused:
+        export_model(MODEL, tmp_path / "ir", weight_format=weight_format, adapters=[(tmp_path / "lora", weight)])
+    assert str(refused.value).endswith(f"Give the adapters smaller weights{advice}")
+
+
 def test_not_an_adapter_folder(tmp_path):
     with pytest.raises(CheckpointError, match="adapter_config.json: not found"):
         merged([tmp_path])
     write_adapter(tmp_path / "lora")
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors/adapter_config.json: not found"):
+        export_model(MODEL, tmp_path / "ir", adapters=[tmp_path / "lora" / "adapter_model.safetensors"])
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no adapter weights found"):
         merged([tmp_path / "lora"])
@@ -250,8 +354,12 @@ def test_wrong_arguments(tmp_path):
     write_adapter(tmp_path / "lora")
     with pytest.raises(ValueError, match="expected a list"):
         merged(str(tmp_path / "lora"))
-    with pytest.raises(ValueError, match="weight is nan"):
-        merged([(tmp_path / "lora", float("nan"))])
+    for weight in (math.nan, "0.5", True, None):
+        with pytest.raises(ValueError, match=f"lora: the adapter's weight is {weight!r}; expected a finite number"):
+            merged([(tmp_path / "lora", weight)])
+    for adapter in ([tmp_path / "lora", 0.5], (tmp_path / "lora",), 0.5, None):
+        with pytest.raises(ValueError, match="`adapters` has .*; expected a folder, or a tuple .folder, weight."):
+            merged([adapter])
 
 
 def test_quantised_base_is_refused_and_nothing_written(tmp_path):

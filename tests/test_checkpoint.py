@@ -12,7 +12,7 @@ from conftest import DATA
 from safetensors.torch import load_file, save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError
-from optimum_chatglm_ov.checkpoint import Checkpoint, Scratch
+from optimum_chatglm_ov.checkpoint import Checkpoint, Derived, Scratch, Weight
 from optimum_chatglm_ov.graph import tensor_shapes
 from optimum_chatglm_ov.prefix import tensor_shapes as prefix_shapes
 
@@ -207,3 +207,19 @@ def test_no_warning_about_complete_checkpoints(folder, caplog):
     for name in checkpoint:
         checkpoint[name]
     assert not caplog.records
+
+
+def test_derived_weights_are_made_once_for_the_parts_of_a_projection():
+    """A fused projection is asked for three times, its bias in between: the last matrix is kept, not made again."""
+    weights = {name: Weight(torch.ones(shape)) for name, shape in {"a": (2, 3), "b": (2, 3), "bias": (2,)}.items()}
+    asked = []
+
+    def double(name, weight):
+        asked.append(name)
+        return Weight(2 * weight.data)
+
+    derived = Derived(weights, double)
+    assert list(derived) == list(weights) and len(derived) == 3 and "a" in derived and "c" not in derived
+    for name in ("a", "bias", "a", "bias", "b", "a"):
+        assert (derived[name].data == 2).all()
+    assert asked == ["a", "bias", "bias", "b", "a"]

@@ -29,7 +29,8 @@ from transformers import AutoTokenizer
 from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.errors import CheckpointError
 from optimum_chatglm_ov.files import complete_folder
-from optimum_chatglm_ov.hub import DownloadError, has_openvino_model, model_card, resolve_checkpoint, weight_precision
+from optimum_chatglm_ov.hub import DownloadError, has_openvino_model, model_card, resolve_checkpoint
+from optimum_chatglm_ov.quantization import weight_precision
 
 
 MODELS = Path(__file__).parent / "data" / "models"
@@ -512,13 +513,16 @@ def test_model_card():
     assert "from optimum_chatglm_ov import OVChatGLMForCausalLM" in card.text
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4", "nf4", "mxfp4", "cb4"])
 def test_the_card_knows_the_precision_of_the_weights(tmp_path, precision):
     export_model(MODELS / "chatglm3-6b", tmp_path / "exported", weight_format=precision)
     model = OVChatGLMForCausalLM.from_pretrained(tmp_path / "exported", compile=False)
     assert weight_precision(model.model) == precision
     model.save_model_card(tmp_path)
-    assert precision in ModelCard.load(tmp_path / "README.md").data.tags
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert precision in data.tags and len(data.tags) == 5
+    is_quantized = data.to_dict().get("base_model_relation") == "quantized"
+    assert is_quantized == (precision not in ("fp32", "fp16", "bf16"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])

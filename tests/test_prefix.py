@@ -2,12 +2,15 @@
 """P-Tuning v2 prefixes against the original implementation and against P-Tuning written down in torch."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import DATA, EXACT, Golden
+from reference import TinyChatGLM, prefix_key_values
+from safetensors.torch import save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model, graph
 from optimum_chatglm_ov.prefix import load_prefix
@@ -15,6 +18,17 @@ from optimum_chatglm_ov.prefix import load_prefix
 
 NAMES = ("chatglm-6b-ptuning-v2", "chatglm2-6b-ptuning-v2")
 EMBEDDING = "transformer.prefix_encoder.embedding.weight"
+# A projected prefix that fits chatglm2-6b.
+PROJECTED = {
+    f"prefix_encoder.{name}": torch.ones(shape)
+    for name, shape in {
+        "embedding.weight": (5, 128),
+        "trans.0.weight": (64, 128),
+        "trans.0.bias": (64,),
+        "trans.2.weight": (128, 64),
+        "trans.2.bias": (128,),
+    }.items()
+}
 
 
 def tensors_of(name):
@@ -64,24 +78,21 @@ def test_separate_file(name, saved_as, tmp_path):
     assert ChatGLMConfig.from_pretrained(folder).pre_seq_len == length
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_projection(name, tmp_path):
-    """`prefix_projection`: embedding, Linear, tanh, Linear; equal to the prefix it computes, given directly."""
-    torch.manual_seed(0)
-    config = ChatGLMConfig.from_pretrained(DATA / "models" / name)
+def random_encoder(config, length=7):
+    """A projected prefix encoder for `config`: embedding, Linear, tanh, Linear."""
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     embedded = config.hidden_size if config.architecture == "chatglm" else size
-    encoder = torch.nn.ModuleDict(
-        {
-            "embedding": torch.nn.Embedding(7, embedded),
-            "trans": torch.nn.Sequential(
-                torch.nn.Linear(embedded, config.hidden_size),
-                torch.nn.Tanh(),
-                torch.nn.Linear(config.hidden_size, size),
-            ),
-        }
-    )
-    computed = encoder["trans"](encoder["embedding"].weight).detach()
+    layers = torch.nn.Linear(embedded, config.hidden_size), torch.nn.Tanh(), torch.nn.Linear(config.hidden_size, size)
+    encoder = {"embedding": torch.nn.Embedding(length, embedded), "trans": torch.nn.Sequential(*layers)}
+    return torch.nn.ModuleDict(encoder).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_projection(name, tmp_path):
+    """A projected prefix equals the one that it computes, given directly."""
+    torch.manual_seed(0)
+    encoder = random_encoder(ChatGLMConfig.from_pretrained(DATA / "models" / name))
+    computed = encoder["trans"](encoder["embedding"].weight)
     direct = shutil.copytree(DATA / "models" / name, tmp_path / "direct")
     projected = shutil.copytree(DATA / "models" / name, tmp_path / "projected")
     settings = json.loads((direct / "config.json").read_text()) | {"pre_seq_len": 7}
@@ -97,6 +108,26 @@ def test_projection(name, tmp_path):
         logits(export_model(folder, tmp_path / f"{folder.name}-ir"), ids) for folder in (projected, direct)
     )
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"])
+def test_projection_equals_past_key_values_in_torch(name, tmp_path):
+    """The plain definition in torch, with what the encoder computes as its past keys and values."""
+    torch.manual_seed(1)
+    source = DATA / "models" / name
+    config = ChatGLMConfig.from_pretrained(source)
+    encoder = random_encoder(config)
+    torch.save(
+        {f"prefix_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}, tmp_path / "prefix.bin"
+    )
+    past = prefix_key_values(config, encoder["trans"](encoder["embedding"].weight))
+    ids = torch.from_numpy(Golden(name)["single_input_ids"])
+    with torch.no_grad():
+        expected = TinyChatGLM.from_folder(source)(ids, past_key_values=past).numpy()
+        without = TinyChatGLM.from_folder(source)(ids).numpy()
+    found = logits(export_model(source, tmp_path / "ir", prefix_encoder=tmp_path / "prefix.bin"), ids.numpy())
+    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0)
+    assert np.abs(without - expected).max() > 0.1
 
 
 def test_keys_are_reordered_and_values_are_not(tmp_path):
@@ -129,6 +160,15 @@ def test_prefix_projection_that_is_a_tuple_by_accident_means_false(tmp_path):
             "lacks prefix_encoder.trans.0.bias",
         ),
         ({EMBEDDING: torch.full((5, 128), torch.nan)}, "NaN"),
+        ({EMBEDDING: torch.full((5, 128), 1e300, dtype=torch.float64)}, "values beyond the range of float32"),
+        ({EMBEDDING: torch.zeros(128)}, r"embedding.weight is \[128\]; expected two dimensions"),
+        ({EMBEDDING: torch.zeros(5, 1, 128)}, r"embedding.weight is \[5, 1, 128\]; expected two dimensions"),
+        ({EMBEDDING: torch.zeros(0, 128)}, r"embedding.weight is \[0, 128\].*at least one"),
+        ({EMBEDDING: torch.zeros(5, 128, dtype=torch.int32)}, "embedding.weight is torch.int32; expected float32"),
+        (PROJECTED | {"prefix_encoder.trans.2.bias": torch.zeros(1)}, "do not fit together: .*trans.2.bias .1."),
+        (PROJECTED | {"prefix_encoder.trans.0.weight": torch.zeros(128)}, "do not fit together: .*trans.0.weight"),
+        (PROJECTED | {"prefix_encoder.trans.0.bias": torch.zeros(64, 1)}, "do not fit together: .*trans.0.bias"),
+        (PROJECTED | {"prefix_encoder.trans.2.weight": torch.full((128, 64), 3e38)}, "values beyond the range"),
     ],
 )
 def test_unusable_prefixes(tensors, message, tmp_path):
@@ -136,6 +176,16 @@ def test_unusable_prefixes(tensors, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         export_model(DATA / "models" / "chatglm2-6b", tmp_path / "ir", prefix_encoder=tmp_path / "prefix.bin")
     assert [path.name for path in tmp_path.iterdir()] == ["prefix.bin"]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_a_file_cut_short(suffix, tmp_path):
+    file = tmp_path / f"prefix{suffix}"
+    torch.save(PROJECTED, file) if suffix == ".bin" else save_file(PROJECTED, file)
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=f"prefix{suffix}: not a readable weight file .*truncated"):
+        export_model(DATA / "models" / "chatglm2-6b", tmp_path / "ir", prefix_encoder=file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_missing_file(tmp_path):

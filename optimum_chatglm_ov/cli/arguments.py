@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from ..quantization import WEIGHT_FORMATS
@@ -92,6 +93,17 @@ def computation_options(args: argparse.Namespace) -> dict[str, str]:
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": args.dynamic_quantization_group_size,
     }
     return {name: str(value) for name, value in properties.items() if value is not None}
+
+
+def check_writable(file: Path) -> None:
+    """Raises `UsageError` if `file` cannot be written, which leaves work that takes long without a result."""
+    existed = file.exists()
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror})") from error
+    if not existed:
+        file.unlink()
 
 
 def unicode_text(text: str) -> str:
