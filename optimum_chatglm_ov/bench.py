@@ -280,7 +280,11 @@ def _cycles_per_instruction() -> Iterator[Callable[[], float | None]]:
         finally:
             if perf is not None:
                 perf.send_signal(signal.SIGINT)
-                perf.wait()
+                try:
+                    perf.wait(timeout=10)
+                except subprocess.TimeoutExpired:  # it had not begun yet, where signals are ignored
+                    perf.kill()
+                    perf.wait()
                 counts = re.findall(r"^(\d+),[^,]*,(?:cycles|instructions)", output.read(), re.MULTILINE)
                 if len(counts) == 2 and int(counts[1]):
                     found.append(int(counts[0]) / int(counts[1]))

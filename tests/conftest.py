@@ -6,12 +6,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network by accident
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# a shell starts what it puts into the background with Ctrl-C ignored, and so would be every command of the tests
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
