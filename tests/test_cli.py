@@ -40,15 +40,13 @@ COMMAND = [sys.executable, "-m", "optimum_chatglm_ov.cli.main"]
 
 
 @pytest.fixture(autouse=True)
-def unchanged_process(monkeypatch):
-    """Commands run in this process must not silence the libraries for other tests, nor keep its signals."""
-    handler = signal.getsignal(signal.SIGTERM)
+def unchanged_libraries(monkeypatch):
+    """Commands run in this process must not silence the libraries for other tests."""
     verbosity = transformers.logging.get_verbosity()
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         yield
     transformers.logging.set_verbosity(verbosity)
-    signal.signal(signal.SIGTERM, handler)
 
 
 def environment(**changes):
@@ -160,6 +158,7 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_export(tmp_path, capsys):
     output = tmp_path / "output"
     assert main(["export", CHATGLM3, str(output), "--weight-format", "int8"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert capsys.readouterr().out.startswith(f"{output}: ")
     original = json.loads((MODELS / "chatglm3-6b" / "config.json").read_text())
     exported = OVChatGLMForCausalLM.from_pretrained(output, compile=False)

@@ -6,12 +6,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 
+from ..signals import termination_unwinds
 from .arguments import UsageError
 
 
@@ -46,13 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(args.run, args, name=f"chatglm-ov {args.subcommand}")
 
 
+@termination_unwinds()
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, name: str) -> int:
     """Calls `run(args)`; an exception becomes one line on stderr, beginning with `name`, and an exit code."""
     debug = getattr(args, "debug", False)
     if not debug:
         _quiet_libraries()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         code = run(args)
         sys.stdout.flush()
