@@ -134,8 +134,8 @@ def check_same(way: str, found: torch.Tensor, expected: torch.Tensor, prompt: in
     if not torch.equal(found, expected):
         same = (found == expected).int().cumprod(1).sum().item() if found.shape == expected.shape else prompt
         raise SystemExit(
-            f"{way}: after {same - prompt} equal tokens, another one than in plain greedy decoding. In bf16 two tokens can "
-            "be equally likely; try --inference-precision f32."
+            f"{way}: after {same - prompt} equal tokens, another one than in plain greedy decoding. In bf16 two "
+            "tokens can be equally likely; try --inference-precision f32."
         )
 
 
