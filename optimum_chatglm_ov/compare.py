@@ -6,9 +6,9 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from . import texts
+from .checkpoint import Scratch
 from .modeling import OVChatGLMForCausalLM
 
 
@@ -79,32 +80,37 @@ def compare(
 ) -> Comparison:
     """Measures the distance of two models on a text.
 
-    The models are loaded one after the other; the reference's log-probabilities wait in a temporary file of
-    `max_tokens * vocab_size * 4` bytes.
+    The models are loaded one after the other, original checkpoints in their stored precision; the reference's
+    log-probabilities wait in a temporary file of `max_tokens * vocab_size * 4` bytes.
 
     Args:
         reference: IR folder, local checkpoint or Hub id.
         candidate: another one with the same vocabulary, or the same under other OpenVINO properties.
         text: text file, strings or rows with a "text" column (see `texts.read_texts`).
         reference_config, candidate_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
-        max_tokens: tokens of the text to use.
-        block_length: tokens that are read in one call; the context of each token is its own block.
+        max_tokens: tokens of the text to measure.
+        block_length: tokens that are read in one call; the context of each token is its own block, and the first of
+            each has none and is not measured.
         prompts: blocks whose beginnings are continued greedily.
         prompt_length: tokens of those beginnings.
         new_tokens: tokens to generate from each.
 
     Raises:
-        ValueError: the text has less than two tokens, a number is not positive, or the vocabularies differ.
+        ValueError: the text has less than two tokens, a number is too small, or the vocabularies differ.
+        OSError: the temporary file has no room.
     """
-    for name, number in {"max_tokens": max_tokens, "block_length": block_length, "new_tokens": new_tokens}.items():
-        if number < 2:
-            raise ValueError(f"`{name}` is {number}; expected at least 2.")
+    for name, number, least in (
+        ("max_tokens", max_tokens, 1),
+        ("block_length", block_length, 2),
+        ("prompts", prompts, 0),
+        ("prompt_length", prompt_length, 1),
+        ("new_tokens", new_tokens, 1),
+    ):
+        if number < least:
+            raise ValueError(f"`{name}` is {number}; expected at least {least}.")
     model = _load(reference, reference_config)
     tokenizer = AutoTokenizer.from_pretrained(model.model_save_dir)
-    blocks = list(
-        islice(texts.blocks(texts.read_texts(text), tokenizer, block_length), -(-max_tokens // block_length))
-    )
-    blocks = [block for block in blocks if len(block) > 1]
+    blocks = list(_measured(texts.blocks(texts.read_texts(text), tokenizer, block_length), max_tokens))
     if not blocks:
         raise ValueError("The text has less than two tokens; give a longer one.")
     ids = [texts.generated(block, tokenizer) for block in blocks]
@@ -112,12 +118,11 @@ def compare(
 
     counts = [len(block) - 1 for block in blocks]
     shape = (sum(counts), model.config.vocab_size)
-    with tempfile.TemporaryFile() as file:
-        kept = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+    with _reserved(shape) as kept:
         targets = torch.cat([torch.tensor(block[1:]) for block in blocks])
         position = 0
         for log_probabilities in _log_probabilities(model, ids):
-            kept[position : position + len(log_probabilities)] = log_probabilities.numpy()
+            kept[position : position + len(log_probabilities)] = log_probabilities
             position += len(log_probabilities)
         expected = [_continue(model, prompt, new_tokens) for prompt in beginnings]
         del model
@@ -132,10 +137,9 @@ def compare(
         sums, position = np.zeros(4), 0
         for candidates in _log_probabilities(model, ids):
             rows = slice(position, position + len(candidates))
-            sums += _sums(torch.from_numpy(kept[rows]), candidates, targets[rows])
+            sums += _sums(kept[rows], candidates, targets[rows])
             position = rows.stop
         found = [_continue(model, prompt, new_tokens) for prompt in beginnings]
-        del kept
     reference_loss, candidate_loss, divergence, agreement = sums / shape[0]
     return Comparison(
         tokens=shape[0],
@@ -149,7 +153,32 @@ def compare(
 
 
 def _load(folder: str | Path, ov_config: Mapping[str, str] | None) -> OVChatGLMForCausalLM:
-    return OVChatGLMForCausalLM.from_pretrained(folder, ov_config=dict(ov_config or {}))
+    return OVChatGLMForCausalLM.from_pretrained(folder, load_in_8bit=False, ov_config=dict(ov_config or {}))
+
+
+def _measured(blocks: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
+    """`blocks`, the last one cut, with `tokens` tokens besides the first of each."""
+    for block in blocks:
+        block = block[: tokens + 1]
+        if len(block) > 1:
+            yield block
+        tokens -= len(block) - 1
+        if tokens == 0:
+            return
+
+
+@contextmanager
+def _reserved(shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """f32 `shape` in a temporary file, whose room is taken at once."""
+    folder = tempfile.gettempdir()
+    try:
+        kept = Scratch(folder).empty(shape, torch.float32)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: no room for the log-probabilities of {shape[0]} tokens, {4 * math.prod(shape) / 1e6:.1f} MB "
+            f"({error.strerror}). Give a smaller `max_tokens`, or another folder in the variable TMPDIR."
+        ) from error
+    yield kept
 
 
 def _log_probabilities(model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]]) -> Iterable[torch.Tensor]:

@@ -4,6 +4,8 @@
 import argparse
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from conftest import DATA, EXACT
 from reference import text as reference_text
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model, quantization, texts
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli import compare as command
+from optimum_chatglm_ov.cli.main import main
 from optimum_chatglm_ov.compare import compare
 
 
@@ -21,7 +24,8 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog.\n\n今天天气很好，我们去公园散步。\n\nHello world, how are you?\n\n"
     * 4
 )
-LENGTHS = {"block_length": 48, "max_tokens": 144, "prompts": 2, "prompt_length": 8, "new_tokens": 6}
+# 47 tokens of each block are measured.
+LENGTHS = {"block_length": 48, "max_tokens": 141, "prompts": 2, "prompt_length": 8, "new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,59 @@ def test_measurements_are_those_of_torch(exported, exact_model, int8, text):
     assert all(0 <= common <= most for common, most in zip(found.greedy_prefixes, found.greedy_tokens))
 
 
+@pytest.mark.parametrize(
+    "max_tokens, block_length", [(1, 32), (2, 32), (31, 32), (32, 32), (40, 32), (63, 32), (9, 2)]
+)
+def test_exactly_as_many_tokens_as_asked_for(max_tokens, block_length, exported, exact_model, text):
+    """They are the first of the text but for the first of each block, and their perplexity is that of torch."""
+    folder = exported("chatglm3-6b")
+    found = compare(
+        folder,
+        folder,
+        text,
+        reference_config=EXACT,
+        candidate_config=EXACT,
+        max_tokens=max_tokens,
+        block_length=block_length,
+        prompts=0,
+    )
+    assert found.tokens == max_tokens
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = next(texts.blocks(texts.read_texts(text), tokenizer, 1000))
+    losses = []
+    for start in range(0, len(ids), block_length):
+        block = ids[start : start + block_length]
+        logits = exact_model("chatglm3-6b")(torch.tensor([tokenizer.build_inputs_with_special_tokens(block)])).logits[
+            0
+        ]
+        losses += logits[-len(block) : -1].log_softmax(-1)[range(len(block) - 1), block[1:]].tolist()
+    expected = math.exp(-sum(losses[:max_tokens]) / max_tokens)
+    assert found.reference_perplexity == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_checkpoint_is_compared_in_its_stored_precision(exported, text, monkeypatch):
+    """Also one so large that it would become int8 where nothing is said."""
+    checkpoint, candidate = DATA / "models" / "chatglm3-6b", exported("chatglm3-6b")
+    monkeypatch.setattr(quantization, "_INT8_BY_DEFAULT_ABOVE", 1000)
+    lengths = LENGTHS | {"prompts": 0}
+    found = compare(checkpoint, candidate, text, reference_config=EXACT, candidate_config=EXACT, **lengths)
+    assert abs(found.kl_divergence) < 1e-6  # int8: above 1e-4
+
+
+def test_no_room_for_the_log_probabilities(exported, text, tmp_path):
+    """On a real file system that is full: an error and not a bus error."""
+    folder, disk = exported("chatglm3-6b"), tmp_path / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=200k tmpfs {disk} && TMPDIR={disk} exec "$@"'
+    command = [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "compare", folder, folder, "--text", text]
+    options = ["--prompts", "0", "--max-tokens", "90"]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, "sh", *command, *options], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"{disk}: no room for the log-probabilities of 90 tokens, 0.3 MB" in done.stderr
+
+
 def run(*arguments):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -87,7 +144,7 @@ def run(*arguments):
 
 
 def test_command(exported, int8, text, tmp_path, capsys):
-    short = ("--max-tokens", 96, "--block-length", 48, "--prompts", 1, "--new-tokens", 4)
+    short = ("--max-tokens", 94, "--block-length", 48, "--prompts", 1, "--new-tokens", 4)
     properties = ("--candidate-property", "KV_CACHE_PRECISION=u8", "--reference-property", "KV_CACHE_PRECISION=f32")
     output = tmp_path / "report.json"
     assert run(exported("chatglm3-6b"), int8, "--text", text, "--json", output, *short, *properties) == 0
@@ -112,8 +169,29 @@ def test_what_cannot_be_compared(exported, text, tmp_path):
         compare(folder, folder, tmp_path / "none.txt")
     with pytest.raises(ValueError, match="No text found"):
         compare(folder, folder, [" "])
-    with pytest.raises(ValueError, match="`block_length` is 1"):
-        compare(folder, folder, text, block_length=1)
+    with pytest.raises(ValueError, match="character 4 is half of a character"):
+        compare(folder, folder, ["half\udc00"])
+    for number in (
+        {"block_length": 1},
+        {"max_tokens": 0},
+        {"prompts": -1},
+        {"prompt_length": 0},
+        {"prompt_length": -3},
+        {"new_tokens": 0},
+    ):
+        ((name, value),) = number.items()
+        with pytest.raises(ValueError, match=f"`{name}` is {value}; expected at least"):
+            compare(folder, folder, text, **number)
+
+
+def test_a_report_that_cannot_be_written_is_found_first(exported, text, tmp_path, capsys):
+    arguments = ["compare", "no/such/model", "no/such/model", "--text", str(text), "--json"]
+    for file in (tmp_path / "none" / "report.json", tmp_path):
+        assert main([*arguments, str(file)]) == 2
+        assert f"{file}: cannot be written" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "report.json")]) == 1
+    assert "no/such/model" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("weight_format, divergence, agreement", [("int8", 0.001, 0.99), ("int4", 0.05, 0.94)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from ..quantization import WEIGHT_FORMATS
@@ -80,6 +81,17 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     }
     ov_config = {name: str(value) for name, value in properties.items() if value is not None}
     return {"device": args.device, "attention": args.attention, "ov_config": ov_config}
+
+
+def check_writable(file: Path) -> None:
+    """Raises `UsageError` if `file` cannot be written, which leaves work that takes long without a result."""
+    existed = file.exists()
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror})") from error
+    if not existed:
+        file.unlink()
 
 
 def unicode_text(text: str) -> str:

@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from .arguments import check_writable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `chatglm-ov compare` to `parser`."""
@@ -16,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("reference", help="IR folder, checkpoint folder or Hub id of the reference")
     parser.add_argument("candidate", help="the model to judge; may be the reference, under other --candidate-property")
-    parser.add_argument("--text", required=True, help="UTF-8 text file, or wikitext2, c4")
+    parser.add_argument("--text", required=True, help="UTF-8 text file, or wikitext2, c4, gsm8k")
     parser.add_argument("--json", metavar="FILE", help="also write the measurements as JSON; - prints them instead")
     parser.add_argument(
-        "--max-tokens", type=int, default=4096, help="tokens of the text to use (default: %(default)s)"
+        "--max-tokens", type=int, default=4096, help="tokens of the text to measure (default: %(default)s)"
     )
     parser.add_argument("--block-length", type=int, default=512, help="tokens read in one call (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=8, help="blocks to continue greedily (default: %(default)s)")
@@ -39,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares, prints and returns the exit status."""
+    if args.json not in (None, "-"):
+        check_writable(Path(args.json))
     from ..compare import compare  # loads torch and openvino, which `--help` should not wait for
 
     measured = compare(
