@@ -55,7 +55,7 @@ def _without_remote_code(original: Any) -> Any:
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("trust_remote_code") and has_original_code(pretrained_model_name_or_path, **kwargs):
             kwargs["trust_remote_code"] = False
-            _warn_once(str(pretrained_model_name_or_path))
+            warn_once(str(pretrained_model_name_or_path))
         return original(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     from_pretrained._ignores_chatglm_remote_code = True
@@ -90,7 +90,8 @@ def has_original_code(pretrained_model_name_or_path: Any, **kwargs: Any) -> bool
 
 
 @functools.cache
-def _warn_once(name: str) -> None:
+def warn_once(name: str) -> None:
+    """Logs that `trust_remote_code` has no effect for the repository `name`."""
     logger.warning(
         f"`trust_remote_code=True` has no effect for {name}: optimum_chatglm_ov has its own classes for ChatGLM, and "
         "no code of the repository is run."

@@ -26,11 +26,13 @@ from optimum_chatglm_ov.cli import conversation
 from optimum_chatglm_ov.cli.arguments import add_runtime_options, runtime_options
 from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
+from optimum_chatglm_ov.remote_code import warn_once
 
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).parent / "data" / "models"
 CHATGLM3 = str(MODELS / "chatglm3-6b")
+INT4, INT8 = (["export", CHATGLM3, "{tmp}/output", "--weight-format", name] for name in ("int4", "int8"))
 COMMAND = [sys.executable, "-m", "optimum_chatglm_ov.cli.main"]
 
 
@@ -112,6 +114,14 @@ def test_usage_errors(arguments, capsys):
         (1, ["export", CHATGLM3, "{tmp}/output", "--adapter", "{tmp}"], "adapter_config.json"),
         (2, ["export", CHATGLM3, "{tmp}/output", "--awq", "--group-size", "64"], "--group-size, --awq: only"),
         (2, ["export", CHATGLM3, "{tmp}/output", "--weight-format", "fp16", "--dataset", "x"], "--dataset: only"),
+        (2, [*INT4, "--dataset", "README.md"], "--dataset: nothing looks at texts"),
+        (2, [*INT8, "--dataset", "README.md"], "--dataset: nothing looks at texts"),
+        (2, [*INT4, "--num-samples", "3"], "--num-samples: only with --dataset"),
+        (2, [*INT4, "--awq", "--quantization-statistics-path", "x"], "-statistics-path: only with --dataset"),
+        (1, [*INT4, "--awq", "--dataset", "wikitext3"], "one of wikitext2, c4, c4-new, gsm8k"),
+        (1, [*INT4, "--gptq", "--dataset", "gsm8k"], "'gsm8k' could not be loaded"),
+        (1, [*INT4, "--awq", "--dataset", "wikitext2:seq_len=64"], "'wikitext2' could not be loaded"),
+        (2, ["export", CHATGLM3, "{tmp}/output", "--quant-mode", "int8"], "only weights; use --weight-format"),
         (1, ["chat", "--model", "no/such/folder", "--prompt", "x"], "no such folder"),
         (2, ["chat", "--prompt", " "], "--prompt is empty"),
     ],
@@ -161,6 +171,36 @@ def test_details_of_quantisation_reach_the_model(tmp_path):
     assert (saved["bits"], saved["group_size"], saved["sym"], saved["all_layers"]) == (4, 32, True, True)
 
 
+def test_constants_have_the_form_that_was_asked_for(tmp_path):
+    """Symmetric integers are signed; the embedding and the output layer are 4-bit when all layers are to be."""
+    found = {}
+    for name, details in {"default": (), "sym": ("--sym",), "all": ("--all-layers",)}.items():
+        output = tmp_path / name
+        assert main(["export", CHATGLM3, str(output), "--weight-format", "int4", "--group-size", "32", *details]) == 0
+        found[name] = {
+            node.get_friendly_name(): (node.get_element_type().get_type_name(), list(node.shape))
+            for node in ov.Core().read_model(output / "openvino_model.xml").get_ops()
+            if node.get_type_name() == "Constant" and "weight" in node.get_friendly_name()
+        }
+    linear, ends = "layers.0.mlp.up_proj.weight", ("embed_tokens.weight", "lm_head.weight")
+    assert found["default"][linear] == ("u4", [176, 2, 32]) and f"{linear}/zero_point" in found["default"]
+    assert found["sym"][linear] == ("i4", [176, 2, 32]) and f"{linear}/zero_point" not in found["sym"]
+    assert [found["default"][end] for end in ends] == [("i8", [768, 64])] * 2
+    assert [found["all"][end] for end in ends] == [("u4", [768, 2, 32])] * 2
+
+
+def test_texts_of_the_model_itself_from_the_command_line(tmp_path):
+    arguments = [argument.format(tmp=tmp_path) for argument in INT4] + ["--scale-estimation", "--group-size", "32"]
+    assert main([*arguments, "--dataset", "auto:seq_len=16", "--num-samples", "2"]) == 0
+    assert (tmp_path / "output" / "openvino_model.xml").is_file()
+
+
+def test_trusting_remote_code_has_no_effect(tmp_path, caplog):
+    warn_once.cache_clear()
+    assert main(["export", CHATGLM3, str(tmp_path / "output"), "--trust-remote-code"]) == 0
+    assert f"`trust_remote_code=True` has no effect for {CHATGLM3}" in caplog.text
+
+
 def parse(*options):
     parser = argparse.ArgumentParser()
     add_options(parser)
@@ -170,13 +210,15 @@ def parse(*options):
 def test_a_format_alone_is_given_by_name():
     assert weight_arguments(parse()) == {"weight_format": None}
     assert weight_arguments(parse("--weight-format", "int4")) == {"weight_format": "int4"}
-    arguments = parse("--weight-format", "int4", "--dataset", "text.txt")
-    assert weight_arguments(arguments) == {"weight_format": "int4", "dataset": "text.txt"}
+    assert weight_arguments(parse("--weight-format", "fp16")) == {"weight_format": "fp16"}
 
 
 def test_details_refine_the_default_of_the_format():
-    arguments = parse("--weight-format", "int4", "--ratio", "0.8", "--awq", "--scale-estimation", "--num-samples", "7")
+    of_texts = ("--dataset", "text.txt", "--num-samples", "7", "--quantization-statistics-path", "statistics")
+    arguments = parse("--weight-format", "int4", "--ratio", "0.8", "--awq", "--scale-estimation", *of_texts)
+    assert weight_arguments(arguments)["dataset"] == "text.txt"
     config = weight_arguments(arguments)["quantization_config"]
+    assert config.statistics_path == "statistics"
     assert (config.bits, config.dtype, config.ratio) == (4, "int4", 0.8)
     assert (config.quant_method.value, config.scale_estimation, config.num_samples) == ("awq", True, 7)
     assert config.group_size == optimum_chatglm_ov.quantization.refined("int4").group_size

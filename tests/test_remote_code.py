@@ -10,7 +10,7 @@ from tokenization_cases import folder
 from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 
 from optimum_chatglm_ov.configuration import ChatGLMConfig
-from optimum_chatglm_ov.remote_code import _warn_once, has_original_code, replace_remote_code
+from optimum_chatglm_ov.remote_code import has_original_code, replace_remote_code, warn_once
 from optimum_chatglm_ov.tokenization import ChatGLM3Tokenizer, ChatGLM4Tokenizer
 
 
@@ -29,7 +29,7 @@ def checkpoint(request, tmp_path):
     for name in (tokenizer_class, "ChatGLMConfig"):
         file = "configuration_chatglm.py" if name == "ChatGLMConfig" else "tokenization_chatglm.py"
         (path / file).write_text(TRAP.format(str(tmp_path / "sprung"), name))
-    _warn_once.cache_clear()
+    warn_once.cache_clear()
     yield path, CHECKPOINTS[request.param]
     assert not (tmp_path / "sprung").exists()
 

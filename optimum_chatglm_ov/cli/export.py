@@ -5,10 +5,11 @@ folder appears complete or not at all."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..quantization import FLOATING_FORMATS, refined
+from ..quantization import FLOATING_FORMATS, refined, uses_texts
 from .arguments import UsageError, add_hub_arguments, add_weight_format, hub_arguments, positive_integer
 
 
@@ -47,7 +48,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="symmetric integers, without zero points (default: yes for int8, no for int4)",
     )
     weights.add_argument(
-        "--group-size", type=int, metavar="N", help="weights per scale, -1: a whole row (default: 64)"
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="weights per scale, -1: a whole row (default: 64; 32 for mxfp4, -1 for cb4)",
     )
     weights.add_argument(
         "--group-size-fallback",
@@ -62,9 +66,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--all-layers", action="store_true", default=None, help="4-bit embedding and output layer as well"
     )
     weights.add_argument(
-        "--dataset", metavar="TEXT", help="for the methods below: a text file, wikitext2, c4 or c4-new"
+        "--dataset",
+        metavar="TEXT",
+        help="for the methods below and for --ratio: a text file; wikitext2, c4, c4-new or gsm8k from the Hub; auto: "
+        "what the model generates; ':seq_len=N' behind a name sets the tokens of a sample (default: 128)",
     )
-    weights.add_argument("--num-samples", type=positive_integer, metavar="N", help="texts to take from the data set")
+    weights.add_argument(
+        "--num-samples", type=positive_integer, metavar="N", help="samples of the data set (default: 128)"
+    )
     weights.add_argument("--awq", action="store_true", help="activation-aware scaling of weights")
     weights.add_argument(
         "--scale-estimation", action="store_true", default=None, help="scales that minimise the error of each layer"
@@ -79,6 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--quantization-statistics-path", metavar="DIR", help="keeps statistics of activations for the next export"
     )
+    weights.add_argument("--quant-mode", metavar="MODE", help="refused: activations are not quantised, only weights")
 
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -94,6 +104,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--rope-ratio-type",
         choices=("linear", "theta"),
         help="what rope_ratio means: positions divided by it, or the base multiplied (default: the tokenizer tells)",
+    )
+    model.add_argument(
+        "--trust-remote-code", action="store_true", help="has no effect: no code of a repository is ever run"
     )
     add_hub_arguments(parser)
 
@@ -114,7 +127,11 @@ def run(args: argparse.Namespace) -> int:
     weights = weight_arguments(args)
     from optimum_chatglm_ov import export_model
 
+    from ..remote_code import warn_once
     from .progress import export_progress
+
+    if args.trust_remote_code:
+        warn_once(args.model)
 
     with export_progress() as progress:
         output = export_model(
@@ -139,21 +156,34 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
         UsageError: details without a format that they could refine.
         ValueError: optimum-intel refuses the combination.
     """
+    if args.quant_mode is not None:
+        raise UsageError("--quant-mode: activations are not quantised, only weights; use --weight-format int8 or int4")
     details = {name: getattr(args, name) for name in _QUANTIZATION_ARGUMENTS if getattr(args, name) is not None}
     if args.awq:
         details["quant_method"] = "awq"
     if args.quantization_statistics_path is not None:
         details["statistics_path"] = args.quantization_statistics_path
+    dataset = {"dataset": args.dataset} if args.dataset else {}
     if args.weight_format is None or args.weight_format in FLOATING_FORMATS:
-        names = [*details, *(["dataset"] if args.dataset else [])]
-        if names:
-            given = ", ".join("--" + _OPTIONS.get(name, name).replace("_", "-") for name in names)
+        if details or dataset:
             raise UsageError(
-                f"{given}: only for quantised weights, but --weight-format is "
+                f"{_given(details | dataset)}: only for quantised weights, but --weight-format is "
                 f"{args.weight_format or 'not given'}; add for example --weight-format int4"
             )
         return {"weight_format": args.weight_format}
-    dataset = {"dataset": args.dataset} if args.dataset else {}
+    quantization_config = refined(args.weight_format, **details)
+    if dataset and not uses_texts(quantization_config):
+        raise UsageError(
+            "--dataset: nothing looks at texts; add --awq, --scale-estimation, --gptq, --lora-correction or a --ratio "
+            "below 1, all for 4-bit weights"
+        )
+    of_texts = {name: value for name, value in details.items() if name in ("num_samples", "statistics_path")}
+    if of_texts and not dataset:
+        raise UsageError(f"{_given(of_texts)}: only with --dataset")
     if not details:
         return {"weight_format": args.weight_format, **dataset}
-    return {"quantization_config": refined(args.weight_format, **details), **dataset}
+    return {"quantization_config": quantization_config, **dataset}
+
+
+def _given(names: Iterable[str]) -> str:
+    return ", ".join("--" + _OPTIONS.get(name, name).replace("_", "-") for name in names)
