@@ -144,6 +144,11 @@ def resolve_config(
             "`OVWeightQuantizationConfig` or a dictionary of its arguments."
         )
     _check_texts(quantization_config, dataset)
+    if quantization_config.quant_method == OVQuantizationMethod.AWQ and config.architecture == "chatglm":
+        logger.warning(
+            "AWQ changes nothing in this model: NNCF scales the inputs of a linear behind a Swish or a product, and "
+            "ChatGLM-6B has a GELU there. Try scale_estimation or gptq."
+        )
     return _with_fallback(quantization_config)
 
 
