@@ -143,6 +143,8 @@ def resolve_config(
             f"`quantization_config` is a {type(quantization_config).__name__}; expected an "
             "`OVWeightQuantizationConfig` or a dictionary of its arguments."
         )
+    if quantization_config.ratio == 0:  # which NNCF takes for 1
+        raise ValueError("`ratio` is 0, so no layer would become 4-bit; ask for int8 (`bits` 8) instead.")
     _check_texts(quantization_config, dataset)
     if quantization_config.quant_method == OVQuantizationMethod.AWQ and config.architecture == "chatglm":
         logger.warning(
@@ -171,6 +173,10 @@ def _check_texts(quantization_config: OVWeightQuantizationConfig, dataset: Any) 
     given = [source for source in (dataset, quantization_config.dataset) if source is not None]
     needing = [name for name in ("scale_estimation", "gptq", "lora_correction") if getattr(quantization_config, name)]
     if metric not in (None, _WITHOUT_TEXTS):
+        if quantization_config.ratio == 1:
+            raise ValueError(
+                "`sensitivity_metric` chooses which layers stay 8-bit, and at `ratio` 1 none do; give a ratio below 1."
+            )
         needing.append(f"sensitivity_metric={metric}")
     if needing and not given:
         raise ValueError(
