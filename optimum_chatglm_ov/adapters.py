@@ -226,8 +226,8 @@ def _settings(file: Path) -> dict[str, Any]:
     if used:
         raise CheckpointError(
             f"{file}: {', '.join(f'{key}={settings[key]!r}' for key in used)} is not supported: such an adapter is "
-            "more than a product of two matrices added to a linear. Merge it with PEFT (`merge_and_unload`) and "
-            "export the result."
+            "not just a product of two matrices added to a linear. If PEFT can merge it (`merge_and_unload`), export "
+            "the result."
         )
     if settings.get("fan_in_fan_out"):
         raise CheckpointError(

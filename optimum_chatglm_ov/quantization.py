@@ -54,6 +54,7 @@ _NARROWEST_FIRST = {
     "f16": "fp16",
     "bf16": "bf16",
 }
+_NEEDING_TEXTS = ("scale_estimation", "gptq", "lora_correction")
 # The one way to choose the layers that stay 8-bit that looks at weights alone.
 _WITHOUT_TEXTS = "weight_quantization_error"
 # Calibration: samples and their tokens, unless the settings say otherwise.
@@ -143,6 +144,8 @@ def resolve_config(
             f"`quantization_config` is a {type(quantization_config).__name__}; expected an "
             "`OVWeightQuantizationConfig` or a dictionary of its arguments."
         )
+    if quantization_config.ratio == 0:  # which NNCF takes for 1
+        raise ValueError("`ratio` is 0, so no layer would become 4-bit; ask for int8 (`bits` 8) instead.")
     _check_texts(quantization_config, dataset)
     if quantization_config.quant_method == OVQuantizationMethod.AWQ and config.architecture == "chatglm":
         logger.warning(
@@ -155,11 +158,10 @@ def resolve_config(
 def uses_texts(quantization_config: OVWeightQuantizationConfig) -> bool:
     """Whether a method of the settings looks at texts where it has some."""
     is_mixed = quantization_config.ratio < 1 and quantization_config.sensitivity_metric != _WITHOUT_TEXTS
-    methods = ("scale_estimation", "gptq", "lora_correction")
     return quantization_config.bits == 4 and (
         quantization_config.quant_method == OVQuantizationMethod.AWQ
         or is_mixed
-        or any(getattr(quantization_config, method) for method in methods)
+        or any(getattr(quantization_config, method) for method in _NEEDING_TEXTS)
     )
 
 
@@ -169,8 +171,12 @@ def _check_texts(quantization_config: OVWeightQuantizationConfig, dataset: Any) 
     if metric is not None and metric not in metrics:
         raise ValueError(f"`sensitivity_metric` is {metric!r}; expected one of {', '.join(metrics)}.")
     given = [source for source in (dataset, quantization_config.dataset) if source is not None]
-    needing = [name for name in ("scale_estimation", "gptq", "lora_correction") if getattr(quantization_config, name)]
+    needing = [method for method in _NEEDING_TEXTS if getattr(quantization_config, method)]
     if metric not in (None, _WITHOUT_TEXTS):
+        if quantization_config.ratio == 1:
+            raise ValueError(
+                "`sensitivity_metric` chooses which layers stay 8-bit, and at `ratio` 1 none do; give a ratio below 1."
+            )
         needing.append(f"sensitivity_metric={metric}")
     if needing and not given:
         raise ValueError(
@@ -242,7 +248,7 @@ def compress(
     """Quantises the weights of `model` in place with NNCF, but for those that `int8_rows` has made int8.
 
     Args:
-        model: a graph of `graph.build_model`.
+        model: a graph of `graph.build_model`, or an IR of one, with floating-point weights.
         quantization_config: what to do.
         tokenizer: the model's own; needed by the methods that look at activations.
         dataset: texts for those (see `texts.read_texts`), instead of the settings' own; "auto" takes texts that the

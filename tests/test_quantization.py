@@ -458,6 +458,8 @@ def test_text_file_in_quantization_config(tmp_path):
         ({"bits": 4}, TEXTS, "`dataset` would have no effect"),
         ({"bits": 4, "ratio": 0.5, "sensitivity_metric": "weight_quantization_error"}, TEXTS, "would have no effect"),
         ({"bits": 4, "ratio": 0.5, "sensitivity_metric": "max_activation_variance"}, None, "needs texts"),
+        ({"bits": 4, "sensitivity_metric": "max_activation_variance"}, TEXTS, "give a ratio below 1"),
+        ({"bits": 4, "ratio": 0.0}, None, "`ratio` is 0, so no layer would become 4-bit"),
         ({"bits": 4, "ratio": 0.5, "sensitivity_metric": "nonsense"}, None, "'nonsense'; expected one of weight_q"),
         ({"bits": 4, "scale_estimation": True}, {"train": TEXTS, "test": TEXTS}, "keys 'train', 'test'. Pass one"),
         ({"bits": 4, "scale_estimation": True, "dataset": {"train": TEXTS}}, None, "dict with the keys 'train'"),
