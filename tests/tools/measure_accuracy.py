@@ -4,6 +4,7 @@
     python tests/tools/measure_accuracy.py formats      weight formats, on the tiny model of the package
     python tests/tools/measure_accuracy.py outliers     weight formats, on single linears of real width
     python tests/tools/measure_accuracy.py runtime      cache and computing precision, on the tests' small checkpoints
+    python tests/tools/measure_accuracy.py widths FOLDER    the same on an int8 model of real widths
 
 `formats` and `outliers` compute in f32, so that the weights are the only difference.
 """
@@ -73,12 +74,31 @@ RUNTIME: dict[str, tuple[str, str, Mapping[str, str]]] = {
     "int8 weights, its default": ("int8", "sdpa", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": ""}),
 }
 STEPS = 8
+# Properties that differ from EXACT, for each kind of attention.
+WIDTHS: dict[str, tuple[str, Mapping[str, str]]] = {
+    "INFERENCE_PRECISION_HINT bf16": ("sdpa", {"INFERENCE_PRECISION_HINT": "bf16"}),
+    **{
+        f"INFERENCE_PRECISION_HINT f32, DYNAMIC_QUANTIZATION_GROUP_SIZE {size}": (
+            "sdpa",
+            {"DYNAMIC_QUANTIZATION_GROUP_SIZE": size},
+        )
+        for size in ("32", "64", "128", "256")
+    },
+    "fused attention, bf16 cache": ("fused", {"KV_CACHE_PRECISION": "bf16"}),
+    "fused attention, int8 cache": ("fused", {"KV_CACHE_PRECISION": "u8"}),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("formats", "outliers", "runtime"))
+    parser.add_argument("table", choices=("formats", "outliers", "runtime", "widths"))
+    parser.add_argument("model", nargs="?", type=Path, help="folder of an IR, for `widths`")
     args = parser.parse_args()
+    if (args.table == "widths") != (args.model is not None):
+        parser.error("`widths` needs a folder, and nothing else takes one")
+    if args.model:
+        widths(args.model)
+        return
     with tempfile.TemporaryDirectory() as folder:
         {"formats": formats, "outliers": outliers, "runtime": runtime}[args.table](Path(folder))
 
@@ -213,6 +233,24 @@ def runtime(folder: Path) -> None:
                 equal += int(a.argmax() == b.argmax())
             cells.append(f"{max(differences):.3f}, {abs(np.mean(divergences)):.0e}, {equal} of {len(differences)}")
         print(f"| {setting} | {' | '.join(cells)} |", flush=True)
+
+
+def widths(folder: Path) -> None:
+    """Logits of a model under every setting, against f32, at all 160 tokens of a random prompt."""
+    prompt = torch.randint(5, 30000, (1, 160), generator=torch.Generator().manual_seed(1))
+
+    def log_probabilities(attention: str, properties: Mapping[str, str]) -> torch.Tensor:
+        model = OVChatGLMForCausalLM.from_pretrained(folder, attention=attention, ov_config=EXACT | properties)
+        return model(prompt).logits[0].double().log_softmax(-1)
+
+    expected = log_probabilities("sdpa", {})
+    print("| setting | largest change | KL (nats) | top-1 |\n|---|---|---|---|")
+    for setting, (attention, properties) in WIDTHS.items():
+        found = log_probabilities(attention, properties)
+        divergence = (expected.exp() * (expected - found)).sum(-1).mean().item()
+        largest = (expected - found).abs().max().item()
+        agreement = 100 * (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
+        print(f"| {setting} | {largest:.3f} | {divergence:.1e} | {agreement:.0f} % |", flush=True)
 
 
 def load(folder: Path, name: str, weights: str, attention: str, properties: Mapping[str, str]) -> OVChatGLMForCausalLM:
