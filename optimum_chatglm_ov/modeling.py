@@ -280,6 +280,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
     @staticmethod
     def _has_cache_inputs(model: ov.Model | ov.CompiledModel) -> bool:
         return True
+
     def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
         precision = quantization.weight_precision(self.model)
         if precision not in quantization.FLOATING_FORMATS:

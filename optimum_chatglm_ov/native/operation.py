@@ -7,14 +7,19 @@ import functools
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import openvino as ov
+from openvino import opset13 as ops
 from openvino.utils.node_factory import NodeFactory
 
-from .build import extension_path
+from .build import NativeBuildError, extension_path
 
 
 BLOCK_TOKENS = 32
 """Tokens of one cache block; a cache is u8 `[rows, num_key_value_heads, blocks, cache_block_bytes]`."""
+
+MAX_HEAD_DIM = 512
+"""The largest `head_dim` of the operation, which must also be a multiple of 16."""
 
 CACHE_PRECISIONS = ("bf16", "i8", "f32")
 
@@ -31,7 +36,11 @@ def cache_block_bytes(cache_precision: str, head_dim: int) -> int:
 @functools.lru_cache(maxsize=1)
 def _factory() -> NodeFactory:
     factory = NodeFactory("opset13")
-    factory.add_extension(os.fspath(extension_path()))
+    path = extension_path()
+    try:
+        factory.add_extension(os.fspath(path))
+    except RuntimeError as error:
+        raise NativeBuildError(f"OpenVINO {ov.get_version()} does not load {path}: {error}") from error
     return factory
 
 
@@ -67,4 +76,5 @@ def chatglm_rotary(positions: ov.Output, inv_freq: Sequence[float]) -> ov.Node:
 
     `inv_freq` are the frequencies of all pairs of channels, shared evenly by the P positions.
     """
-    return _factory().create("ChatGLMRotary", [positions], {"inv_freq": [float(x) for x in inv_freq]})
+    frequencies = ops.constant(np.asarray(inv_freq, dtype=np.float32))
+    return _factory().create("ChatGLMRotary", [positions, frequencies.output(0)])

@@ -142,10 +142,6 @@ class FusedAttentionState:
         self._length = self.layout.prefix_tokens
         self.sequence = object()
 
-    def release(self) -> None:
-        """Forgets everything and gives the memory back (once the request is bound to new caches or gone)."""
-        self.__init__(self._request, self.layout, self.max_tokens)
-
     def _bind_table(self, table: np.ndarray) -> None:
         self._table = np.ascontiguousarray(table)
         self._request.set_tensor(BEAM_TABLE, ov.Tensor(self._table, shared_memory=True))

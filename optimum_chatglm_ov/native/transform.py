@@ -16,7 +16,14 @@ import openvino as ov
 from openvino import Node, Output, Type
 from openvino import opset13 as ops
 
-from .operation import BLOCK_TOKENS, CACHE_PRECISIONS, cache_block_bytes, chatglm_attention, chatglm_rotary
+from .operation import (
+    BLOCK_TOKENS,
+    CACHE_PRECISIONS,
+    MAX_HEAD_DIM,
+    cache_block_bytes,
+    chatglm_attention,
+    chatglm_rotary,
+)
 
 
 BEAM_TABLE = "beam_table"
@@ -249,8 +256,8 @@ def _match_layer(attention: Node) -> _Layer:
         raise _Unrecognised(f"the heads of {attention.get_friendly_name()} are not merged")
     heads, head_dim = (attention.input(0).get_partial_shape()[i].get_length() for i in (1, 3))
     groups = key_states.output(0).get_partial_shape()[1].get_length()
-    if head_dim % 16 or heads % groups:
-        raise _Unrecognised(f"head_dim {head_dim} is not a multiple of 16")
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM or heads % groups:
+        raise _Unrecognised(f"head_dim {head_dim} is not a multiple of 16 up to {MAX_HEAD_DIM}")
     scale = head_dim**-0.5
     if attention.get_input_size() > 4:
         scale = float(_constant(_source(attention, 4)).ravel()[0])

@@ -82,6 +82,8 @@ class Sequence:
     sink: float = 0.0
     """How much larger every query's score with the first token is, on average."""
     past: int = 0
+    loudness: np.ndarray | None = None
+    """What the values of each token are multiplied by, `[capacity]`."""
     keys: list[np.ndarray] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
 
@@ -111,6 +113,8 @@ class Sequence:
             self.random.standard_normal((self.rows, length, n * s.head_dim), np.float32)
             for n in (s.heads, s.kv_heads, s.kv_heads)
         )
+        if self.loudness is not None:
+            v *= self.loudness[None, self.past : self.past + length, None].astype(np.float32)
         if self.sink:  # in the last channels, which are not rotated
             height = (self.sink / s.scale / 8) ** 0.5
             q.reshape(self.rows, length, s.heads, -1)[..., -8:] += height
@@ -119,8 +123,9 @@ class Sequence:
         cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         feeds = [q, k, v, cos, sin, *self.caches, np.array([self.past], np.int32), self.beam_table]
         feeds += [mask.astype(np.int32), context.astype(np.int32)]
-        for name, array in zip(INPUTS, feeds):
-            request.set_tensor(name, ov.Tensor(np.ascontiguousarray(array), shared_memory=True))
+        self.feeds = [np.ascontiguousarray(array) for array in feeds]  # the request has their memory, not them
+        for name, array in zip(INPUTS, self.feeds):
+            request.set_tensor(name, ov.Tensor(array, shared_memory=True))
         request.infer()
         output = request.get_output_tensor(0).data.reshape(self.rows, length, s.heads, s.head_dim).copy()
 

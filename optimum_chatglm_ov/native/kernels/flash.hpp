@@ -316,9 +316,6 @@ struct Flash {
         const Element* values[kPanelBlocks];
         const float* key_scales[kPanelBlocks];
         const float* value_scales[kPanelBlocks];
-        // Integers: weight steps of each value, relative to the largest scale, and what such a step is worth.
-        alignas(64) float steps[kInt8 ? kPanelTokens : 1];
-        float step = 0;
 
         // Bit j: token j of block b is seen by a query that sees the keys before `limit`.
         uint32_t visible_before(int64_t b, int64_t limit) const {
@@ -402,8 +399,8 @@ struct Flash {
     }
 
     // Row r of scores -> weights; updates the running maximum and sum, returns the factor by which what was summed
-    // before shrinks. Floating-point weights are 2^(score - maximum so far). Integer ones are relative to the largest
-    // of the panel, so that they use all their bits, and factors[] makes up for that.
+    // before shrinks. Weights are 2^(score - maximum so far), times the scale of the value. Integer ones are rounded
+    // relative to the largest of the row, which factors[] makes up for: what a row does not see changes nothing in it.
     static float softmax_row(const Panel& panel, int64_t count, int64_t limit, float scale, int64_t r, int64_t first,
                              Scratch& scratch) {
         constexpr int64_t kLanes = Vector::kLanes;
@@ -419,51 +416,48 @@ struct Flash {
                                     kInt8 ? scratch.query_offset[r] : 0.0f, visible, largest);
         }
         if (kInt8) scale *= scratch.query_scale[r];
-        const float panel_max = largest.max_lane() * scale, new_max = greater(row_max, panel_max);
+        const float new_max = greater(row_max, largest.max_lane() * scale);
         const int64_t length = count * kBlockTokens;
         if (!any_visible) {
             std::memset(weights, 0, length * sizeof(Element));
             scratch.factors[r - first] = scratch.rests[r - first] = 0.0f;
             return 1.0f;
         }
-        const Vector factor = Vector::all(scale), shift = Vector::all(kInt8 ? -panel_max : -new_max);
-        Vector sum = Vector::all(0.0f), rest = sum;
+        const Vector factor = Vector::all(scale), shift = Vector::all(-new_max);
+        Vector sum = Vector::all(0.0f), largest_weight = sum;
         for (int64_t j = 0; j < length; j += kLanes) {
             const Vector w =
                 Vector::template exp2<Exp2<kF32>>(Vector::multiply_add(Vector::load(scores + j), factor, shift));
             sum = Vector::add(sum, w);
+            Vector scaled = w;
+            if (kInt8 || panel.value_scales[0])
+                scaled = Vector::multiply(w, Vector::load(panel.value_scales[j / kBlockTokens] + j % kBlockTokens));
             if constexpr (kInt8) {
-                const Vector exact = Vector::multiply(w, Vector::load(panel.steps + j)), whole = Vector::round(exact);
-                whole.store_bytes(weights + j);
-                rest = Vector::add(rest, Vector::subtract(exact, whole));
-            } else if (panel.value_scales[0])
-                store_elements(weights + j, Vector::multiply(w, Vector::load(panel.value_scales[j / kBlockTokens] +
-                                                                             j % kBlockTokens)));
-            else
-                store_elements(weights + j, w);
+                scaled.store(scores + j);
+                largest_weight = Vector::maximum(largest_weight, scaled);
+            } else {
+                store_elements(weights + j, scaled);
+            }
         }
+        if constexpr (kInt8) round_weights(scores, weights, length, largest_weight.max_lane(), r - first, scratch);
         const float shrink = row_max == new_max ? 1.0f : std::exp2(row_max - new_max);
-        float share = 1.0f;
-        if constexpr (kInt8) {
-            share = panel_max == new_max ? 1.0f : std::exp2(panel_max - new_max);
-            scratch.factors[r - first] = share * panel.step;
-            scratch.rests[r - first] = rest.sum_lanes();
-        }
-        row_sum = row_sum * shrink + sum.sum_lanes() * share;
+        row_sum = row_sum * shrink + sum.sum_lanes();
         row_max = new_max;
         return shrink;
     }
 
-    static void find_steps(Panel& panel) {
-        float largest = 0;
-        for (int64_t b = 0; b < panel.count; b++)
-            for (int64_t j = 0; j < kBlockTokens; j++)
-                largest = panel.value_scales[b][j] <= largest ? largest : panel.value_scales[b][j];  // or a NaN
-        panel.step = largest / kWeightSteps;
-        const float inverse = largest == 0 ? 0.0f : kWeightSteps / largest;
-        for (int64_t b = 0; b < panel.count; b++)
-            for (int64_t j = 0; j < kBlockTokens; j++)
-                panel.steps[b * kBlockTokens + j] = panel.value_scales[b][j] * inverse;
+    // Bytes in proportion to f32 weights of which `largest` is the largest.
+    static void round_weights(const float* exact, Element* weights, int64_t length, float largest, int64_t row,
+                              Scratch& scratch) {
+        const Vector steps = Vector::all(largest > 1e-30f ? kWeightSteps / largest : 0.0f);
+        Vector rest = Vector::all(0.0f);
+        for (int64_t j = 0; j < length; j += Vector::kLanes) {
+            const Vector scaled = Vector::multiply(Vector::load(exact + j), steps), whole = Vector::round(scaled);
+            whole.store_bytes(weights + j);
+            rest = Vector::add(rest, Vector::subtract(scaled, whole));
+        }
+        scratch.factors[row] = largest / kWeightSteps;
+        scratch.rests[row] = rest.sum_lanes();
     }
 
     static void attend(const AttentionArguments& a, const AttendTask& task, void* memory) {
@@ -497,7 +491,6 @@ struct Flash {
                 panel.values[i] =
                     readable(a, task, block, false, scratch, kPanelBlocks + i, &panel.value_scales[i]);
             }
-            if constexpr (kInt8) find_steps(panel);
             for (int64_t first = 0; first < rows; first += kRowGroup) {
                 const int64_t last = lesser(first + kRowGroup, rows);
                 const int64_t furthest =
