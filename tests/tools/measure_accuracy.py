@@ -77,6 +77,10 @@ STEPS = 8
 # Properties that differ from EXACT, for each kind of attention.
 WIDTHS: dict[str, tuple[str, Mapping[str, str]]] = {
     "INFERENCE_PRECISION_HINT bf16": ("sdpa", {"INFERENCE_PRECISION_HINT": "bf16"}),
+    "INFERENCE_PRECISION_HINT bf16, DYNAMIC_QUANTIZATION_GROUP_SIZE 32": (
+        "sdpa",
+        {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"},
+    ),
     **{
         f"INFERENCE_PRECISION_HINT f32, DYNAMIC_QUANTIZATION_GROUP_SIZE {size}": (
             "sdpa",
