@@ -7,7 +7,6 @@ import gc
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,28 +120,28 @@ def compare(
 
     counts = [len(block) - 1 for block in blocks]
     shape = (sum(counts), model.config.vocab_size)
-    with _reserved(shape) as kept:
-        targets = torch.cat([torch.tensor(block[1:]) for block in blocks])
-        position = 0
-        for log_probabilities in _log_probabilities(model, ids):
-            kept[position : position + len(log_probabilities)] = log_probabilities
-            position += len(log_probabilities)
-        expected = [_continue(model, prompt, new_tokens) for prompt in beginnings]
-        del model
-        gc.collect()
+    kept = _reserved(shape)
+    targets = torch.cat([torch.tensor(block[1:]) for block in blocks])
+    position = 0
+    for log_probabilities in _log_probabilities(model, ids):
+        kept[position : position + len(log_probabilities)] = log_probabilities
+        position += len(log_probabilities)
+    expected = [_continue(model, prompt, new_tokens) for prompt in beginnings]
+    del model
+    gc.collect()
 
-        model = _load(candidate, candidate_config, candidate_attention)
-        if model.config.vocab_size != shape[1]:
-            raise ValueError(
-                f"The vocabularies differ: {shape[1]} ids in {reference}, {model.config.vocab_size} in {candidate}. "
-                "Compare models of one checkpoint."
-            )
-        sums, position = np.zeros(4), 0
-        for candidates in _log_probabilities(model, ids):
-            rows = slice(position, position + len(candidates))
-            sums += _sums(kept[rows], candidates, targets[rows])
-            position = rows.stop
-        found = [_continue(model, prompt, new_tokens) for prompt in beginnings]
+    model = _load(candidate, candidate_config, candidate_attention)
+    if model.config.vocab_size != shape[1]:
+        raise ValueError(
+            f"The vocabularies differ: {shape[1]} ids in {reference}, {model.config.vocab_size} in {candidate}. "
+            "Compare models of one checkpoint."
+        )
+    sums, position = np.zeros(4), 0
+    for candidates in _log_probabilities(model, ids):
+        rows = slice(position, position + len(candidates))
+        sums += _sums(kept[rows], candidates, targets[rows])
+        position = rows.stop
+    found = [_continue(model, prompt, new_tokens) for prompt in beginnings]
     reference_loss, candidate_loss, divergence, agreement = sums / shape[0]
     return Comparison(
         tokens=shape[0],
@@ -155,9 +154,7 @@ def compare(
     )
 
 
-def _load(
-    folder: str | Path, ov_config: Mapping[str, str] | None, attention: str | None
-) -> OVChatGLMForCausalLM:
+def _load(folder: str | Path, ov_config: Mapping[str, str] | None, attention: str | None) -> OVChatGLMForCausalLM:
     return OVChatGLMForCausalLM.from_pretrained(
         folder, load_in_8bit=False, ov_config=dict(ov_config or {}), attention=attention
     )
@@ -174,18 +171,16 @@ def _measured(blocks: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
             return
 
 
-@contextmanager
-def _reserved(shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+def _reserved(shape: tuple[int, int]) -> torch.Tensor:
     """f32 `shape` in a temporary file, whose room is taken at once."""
     folder = tempfile.gettempdir()
     try:
-        kept = Scratch(folder).empty(shape, torch.float32)
+        return Scratch(folder).empty(shape, torch.float32)
     except OSError as error:
         raise OSError(
             f"{folder}: no room for the log-probabilities of {shape[0]} tokens, {4 * math.prod(shape) / 1e6:.1f} MB "
             f"({error.strerror}). Give a smaller `max_tokens`, or another folder in the variable TMPDIR."
         ) from error
-    yield kept
 
 
 def _log_probabilities(model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]]) -> Iterable[torch.Tensor]:

@@ -88,7 +88,7 @@ def export_model(
             checkpoint.
         attention: "sdpa", a portable IR, which `from_pretrained` fuses where it can; or "fused", an IR that holds the
             native operation of this package: for CPU, and only for what this package loads.
-        kv_cache_precision: of the caches of `attention="fused"`: "bf16" (default), "u8" or "f32".
+        kv_cache_precision: of the caches of `attention="fused"`: "bf16" (default; "f16" means it, too), "u8" or "f32".
         progress: called with a description, the number of tensors done and their total.
 
     Returns:

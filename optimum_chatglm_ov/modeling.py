@@ -364,9 +364,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             return "bf16" if layout is None else layout.cache_precision
         name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
         if name not in KV_CACHE_PRECISIONS:
-            raise ValueError(
-                f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}."
-            )
+            raise ValueError(f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}.")
         if layout is not None and layout.cache_precision != KV_CACHE_PRECISIONS[name]:
             raise ValueError(
                 f"KV_CACHE_PRECISION is {name!r}, but this IR was exported with fused attention and a cache in "

@@ -164,13 +164,15 @@ def test_inference_precisions_of_the_plugin(precision):
         assert relative_error(*sequence.step(request, length, mask)) <= 1e-2
 
 
-def test_long_past_and_split_keys():
-    shape = Shape(32, 2, 128, 64)
+@pytest.mark.parametrize("cache_precision", ["f32", "bf16", "i8"])
+def test_long_past_and_split_keys(cache_precision):
+    shape = Shape(32, 2, 128, 64, cache_precision)
     sequence = Sequence(shape, 1, capacity=4200)
     request = compile_attention(shape, threads=2).create_infer_request()
     sequence.append(request, 4090, np.ones((1, 4090)), np.zeros(1))
     for length in (1, 5):
-        assert relative_error(*sequence.step(request, length, np.ones((1, sequence.past + length)))) <= 1e-2
+        error = relative_error(*sequence.step(request, length, np.ones((1, sequence.past + length))))
+        assert error <= TOLERANCE[cache_precision]
 
 
 def test_queries_that_see_nothing_give_zeros():

@@ -107,7 +107,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "package alone (default: %(default)s)",
     )
     model.add_argument(
-        "--kv-cache-precision", choices=("bf16", "u8"), help="of the caches of --attention fused (default: bf16)"
+        "--kv-cache-precision",
+        choices=("u8", "bf16", "f16", "f32"),
+        help="of the caches of --attention fused, whose f16 is bf16 (default: bf16)",
     )
     model.add_argument("--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training")
     model.add_argument(

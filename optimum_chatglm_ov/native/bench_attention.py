@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+import torch
 from openvino import Type
 from openvino import opset13 as ops
 from openvino._offline_transformations import paged_attention_transformation
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..graph import blocks
 from . import load
@@ -191,12 +193,8 @@ class _Paged:
         return lambda: self.request.infer(inputs, share_inputs=True)
 
 
-def _torch_call(shape: AttentionShape, new: int, past: int, dtype: str, layers: int) -> Callable[[], None]:
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
+def _torch_call(shape: AttentionShape, new: int, past: int, dtype: torch.dtype, layers: int) -> Callable[[], None]:
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-    dtype = getattr(torch, dtype)
     if past:  # queries of a group as rows: each key is read once, as in the fused operation
         query = torch.randn(1, groups, heads // groups * new, shape.head_dim, dtype=dtype)
         caches = [torch.randn(2, 1, groups, past + new, shape.head_dim, dtype=dtype) for _ in range(layers)]
@@ -216,10 +214,6 @@ def measure_attention(
     new_tokens: int = 8192,
     past_tokens: int = 0,
     layers: int | None = None,
-    cache_precisions: tuple[str, ...] = ("bf16", "i8"),
-    with_stock: bool = True,
-    with_paged: bool = True,
-    with_torch: bool = True,
     repetitions: int = 3,
     threads: int = 0,
 ) -> list[Measurement]:
@@ -230,9 +224,6 @@ def measure_attention(
         new_tokens, past_tokens: 8192, 0 is the prefill of a long prompt; 1, 8192 one step of decoding after it.
         layers: how many layers, each with its own cache; unset: 1 for a prompt, 8 for decoding, so that the caches are
             not all in the processor's cache.
-        cache_precisions: of the fused operation.
-        with_stock, with_paged, with_torch: compare with OpenVINO's stateful attention and its PagedAttention, both at
-            their defaults, and with torch's flash attention in bf16 and f32.
         repetitions: the best of these counts.
         threads: 0 = as many as OpenVINO takes.
 
@@ -242,19 +233,14 @@ def measure_attention(
     layers = layers or (8 if past_tokens else 1)
     config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
     calls = {}
-    for precision in cache_precisions:
+    for precision in ("bf16", "i8"):
         calls[f"fused {precision}"] = _Stateful(shape, layers, precision, config).prepare(new_tokens, past_tokens)
-    if with_stock:
-        calls["stock"] = _Stateful(shape, layers, None, config).prepare(new_tokens, past_tokens)
-    if with_paged:
-        calls["paged"] = _Paged(shape, layers, config).prepare(new_tokens, past_tokens)
-    if with_torch:
-        import torch
-
-        if threads:
-            torch.set_num_threads(threads)
-        for dtype in ("bfloat16", "float32"):
-            calls[f"torch {dtype}"] = _torch_call(shape, new_tokens, past_tokens, dtype, layers)
+    calls["stock"] = _Stateful(shape, layers, None, config).prepare(new_tokens, past_tokens)
+    calls["paged"] = _Paged(shape, layers, config).prepare(new_tokens, past_tokens)
+    if threads:
+        torch.set_num_threads(threads)
+    for dtype in (torch.bfloat16, torch.float32):
+        calls[str(dtype).replace(".", " ")] = _torch_call(shape, new_tokens, past_tokens, dtype, layers)
     best = dict.fromkeys(calls, float("inf"))
     gc.collect()
     for repetition in range(repetitions):
@@ -275,26 +261,7 @@ def measure_attention(
             past_tokens,
             seconds,
             flops / seconds / 1e9,
-            numbers * _CACHE_BITS.get(way, 32) / 8 / seconds / 1e9,
+            numbers * _CACHE_BITS[way] / 8 / seconds / 1e9,
         )
         for way, seconds in best.items()
     ]
-
-
-def main() -> None:
-    """Prints the table of both model families at a few lengths."""
-    cases = [(CHATGLM3, 2048, 0), (CHATGLM3, 8192, 0), (CHATGLM3, 1, 8192), (CHATGLM3, 1, 32768)]
-    cases += [(CHATGLM_6B, 2048, 0), (CHATGLM_6B, 1, 2048)]
-    for shape, new, past in cases:
-        results = measure_attention(shape, new, past, repetitions=20 if past else 2)
-        print(f"{shape}, {new} new tokens after {past}")
-        for m in results:
-            ratio = m.seconds / results[0].seconds
-            print(
-                f"  {m.way:16s} {m.seconds * 1e3:9.3f} ms  {m.gigaflops:7.1f} GFLOP/s  {m.gigabytes:6.1f} GB/s"
-                f"  {ratio:5.2f}x the time of {results[0].way}"
-            )
-
-
-if __name__ == "__main__":
-    main()
