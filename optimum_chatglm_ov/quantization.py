@@ -80,8 +80,8 @@ def refined(weight_format: str, /, **details: Any) -> OVWeightQuantizationConfig
     """
     if weight_format not in _DEFAULTS:
         raise ValueError(
-            f"The weights cannot become {weight_format!r}; expected one of {', '.join(WEIGHT_FORMATS)} (`bits` 8 or 4 "
-            "of a dictionary)."
+            f"`weight_format`, or `dtype` or `bits` of a dictionary, asks for {weight_format!r}; expected one of "
+            f"{', '.join(WEIGHT_FORMATS)}."
         )
     details = {"dtype": weight_format, **_DEFAULTS[weight_format], **details}
     dataset = details.get("dataset")
