@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,8 +12,6 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from openvino import Type
-from openvino import opset13 as ops
 from optimum.intel.openvino import OVModelForCausalLM
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
 from optimum.intel.openvino.modeling_base import core
@@ -25,19 +22,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from . import native, quantization
 from .cache import FusedCache
 from .chat import ChatMixin
+from .compilation import LOGITS_TO_KEEP, CompilationMixin, choice
 from .configuration import ChatGLMConfig
 from .errors import ContextLengthError
 from .export import MODEL_FILE, export_model, load_config, model_folder
 from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .native import NativeBuildError
-from .native.operation import KV_CACHE_PRECISIONS
-from .native.runtime import FusedAttentionState
-from .native.transform import CacheLayout, cache_layout, fuse_attention
 
 
 logger = logging.getLogger(__name__)
 
-LOGITS_TO_KEEP = "logits_to_keep"
 # What transformers' own loaders and optimum-intel's users pass along, and has no meaning here.
 _ARGUMENTS_OF_TRANSFORMERS = {
     "_commit_hash",
@@ -70,7 +64,7 @@ class _AutoModelForCausalLM(AutoModelForCausalLM):
         pass
 
 
-class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
+class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCausalLM):
     r"""A ChatGLM model of any generation, run by OpenVINO.
 
     ```python
@@ -113,6 +107,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         compile_only: bool = False,
         trust_remote_code: bool | None = None,
         attention: str | None = None,
+        linear: str | None = None,
         rope_ratio_type: str | None = None,
         adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
         prefix_encoder: str | Path | None = None,
@@ -141,6 +136,12 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
                 "sdpa" (OpenVINO's own) or "auto" (fused on CPU, without `compile_only`; OpenVINO's own, with one
                 warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto". An IR that was exported fused
                 has no other.
+            linear: who computes linear layers with int8 and int4 weights: "fused" (the native operations of this
+                package; an error if they cannot), "openvino" or "auto" (the native operations on CPUs where they are
+                the faster, which multiply bytes (VNNI) and have no AMX; without `compile_only`). Both round
+                activations to 8 bits in groups of `DYNAMIC_QUANTIZATION_GROUP_SIZE`; where that property is 0, or
+                `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves them to OpenVINO. Unset: `CHATGLM_OV_LINEAR`, else
+                "openvino" with `attention="sdpa"` and "auto" with others.
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 
@@ -155,15 +156,16 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        attention = attention or os.environ.get("CHATGLM_OV_ATTENTION") or "auto"
-        if attention not in ("sdpa", "fused", "auto"):
-            raise ValueError(f"`attention` is {attention!r}; expected 'sdpa', 'fused' or 'auto'.")
+        attention = choice("attention", attention, ("sdpa", "fused", "auto"), "CHATGLM_OV_ATTENTION")
+        own = "openvino" if attention == "sdpa" else "auto"
+        linear = choice("linear", linear, ("openvino", "fused", "auto"), "CHATGLM_OV_LINEAR", own)
         if compile_only:
-            if attention == "fused":
-                raise ValueError(
-                    '`compile_only` compiles the IR as it is; `attention="fused"` changes it. Leave one out.'
-                )
-            attention = "sdpa"
+            for argument, chosen in (("attention", attention), ("linear", linear)):
+                if chosen == "fused":
+                    raise ValueError(
+                        f'`compile_only` compiles the IR as it is; `{argument}="fused"` changes it. Leave one out.'
+                    )
+            attention, linear = "sdpa", "openvino"
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
@@ -239,7 +241,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
             compile_only=compile_only,
             generation_config=generation_config,
         )
-        model._attention = attention
+        model._attention, model._linear = attention, linear
         if quantization_config is not None:
             model._quantize(quantization_config, folder)
         if compile:
@@ -291,86 +293,6 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, OVModelForCausalLM):
         tokenizer = None if quantization_config.dataset is None else AutoTokenizer.from_pretrained(folder)
         quantization.compress(self.model, quantization_config, tokenizer)
         self._openvino_config = OVConfig(quantization_config=quantization.for_saving(quantization_config))
-
-    # Compilation -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def _compile_model(
-        cls,
-        model: ov.Model | str | Path,
-        device: str | None = None,
-        ov_config: dict | None = None,
-        model_save_dir=None,
-    ) -> ov.CompiledModel:
-        if isinstance(model, (str, Path)):
-            model_save_dir = model_save_dir or Path(model).parent
-            model = cls.load_model(model)
-        return super()._compile_model(_with_logits_to_keep(model), device, ov_config, model_save_dir)
-
-    _attention = "sdpa"
-    _fused: FusedAttentionState | None = None
-
-    def compile(self) -> None:
-        """Compiles the model, unless it is compiled already.
-
-        Raises:
-            NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
-            ValueError: `attention="fused"`, or an IR that was exported so, with another device than CPU or another
-                `KV_CACHE_PRECISION` than it has; or a graph that the pass does not know.
-        """
-        if self.request is not None:
-            return
-        if self._fused is not None:
-            self._fused.reset()  # what a `FusedCache` of it shows is outdated
-            self._fused = None
-        model = self._fused_model()
-        if model is None:
-            super().compile()
-            return
-        self.request = core.compile_model(model, self._device, self.ov_config).create_infer_request()
-        self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
-        self._fused_inputs = {name for port in model.inputs for name in port.names}
-
-    def _fused_model(self) -> ov.Model | None:
-        """A copy of the model with fused attention; `None` where OpenVINO's own is to be used."""
-        if self._attention == "sdpa":
-            return None
-        layout = cache_layout(self.model)  # of an IR that was exported fused
-        is_optional = self._attention == "auto" and layout is None
-        if is_optional and self._device != "CPU":
-            logger.info(f"OpenVINO's own attention is used on {self._device}.")
-            return None
-        try:
-            if self._device != "CPU":
-                raise ValueError(
-                    f"Fused attention runs on CPU, not on {self._device}. Take a portable IR, and `attention='sdpa'`."
-                )
-            precision = self._fused_cache_precision(layout)
-            native.load(core)
-            model = _with_logits_to_keep(self.model)
-            fuse_attention(model, precision)
-        except (NativeBuildError, ValueError) as error:
-            if not is_optional:
-                raise
-            logger.warning(
-                f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
-            )
-            return None
-        return model
-
-    def _fused_cache_precision(self, layout: CacheLayout | None) -> str:
-        chosen = self.ov_config.get("KV_CACHE_PRECISION")
-        if chosen is None:
-            return "bf16" if layout is None else layout.cache_precision
-        name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
-        if name not in KV_CACHE_PRECISIONS:
-            raise ValueError(f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}.")
-        if layout is not None and layout.cache_precision != KV_CACHE_PRECISIONS[name]:
-            raise ValueError(
-                f"KV_CACHE_PRECISION is {name!r}, but this IR was exported with fused attention and a cache in "
-                f"{layout.cache_precision}. Leave it out, or export again with `kv_cache_precision={name!r}`."
-            )
-        return KV_CACHE_PRECISIONS[name]
 
     # Inference -------------------------------------------------------------------------------------------------------
 
@@ -666,27 +588,3 @@ class _WithinLength(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int):
         self.generator.update_candidate_strategy(input_ids, scores, num_matches)
-
-
-def _with_logits_to_keep(model: ov.Model) -> ov.Model:
-    """A copy of `model` with an i64 input `logits_to_keep`: the output layer sees only that many last positions.
-
-    The saved model keeps the inputs that every tool knows; constants are shared between the two.
-    """
-    model = model.clone()
-    if any(LOGITS_TO_KEEP in port.names for port in model.inputs):
-        return model
-    head = model.output("logits").node.input_value(0).get_node()
-    if head.get_type_name() != "MatMul":
-        logger.warning("The output layer was not found; logits of all positions are computed in every call.")
-        return model
-    parameter = ops.parameter(ov.PartialShape([]), Type.i64, name=LOGITS_TO_KEEP)
-    parameter.output(0).set_names({LOGITS_TO_KEEP})
-    start = ops.unsqueeze(ops.negative(parameter), ops.constant(np.int64(0)))
-    end = ops.constant(np.array([np.iinfo(np.int64).max]))
-    one = ops.constant(np.array([1], dtype=np.int64))
-    kept = ops.slice(head.input_value(0), start, end, one, one)
-    head.input(0).replace_source_output(kept.output(0))
-    model.add_parameters([parameter])
-    model.validate_nodes_and_infer_types()
-    return model

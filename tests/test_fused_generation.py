@@ -72,7 +72,7 @@ def test_another_device(exported, caplog):
     model.to("cpu")
     model.compile()
     assert model._fused is not None
-    with pytest.raises(ValueError, match="runs on CPU, not on AUTO"):
+    with pytest.raises(ValueError, match="run on CPU, not on AUTO"):
         OVChatGLMForCausalLM.from_pretrained(folder, device="auto", attention="fused")
 
 
@@ -98,9 +98,7 @@ def test_what_fused_attention_does_not_know(exported, tmp_path, caplog):
 
 @pytest.mark.parametrize("precision, of_caches", [("u8", "i8"), (ov.Type.u8, "i8"), ("f16", "bf16"), ("f32", "f32")])
 def test_cache_precision(precision, of_caches, exported):
-    model = OVChatGLMForCausalLM.from_pretrained(
-        exported("chatglm3-6b"), ov_config={"KV_CACHE_PRECISION": precision}
-    )
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), ov_config={"KV_CACHE_PRECISION": precision})
     assert model._fused.layout.cache_precision == of_caches
 
 

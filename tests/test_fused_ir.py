@@ -124,9 +124,7 @@ def test_cache_precision(fused_ir):
             model = OVChatGLMForCausalLM.from_pretrained(fused_ir("chatglm3-6b", precision), ov_config=ov_config)
             assert model._fused.layout.cache_precision == {"bf16": "bf16", "u8": "i8"}[precision]
     with pytest.raises(ValueError, match="is 'u8', but this IR .* a cache in bf16.*kv_cache_precision='u8'"):
-        OVChatGLMForCausalLM.from_pretrained(
-            fused_ir("chatglm3-6b", "bf16"), ov_config={"KV_CACHE_PRECISION": "u8"}
-        )
+        OVChatGLMForCausalLM.from_pretrained(fused_ir("chatglm3-6b", "bf16"), ov_config={"KV_CACHE_PRECISION": "u8"})
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_cache_precision(fused_ir):
         ({"compile_only": True}, "`compile_only` is not for this IR"),
         ({"load_in_8bit": True}, "`load_in_8bit` is not for this IR"),
         ({"quantization_config": {"bits": 4}}, "`quantization_config` is not for this IR"),
-        ({"device": "auto"}, "runs on CPU, not on AUTO. Take a portable IR"),
+        ({"device": "auto"}, "run on CPU, not on AUTO. Take a portable IR"),
     ],
 )
 def test_what_a_fused_ir_is_not_for(arguments, message, fused_ir):

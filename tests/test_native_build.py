@@ -149,10 +149,10 @@ def test_kernels_under_the_sanitizers(tmp_path):
     compiler = build._compiler()
     flags = ["-std=c++17", "-g1", "-Wno-uninitialized", "-Wno-maybe-uninitialized", f"-I{KERNELS}"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    avx512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    avx512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     own_flags = {
         "kernels_avx2": ["-mavx2", "-mfma"],
-        "kernels_avx2_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
+        "kernels_avx2_vnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
         "kernels_avx512": avx512,
         "kernels_avx512_vnni": [*avx512, "-mavx512vnni"],
         "kernels_avx512_bf16": [*avx512, "-mavx512bf16"],
@@ -171,15 +171,20 @@ def test_kernels_under_the_sanitizers(tmp_path):
     for process in compilers:
         errors = process.communicate()[1]
         assert process.returncode == 0, errors
-    # The reference needs no checks, only speed; its buffers are watched all the same.
-    fuzz = HERE / "native" / "fuzz_attention.cpp"
-    subprocess.run([compiler, *flags, "-O2", "-c", fuzz, "-o", tmp_path / "fuzz.o"], check=True)
-    subprocess.run([compiler, *sanitize, *tmp_path.glob("*.o"), "-o", tmp_path / "fuzz", "-lpthread"], check=True)
-    result = subprocess.run(
-        [tmp_path / "fuzz", "20", "16", "60"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "portable: 16 problems" in result.stdout and "amx-model: 16 problems" in result.stdout
+    kernels = sorted(tmp_path.glob("*.o"))
+
+    def fuzz(name: str, *arguments: str) -> str:
+        # The reference needs no checks, only speed; its buffers are watched all the same.
+        program = tmp_path / name
+        subprocess.run(
+            [compiler, *flags, "-O2", "-c", HERE / "native" / f"{name}.cpp", "-o", f"{program}.o"], check=True
+        )
+        subprocess.run([compiler, *sanitize, f"{program}.o", *kernels, "-o", program, "-lpthread"], check=True)
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        result = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    attention = fuzz("fuzz_attention", "20", "16", "60")
+    assert "portable: 16 problems" in attention and "amx-model: 16 problems" in attention
+    assert fuzz("fuzz_linear", "20", "60").startswith("60 problems, on ")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused attention operation: a native extension of the installed OpenVINO, its graph pass and its caches."""
+"""The native operations, an extension of the installed OpenVINO: fused attention, its caches, and linear layers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ import openvino as ov
 from .build import NativeBuildError, build_native, extension_path
 
 
-__all__ = ["NativeBuildError", "build_native", "extension_path", "instruction_sets", "is_fused", "load"]
+__all__ = [
+    "NativeBuildError",
+    "build_native",
+    "extension_path",
+    "instruction_sets",
+    "is_fused",
+    "linear_instruction_sets",
+    "linear_is_fast",
+    "load",
+]
 
 _loaded: weakref.WeakSet[ov.Core] = weakref.WeakSet()
 
 
 def load(core: ov.Core) -> None:
-    """Registers `ChatGLMAttention` with a core, once; builds the library if need be.
+    """Registers the operations with a core, once; builds the library if need be.
 
     Raises `NativeBuildError` when there is no library and none can be built.
     """
@@ -39,7 +48,21 @@ def is_fused(xml: Path) -> bool:
 
 
 def instruction_sets() -> list[str]:
-    """Kernels that this CPU can run, best first; `CHATGLM_OV_ISA` takes one of these names."""
-    library = ctypes.CDLL(os.fspath(extension_path()))
-    library.chatglm_attention_instruction_sets.restype = ctypes.c_char_p
-    return library.chatglm_attention_instruction_sets().decode().split(",")
+    """Kernels of attention that this CPU can run, best first; `CHATGLM_OV_ISA` takes one of these names."""
+    return _names("chatglm_attention_instruction_sets")
+
+
+def linear_instruction_sets() -> list[str]:
+    """The same of linear layers."""
+    return _names("chatglm_linear_instruction_sets")
+
+
+def linear_is_fast() -> bool:
+    """Whether the native linear layers are meant for this CPU: it multiplies bytes (VNNI) and has no AMX."""
+    return bool(ctypes.CDLL(os.fspath(extension_path())).chatglm_linear_is_fast())
+
+
+def _names(function: str) -> list[str]:
+    names = getattr(ctypes.CDLL(os.fspath(extension_path())), function)
+    names.restype = ctypes.c_char_p
+    return names().decode().split(",")

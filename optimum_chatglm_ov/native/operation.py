@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import openvino as ov
@@ -78,3 +80,109 @@ def chatglm_rotary(positions: ov.Output, inv_freq: Sequence[float]) -> ov.Node:
     """
     frequencies = ops.constant(np.asarray(inv_freq, dtype=np.float32))
     return _factory().create("ChatGLMRotary", [positions, frequencies.output(0)])
+
+
+PANEL_COLUMNS = 32
+"""Output features that the packed weights of a linear layer hold together."""
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """How a linear layer is computed.
+
+    Attributes:
+        in_features: width of the input.
+        bits: of the weights, 8 or 4.
+        group_size: input features whose weights share a scale and zero point; `in_features` for one in each row.
+        activation_group_size: input features of a token that share a scale; a multiple of 32, divides `group_size`.
+    """
+
+    in_features: int
+    bits: int
+    group_size: int
+    activation_group_size: int
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(os.fspath(extension_path()))
+    library.chatglm_linear_panel_bytes.restype = ctypes.c_int64
+    library.chatglm_linear_panel_bytes.argtypes = [ctypes.c_int64] * 5
+    library.chatglm_linear_pack.restype = None
+    library.chatglm_linear_pack.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_uint8]
+    library.chatglm_linear_pack.argtypes += [ctypes.c_void_p] * 4
+    return library
+
+
+def _panel_bytes(format: LinearFormat, out_features: int) -> int:
+    sizes = format.in_features, out_features, format.bits, format.group_size, format.activation_group_size
+    return _library().chatglm_linear_panel_bytes(*sizes)
+
+
+def takes_linear(format: LinearFormat, out_features: int) -> bool:
+    """Whether the operations compute layers of this format with so many output features."""
+    return _panel_bytes(format, out_features) > 0
+
+
+def pack_linear(
+    format: LinearFormat,
+    integers: np.ndarray,
+    is_signed: bool,
+    scales: np.ndarray,
+    zero_points: np.ndarray,
+    bias: np.ndarray | None,
+) -> ov.Tensor:
+    """Weights in the order that the kernels read them: u8 `[out_features / 32, panel bytes]`.
+
+    Args:
+        format: what `takes_linear` takes.
+        integers: as OpenVINO stores them, u8 `[out_features, in_features * bits / 8]`, low halves first.
+        is_signed: whether they are two's complement.
+        scales: f16 `[out_features, groups]`.
+        zero_points: u8 `[out_features, groups]`, of signed integers plus 128 or 8.
+        bias: f32 `[out_features]`.
+    """
+    rows = len(integers)
+    packed = ov.Tensor(ov.Type.u8, ov.Shape([rows // PANEL_COLUMNS, _panel_bytes(format, rows)]))
+    flip = 0 if not is_signed else 0x80 if format.bits == 8 else 0x88
+    arrays = [np.ascontiguousarray(array) for array in (integers, scales, zero_points)]
+    integers, *others = (array.ctypes.data for array in arrays)
+    bias = None if bias is None else np.ascontiguousarray(bias)
+    _library().chatglm_linear_pack(
+        format.in_features,
+        rows,
+        format.bits,
+        format.group_size,
+        integers,
+        flip,
+        *others,
+        None if bias is None else bias.ctypes.data,
+        packed.data.ctypes.data,
+    )
+    return packed
+
+
+def _weights(packed: ov.Tensor) -> ov.Output:
+    return ops.constant(packed, shared_memory=True).output(0)
+
+
+def chatglm_linear(hidden_states: ov.Output, format: LinearFormat, weights: Sequence[ov.Tensor]) -> ov.Node:
+    """Linear layers of one input f32 `[..., in_features]`: one output f32 `[..., out_features]` for each.
+
+    `weights` are from `pack_linear`. Activations are rounded to 8 bits, as by OpenVINO's dynamic quantisation.
+    """
+    return _factory().create("ChatGLMLinear", [hidden_states, *map(_weights, weights)], asdict(format))
+
+
+def chatglm_mlp(
+    hidden_states: ov.Output,
+    format: LinearFormat,
+    first: Sequence[ov.Tensor],
+    activation: str,
+    down_format: LinearFormat,
+    down: ov.Tensor,
+) -> ov.Node:
+    """`down(silu(gate) * up)`, "silu" with `first` = gate and up, or `down(gelu(up))`, "gelu" with up alone."""
+    attributes = asdict(format) | {f"down_{name}": value for name, value in asdict(down_format).items()}
+    inputs = [hidden_states, *map(_weights, [*first, down])]
+    return _factory().create("ChatGLMMLP", inputs, attributes | {"activation": activation})

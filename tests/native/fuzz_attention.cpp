@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "parallel.hpp"
 
 using namespace optimum_chatglm_ov;
 

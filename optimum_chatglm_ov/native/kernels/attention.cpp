@@ -3,28 +3,21 @@
 #include "attention.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <limits>
-#include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernel.hpp"
+#include "parallel.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
 
 constexpr int64_t kMinBlocksPerSplit = 8;
-
-int64_t ceil_divide(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 
 void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument("ChatGLMAttention: " + message);
@@ -98,28 +91,7 @@ const Kernels& choose_kernels(const AttentionArguments& a, const char* name) {
     return *portable_kernels();
 }
 
-// 64-byte aligned memory that only grows; one for each thread.
-class Buffer {
-public:
-    void* reserve(size_t bytes) {
-        if (bytes > size_) {
-            memory_.reset();
-            size_ = 0;
-            memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-            if (!memory_) throw std::bad_alloc();
-            size_ = bytes;
-        }
-        return memory_.get();
-    }
-
-private:
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    std::unique_ptr<void, Free> memory_;
-    size_t size_ = 0;
-};
-
+// One for each thread.
 Buffer& thread_buffer() {
     thread_local Buffer buffer;
     return buffer;
@@ -145,39 +117,6 @@ std::vector<BlockView> view_blocks(const AttentionArguments& a, int64_t blocks) 
         }
     }
     return views;
-}
-
-// Hands out the numbers 0 .. count - 1 to threads, one at a time; an exception of one ends all and is rethrown.
-template <class Body>
-void parallel_for(const Executor& executor, int64_t count, int64_t workers, const Body& body) {
-    workers = std::min({workers, count, executor.concurrency()});
-    if (workers <= 1) {
-        for (int64_t i = 0; i < count; i++) body(i);
-        return;
-    }
-    struct Shared {
-        std::atomic<int64_t> next{0};
-        int64_t count;
-        const Body* body;
-        std::exception_ptr error;
-        std::mutex mutex;
-    } shared;
-    shared.count = count;
-    shared.body = &body;
-    executor.run(
-        workers,
-        [](void* context) {
-            auto& s = *static_cast<Shared*>(context);
-            try {
-                for (int64_t i; (i = s.next.fetch_add(1)) < s.count;) (*s.body)(i);
-            } catch (...) {
-                s.next = s.count;
-                std::lock_guard<std::mutex> lock(s.mutex);
-                s.error = std::current_exception();
-            }
-        },
-        &shared);
-    if (shared.error) std::rethrow_exception(shared.error);
 }
 
 void append(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {

@@ -12,6 +12,8 @@ namespace optimum_chatglm_ov {
 constexpr int64_t kBlockTokens = 32;
 constexpr int64_t kMaxHeadDim = 512;
 
+class Executor;  // parallel.hpp
+
 enum class CachePrecision { f32, bf16, i8 };
 enum class ActivationType { f32, bf16 };
 
@@ -59,16 +61,6 @@ struct AttentionArguments {
     int64_t attention_mask_stride;
     const int32_t* context_length;
     void* output;
-};
-
-// Runs body(context) on up to `workers` threads, the caller's among them, and returns when all have finished.
-class Executor {
-public:
-    virtual int64_t concurrency() const = 0;
-    virtual void run(int64_t workers, void (*body)(void* context), void* context) const = 0;
-
-protected:
-    ~Executor() = default;
 };
 
 // Safe to call from several threads on different caches. Throws std::invalid_argument when arguments contradict each

@@ -248,6 +248,8 @@ struct Int8Dot {
     static constexpr int kScoreRows = 8;
     static constexpr int kValueVectors = 2;
     static constexpr int kValueRows = 8;
+    static constexpr int kLinearRows = 6;
+    static constexpr int kLinearVectors = 2;
 
     static Operand zero() { return _mm512_setzero_si512(); }
     static Operand load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -259,6 +261,14 @@ struct Int8Dot {
     static Operand add(Operand a, Operand b) { return _mm512_add_epi32(a, b); }
     static void store(float* p, Operand v) { _mm512_storeu_si512(p, v); }
     static Vector to_float(Operand v) { return {_mm512_cvtepi32_ps(v)}; }
+    static Operand low_halves(Operand v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+    static Operand high_halves(Operand v) { return low_halves(_mm512_srli_epi16(v, 4)); }
+    static Vector from_half(const uint16_t* p) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    }
+    static Vector from_bytes(const uint8_t* p) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    }
 #    else
     using Vector = Avx2Vector;
     using Operand = __m256i;
@@ -266,6 +276,8 @@ struct Int8Dot {
     static constexpr int kScoreRows = 3;
     static constexpr int kValueVectors = 2;
     static constexpr int kValueRows = 6;
+    static constexpr int kLinearRows = 3;
+    static constexpr int kLinearVectors = 2;
 
     static Operand zero() { return _mm256_setzero_si256(); }
     static Operand load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -276,6 +288,14 @@ struct Int8Dot {
     static Operand add(Operand a, Operand b) { return _mm256_add_epi32(a, b); }
     static void store(float* p, Operand v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
     static Vector to_float(Operand v) { return {_mm256_cvtepi32_ps(v)}; }
+    static Operand low_halves(Operand v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+    static Operand high_halves(Operand v) { return low_halves(_mm256_srli_epi16(v, 4)); }
+    static Vector from_half(const uint16_t* p) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+    }
+    static Vector from_bytes(const uint8_t* p) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+    }
 #    endif
     using Accumulator = Operand;
     static constexpr int kLanes = Vector::kLanes;

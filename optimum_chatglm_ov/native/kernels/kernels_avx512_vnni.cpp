@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Byte arithmetic, for int8 caches.
+// Byte arithmetic, for int8 caches and for linear layers.
+#include "byte_products.hpp"
 #include "dot_products.hpp"
 #include "flash.hpp"
 
@@ -8,6 +9,14 @@ namespace optimum_chatglm_ov {
 const Kernels* avx512_vnni_kernels() {
 #if defined(__AVX512VNNI__)
     return make_kernels<DotProducts<Int8Dot>, Avx512Vector>("avx512-vnni");
+#else
+    return nullptr;
+#endif
+}
+
+const LinearKernels* avx512_vnni_linear_kernels() {
+#if defined(__AVX512VNNI__)
+    return make_linear_kernels<Int8Dot>("avx512-vnni");
 #else
     return nullptr;
 #endif

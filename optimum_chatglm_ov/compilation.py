@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model is compiled: what the native operations of this package compute of it, and which logits it keeps."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+from openvino import Type
+from openvino import opset13 as ops
+from optimum.intel.openvino.modeling_base import core
+
+from . import native
+from .native import NativeBuildError
+from .native.linear import DEFAULT_ACTIVATION_GROUP, fuse_linears
+from .native.operation import KV_CACHE_PRECISIONS
+from .native.runtime import FusedAttentionState
+from .native.transform import CacheLayout, cache_layout, fuse_attention
+
+
+logger = logging.getLogger(__name__)
+
+LOGITS_TO_KEEP = "logits_to_keep"
+
+
+def choice(argument: str, value: str | None, choices: tuple[str, ...], variable: str, default: str = "auto") -> str:
+    """`value`, else that of the environment variable, else `default`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    value = value or os.environ.get(variable) or default
+    if value not in choices:
+        raise ValueError(
+            f"`{argument}` is {value!r}; expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}."
+        )
+    return value
+
+
+class CompilationMixin:
+    """`compile` of an optimum-intel model class; comes before `OVModelForCausalLM` in the list of base classes."""
+
+    _attention = "sdpa"
+    _linear = "openvino"
+    _fused: FusedAttentionState | None = None
+
+    @classmethod
+    def _compile_model(
+        cls,
+        model: ov.Model | str | Path,
+        device: str | None = None,
+        ov_config: dict | None = None,
+        model_save_dir=None,
+    ) -> ov.CompiledModel:
+        if isinstance(model, (str, Path)):
+            model_save_dir = model_save_dir or Path(model).parent
+            model = cls.load_model(model)
+        return super()._compile_model(_with_logits_to_keep(model), device, ov_config, model_save_dir)
+
+    def compile(self) -> None:
+        """Compiles the model, unless it is compiled already.
+
+        Raises:
+            NativeBuildError: `attention="fused"` or `linear="fused"`, and the native library is not there and cannot
+                be built.
+            ValueError: one of these, or an IR that was exported with fused attention, with another device than CPU;
+                another `KV_CACHE_PRECISION` than fused attention or that IR has; a graph that the pass does not know.
+        """
+        if self.request is not None:
+            return
+        if self._fused is not None:
+            self._fused.reset()  # what a `FusedCache` of it shows is outdated
+            self._fused = None
+        layout = cache_layout(self.model)  # of an IR that was exported fused
+        attention = "fused" if layout is not None else self._attention
+        if not self._loads_native({attention, self._linear}):
+            super().compile()
+            return
+        model = _with_logits_to_keep(self.model)
+        has_attention = attention != "sdpa" and self._fuse_attention(model, layout, attention == "auto")
+        if not (self._fuse_linears(model) or has_attention):
+            super().compile()
+            return
+        self.request = core.compile_model(model, self._device, self.ov_config).create_infer_request()
+        if has_attention:
+            self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
+            self._fused_inputs = {name for port in model.inputs for name in port.names}
+
+    def _loads_native(self, wanted: set[str]) -> bool:
+        """Whether the native operations can be used, and are wanted."""
+        if not wanted & {"fused", "auto"}:
+            return False
+        if self._device != "CPU":
+            if "fused" in wanted:
+                raise ValueError(
+                    f"The native operations run on CPU, not on {self._device}. Take a portable IR, and "
+                    "`attention='sdpa'`."
+                )
+            logger.info(f"OpenVINO's own operations are used on {self._device}.")
+            return False
+        try:
+            native.load(core)
+        except NativeBuildError as error:
+            if "fused" in wanted:
+                raise
+            logger.warning(
+                "OpenVINO's own attention is used, and its linear layers (`attention='sdpa'` chooses them without "
+                f"this warning): {error}"
+            )
+            return False
+        return True
+
+    def _fuse_attention(self, model: ov.Model, layout: CacheLayout | None, is_optional: bool) -> bool:
+        try:
+            fuse_attention(model, self._fused_cache_precision(layout))
+        except ValueError as error:
+            if not is_optional:
+                raise
+            logger.warning(
+                f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
+            )
+            return False
+        return True
+
+    def _fuse_linears(self, model: ov.Model) -> bool:
+        if self._linear == "openvino":
+            return False
+        size = int(self.ov_config.get("DYNAMIC_QUANTIZATION_GROUP_SIZE", self._default_activation_group()))
+        if self._linear == "auto":
+            return size >= DEFAULT_ACTIVATION_GROUP and native.linear_is_fast() and fuse_linears(model, size) > 0
+        if size < DEFAULT_ACTIVATION_GROUP:
+            raise ValueError(
+                f"`linear='fused'` rounds activations in groups of at least {DEFAULT_ACTIVATION_GROUP}; found "
+                f"DYNAMIC_QUANTIZATION_GROUP_SIZE {size}. Leave one out."
+            )
+        if not fuse_linears(model, size):
+            raise ValueError(
+                "`linear='fused'`: the model has no linear layers with int8 or int4 weights that it takes."
+            )
+        return True
+
+    def _default_activation_group(self) -> int:
+        return 0 if "ACCURACY" in str(self.ov_config.get("EXECUTION_MODE_HINT")) else DEFAULT_ACTIVATION_GROUP
+
+    def _fused_cache_precision(self, layout: CacheLayout | None) -> str:
+        chosen = self.ov_config.get("KV_CACHE_PRECISION")
+        if chosen is None:
+            return "bf16" if layout is None else layout.cache_precision
+        name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
+        if name not in KV_CACHE_PRECISIONS:
+            raise ValueError(f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}.")
+        if layout is not None and layout.cache_precision != KV_CACHE_PRECISIONS[name]:
+            raise ValueError(
+                f"KV_CACHE_PRECISION is {name!r}, but this IR was exported with fused attention and a cache in "
+                f"{layout.cache_precision}. Leave it out, or export again with `kv_cache_precision={name!r}`."
+            )
+        return KV_CACHE_PRECISIONS[name]
+
+
+def _with_logits_to_keep(model: ov.Model) -> ov.Model:
+    """A copy of `model` with an i64 input `logits_to_keep`: the output layer sees only that many last positions.
+
+    The saved model keeps the inputs that every tool knows; constants are shared between the two.
+    """
+    model = model.clone()
+    if any(LOGITS_TO_KEEP in port.names for port in model.inputs):
+        return model
+    head = model.output("logits").node.input_value(0).get_node()
+    if head.get_type_name() != "MatMul":
+        logger.warning("The output layer was not found; logits of all positions are computed in every call.")
+        return model
+    parameter = ops.parameter(ov.PartialShape([]), Type.i64, name=LOGITS_TO_KEEP)
+    parameter.output(0).set_names({LOGITS_TO_KEEP})
+    start = ops.unsqueeze(ops.negative(parameter), ops.constant(np.int64(0)))
+    end = ops.constant(np.array([np.iinfo(np.int64).max]))
+    one = ops.constant(np.array([1], dtype=np.int64))
+    kept = ops.slice(head.input_value(0), start, end, one, one)
+    head.input(0).replace_source_output(kept.output(0))
+    model.add_parameters([parameter])
+    model.validate_nodes_and_infer_types()
+    return model

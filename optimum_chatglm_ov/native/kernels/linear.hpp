@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear layers with 8- or 4-bit weights on raw pointers. Activations are rounded to 8 bits, each group of a row with
+// a scale of its own (dynamic quantisation), and multiplied as bytes; sums are exact within a group and f32 across.
+// Nothing here knows OpenVINO.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace optimum_chatglm_ov {
+
+class Executor;  // parallel.hpp
+
+constexpr int64_t kPanelColumns = 32;      // output features that are stored together
+constexpr int64_t kActivationGroup = 32;   // activation groups are multiples of this many input features
+
+// How the weights of a layer are stored: weight[n, k] = scale[n, k / group_size] * (integer[n, k] - zero_point[n, k /
+// group_size]), integers of `bits` bits without sign.
+struct LinearFormat {
+    int64_t in_features;
+    int64_t bits;                   // 8 or 4
+    int64_t group_size;             // input features that share a scale and zero point; divides in_features
+    int64_t activation_group_size;  // divides group_size
+};
+
+// Packed weights, panels of 32 output features:
+//   bias f32 [32], scales f16 [groups, 32], zero points u8 [groups, 32], zeros up to a multiple of 64 bytes,
+//   integers [in_features / 4, 32, 4]; of 4 bits [in_features / 8, 32, 4], the first 4 of 8 input features in the low
+//   halves of the bytes.
+constexpr int64_t panel_header_bytes(const LinearFormat& f) {
+    return (kPanelColumns * (4 + f.in_features / f.group_size * 3) + 63) / 64 * 64;
+}
+constexpr int64_t panel_bytes(const LinearFormat& f) {
+    return panel_header_bytes(f) + kPanelColumns * f.in_features * f.bits / 8;
+}
+
+// Nothing if the kernels take the format and number of output features, else what is wrong.
+const char* linear_format_error(const LinearFormat& format, int64_t out_features);
+
+// integers [out_features, in_features] as OpenVINO stores them (of 4 bits the low half of a byte first), every byte
+// to be combined with `flip` by exclusive or (0x80 or 0x88 make signed integers unsigned); scales f16 and zero_points
+// u8 [out_features, groups]; bias f32 [out_features] or null. packed: out_features / 32 panels.
+void pack_linear(const LinearFormat& format, int64_t out_features, const uint8_t* integers, uint8_t flip,
+                 const uint16_t* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed);
+
+struct LinearWeights {
+    int64_t out_features;
+    const uint8_t* panels;
+};
+
+// outputs[i] [rows, out_features of weights[i]] = input [rows, in_features] * weights[i]^T + bias; f32. A number that is
+// none spoils its row. instruction_set: null for the best of this CPU, or a name from linear_instruction_sets().
+void linear(const LinearFormat& format, const LinearWeights* weights, int64_t count, int64_t rows, const float* input,
+            float* const* outputs, const Executor& executor, const char* instruction_set = nullptr);
+
+// silu: gate(x) * sigmoid(gate(x)) * up(x), two weights (SwiGLU, Shazeer 2020); gelu: the tanh form of up(x), one weight.
+enum class Activation { silu, gelu };
+
+// output [rows, out features of down] = down(activation(first layers(input))), a few rows at a time, so that what lies
+// between needs little memory.
+void mlp(const LinearFormat& first_format, const LinearWeights* first, Activation activation,
+         const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input, float* output,
+         const Executor& executor, const char* instruction_set = nullptr);
+
+// Comma-separated names of the kernels that this CPU can run, best first. The best is used, unless the environment
+// variable CHATGLM_OV_ISA names another of them.
+const char* linear_instruction_sets();
+
+// Whether these kernels are the fastest way on this CPU: it multiplies bytes, and has no tiles.
+bool linear_is_fast();
+
+}  // namespace optimum_chatglm_ov

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers with int8 and int4 weights on the native operations, against float64 numpy and OpenVINO's own."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as ops
+import pytest
+import torch
+from conftest import EXACT, Golden
+from random_checkpoint import make
+
+from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.native import linear_instruction_sets, linear_is_fast, load
+from optimum_chatglm_ov.native.linear import fuse_linears
+
+
+SETS = linear_instruction_sets()
+RANDOM = np.random.default_rng(0)
+
+
+@dataclass
+class Layer:
+    """A linear layer as NNCF or this package stores it."""
+
+    matrix: np.ndarray  # f64 [rows, columns], what the integers mean
+    node: ov.Node
+
+
+def layer(rows: int, columns: int, kind: str, group_size: int = 0, zero_point: str = "none") -> Layer:
+    """`kind`: u8, i8, u4 or i4; `group_size`: 0 = one scale a row; `zero_point`: "none", "one" for all, or "each"."""
+    bits, low = int(kind[1]), 0 if kind[0] == "u" else -(1 << (int(kind[1]) - 1))
+    shape = [rows, columns // group_size, group_size] if group_size else [rows, columns]
+    integers = RANDOM.integers(low, low + (1 << bits), shape)
+    scales = (RANDOM.uniform(0.5, 1.5, [*shape[:-1], 1]) / (1 << bits)).astype(np.float16)
+    element_type = getattr(ov.Type, kind)
+
+    def constant(values: np.ndarray) -> ov.Node:
+        stored, values = ov.Tensor(element_type, ov.Shape(values.shape)), values.ravel().astype(np.uint8)
+        if bits == 4:
+            values = np.resize(values, (len(values) + 1) // 2 * 2).reshape(-1, 2) & 15
+            values = values[:, 0] | values[:, 1] << 4
+        stored.data.view(np.uint8).ravel()[:] = values
+        return ops.convert(ops.constant(stored), "f16")
+
+    node, matrix = constant(integers), integers.astype(np.float64)
+    if zero_point != "none":
+        zeros = RANDOM.integers(low, low + (1 << bits), scales.shape if zero_point == "each" else [1] * len(shape))
+        node, matrix = ops.subtract(node, constant(zeros)), matrix - zeros
+    node, matrix = ops.multiply(node, ops.constant(scales)), matrix * scales
+    if group_size:
+        node = ops.reshape(node, ops.constant(np.array([rows, columns])), False)
+    return Layer(matrix.reshape(rows, columns), ops.convert(node, "f32"))
+
+
+def rounded(x: np.ndarray, group: int = 32) -> np.ndarray:
+    """What rounding to 8 bits leaves of activations `[..., columns]`."""
+    groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, group)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    return (np.rint(groups * (np.float32(127) / largest)) * (largest / np.float32(127))).reshape(x.shape)
+
+
+def types(model: ov.Model) -> list[str]:
+    return [node.get_type_name() for node in model.get_ops()]
+
+
+def input_node(columns: int) -> ov.Node:
+    return ops.parameter([-1, -1, columns], ov.Type.f32, name="hidden_states")
+
+
+def run(model: ov.Model, *inputs: np.ndarray, **config) -> list[np.ndarray]:
+    core = ov.Core()
+    load(core)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **config})
+    return [np.array(value) for value in compiled(list(inputs)).values()]
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request, monkeypatch):
+    monkeypatch.setenv("CHATGLM_OV_ISA", request.param)
+    return request.param
+
+
+KINDS = [
+    ("i8", 0, "none"),
+    ("u8", 0, "each"),
+    ("u8", 0, "one"),
+    ("i8", 64, "none"),
+    ("i8", 0, "each"),
+    ("i4", 0, "none"),
+    ("i4", 32, "none"),
+    ("u4", 64, "each"),
+    ("u4", 128, "one"),
+]
+
+
+@pytest.mark.parametrize("kind, group_size, zero_point", KINDS)
+def test_a_layer_of_each_kind(kind, group_size, zero_point, instruction_set):
+    linear, x = layer(96, 256, kind, group_size, zero_point), input_node(256)
+    bias = RANDOM.normal(size=(1, 1, 96)).astype(np.float16)
+    product = ops.matmul(x, linear.node, False, True)
+    model = ov.Model([ops.add(product, ops.convert(ops.constant(bias), "f32"))], [x], "layer")
+    assert fuse_linears(model) == 1
+    assert not {"MatMul", "Add"} & set(types(model))
+    for tokens in (1, 2, 5, 13):
+        states = RANDOM.normal(size=(2, tokens, 256)).astype(np.float32)
+        expected = rounded(states) @ linear.matrix.T + bias
+        assert error(run(model, states)[0], expected) < 5e-4
+
+
+@pytest.mark.parametrize("hint", ["f32", "bf16"])
+def test_layers_of_one_input_are_one_operation(hint, instruction_set):
+    x = input_node(512)
+    layers = [layer(rows, 512, "i8") for rows in (128, 32, 64)] + [layer(32, 512, "u4", 64, "each")]
+    products = [ops.matmul(x, linear.node, False, True) for linear in layers]
+    products.append(ops.matmul(ops.relu(x), layer(32, 512, "i8").node, False, True))
+    model = ov.Model(products, [x], "layers")
+    before = model.clone()
+    assert fuse_linears(model) == 5
+    assert types(model).count("ChatGLMLinear") == 3  # i8 and u4 of x, and that of its positive part
+    states = RANDOM.normal(size=(1, 40, 512)).astype(np.float32)
+    found = run(model, states, INFERENCE_PRECISION_HINT=hint)
+    for output, linear in zip(found, layers):
+        assert error(output, rounded(states) @ linear.matrix.T) < (5e-4 if hint == "f32" else 1e-2)
+    for output, expected in zip(found, run(before, states, DYNAMIC_QUANTIZATION_GROUP_SIZE="0")):
+        assert error(output, expected) < 0.02
+
+
+@pytest.mark.parametrize("tokens", [1, 700])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_an_mlp_is_one_operation(activation, tokens, instruction_set):
+    x = input_node(128)
+    gate, up, down = layer(192, 128, "i8"), layer(192, 128, "i8"), layer(96, 192, "u4", 32, "each")
+    bias = RANDOM.normal(size=192).astype(np.float32)
+    ups = ops.add(ops.matmul(x, up.node, False, True), ops.constant(bias))
+    if activation == "silu":
+        hidden = ops.multiply(ops.swish(ops.matmul(x, gate.node, False, True)), ups)
+    else:
+        hidden = ops.gelu(ups, approximation_mode="tanh")
+    model = ov.Model([ops.matmul(hidden, down.node, False, True)], [x], "mlp")
+    assert fuse_linears(model) == (3 if activation == "silu" else 2)
+    assert set(types(model)) == {"Parameter", "Constant", "ChatGLMMLP", "Result"}
+    states = 3 * RANDOM.normal(size=(1, tokens, 128)).astype(np.float32)
+    ups = rounded(states) @ up.matrix.T + bias
+    if activation == "silu":
+        gates = rounded(states) @ gate.matrix.T
+        hidden = gates / (1 + np.exp(-gates)) * ups
+    else:
+        hidden = torch.nn.functional.gelu(torch.from_numpy(ups), approximate="tanh").numpy()
+    assert error(run(model, states)[0], rounded(hidden) @ down.matrix.T) < 2e-3
+
+
+def test_groups_of_activations_as_asked_for(instruction_set):
+    linear, x = layer(32, 8192 + 256, "i8"), input_node(8192 + 256)
+    states = RANDOM.normal(size=(1, 100, 8192 + 256)).astype(np.float32)
+    found = {}
+    for asked, group in ((32, 32), (64, 64), (100, 64), (256, 256), (2**64 - 1, 256)):
+        model = ov.Model([ops.matmul(x, linear.node, False, True)], [x], "layer")
+        assert fuse_linears(model, asked) == 1
+        found[asked] = run(model, states)[0]
+        assert error(found[asked], rounded(states, group) @ linear.matrix.T) < 5e-4
+    exact = states @ linear.matrix.T
+    assert error(found[32], exact) < error(found[64], exact) < error(found[256], exact)
+
+
+def test_a_number_that_is_none_spoils_its_token_alone(instruction_set):
+    linear, x = layer(64, 128, "i8"), input_node(128)
+    model = ov.Model([ops.matmul(x, linear.node, False, True)], [x], "layer")
+    fuse_linears(model)
+    states = RANDOM.normal(size=(1, 9, 128)).astype(np.float32)
+    expected = run(model, states)[0]
+    for number in (np.nan, np.inf, -np.inf):
+        spoiled = states.copy()
+        spoiled[0, 4, 77] = number
+        found = run(model, spoiled)[0]
+        assert np.isnan(found[0, 4]).all()
+        np.testing.assert_array_equal(np.delete(found, 4, axis=1), np.delete(expected, 4, axis=1))
+    zeros = run(model, np.zeros_like(states))[0]
+    np.testing.assert_array_equal(zeros, np.zeros_like(zeros))
+
+
+def test_what_the_operations_do_not_take_stays():
+    x = input_node(64)
+    shared = layer(64, 64, "i8")
+    ids = ops.parameter([-1], ov.Type.i64, name="ids")
+    half = ops.convert(ops.constant(RANDOM.normal(size=(64, 64)).astype(np.float16)), "f32")
+    wide = ops.convert(ops.multiply(ops.convert(ops.constant(np.ones((64, 64), np.int8)), "f32"), half), "f32")
+    results = [
+        ops.matmul(x, shared.node, False, True),  # also an embedding
+        ops.gather(shared.node, ids, ops.constant(0)),
+        ops.matmul(x, half, False, True),
+        ops.matmul(x, wide, False, True),  # a scale for each number
+        ops.matmul(x, layer(64, 64, "i8").node, False, False),
+        ops.matmul(x, layer(72, 64, "i8").node, False, True),
+        ops.matmul(x, layer(64, 64, "i4", 16).node, False, True),
+    ]
+    model = ov.Model(results, [x, ids], "others")
+    before = types(model)
+    assert fuse_linears(model) == 0
+    assert types(model) == before
+
+
+def test_several_models_at_once(instruction_set):
+    linear, x = layer(256, 256, "u4", 64, "each"), input_node(256)
+    model = ov.Model([ops.matmul(x, linear.node, False, True)], [x], "layer")
+    fuse_linears(model)
+    core = ov.Core()
+    load(core)
+    states = [RANDOM.normal(size=(1, 50 + i, 256)).astype(np.float32) for i in range(4)]
+    requests = [core.compile_model(model, "CPU").create_infer_request() for _ in states]
+    expected = [request.infer([s])[0].copy() for request, s in zip(requests, states)]
+    found: list[list[np.ndarray]] = [[] for _ in states]
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            found[i].append(requests[i].infer([states[i]])[0].copy())
+
+    threads = [threading.Thread(target=work, args=[i]) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outputs, wanted in zip(found, expected):
+        assert len(outputs) == 20
+        for output in outputs:
+            np.testing.assert_array_equal(output, wanted)
+
+
+# In a model ----------------------------------------------------------------------------------------------------------
+
+
+def openvino_layers(model: OVChatGLMForCausalLM) -> int:
+    """Linear layers that OpenVINO computes in the compiled model."""
+    nodes = model.request.get_compiled_model().get_runtime_model().get_ops()
+    return sum("FullyConnected" in str(node.get_rt_info()["layerType"].astype(str)) for node in nodes)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    folders = {}
+
+    def export(architecture: str, weight_format: str):
+        if (architecture, weight_format) not in folders:
+            folder = tmp_path_factory.mktemp("linear")
+            checkpoint = make(folder / "checkpoint", architecture)
+            folders[architecture, weight_format] = export_model(checkpoint, folder / "ir", weight_format=weight_format)
+        return folders[architecture, weight_format]
+
+    return export
+
+
+def logits_of(model: OVChatGLMForCausalLM, ids: torch.Tensor) -> np.ndarray:
+    """Of a prompt and of three tokens after it, one by one."""
+    output = model(ids[:, :-3])
+    parts = [output.logits]
+    for i in range(3):
+        length = ids.shape[1] - 2 + i
+        output = model(
+            ids[:, length - 1 : length],
+            attention_mask=torch.ones(len(ids), length, dtype=torch.long),
+            past_key_values=output.past_key_values,
+            position_ids=torch.full((len(ids), 1), length - 1),
+        )
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1).numpy()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "fused"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("architecture", ["chatglm", "chatglm2"])
+def test_a_model_says_the_same(architecture, weight_format, attention, quantized):
+    folder = quantized(architecture, weight_format)
+    ids = torch.from_numpy(RANDOM.integers(5, 300, (2, 40)))
+    if architecture == "chatglm":
+        ids[:, 20:22] = torch.tensor([309, 310])
+    exact = OVChatGLMForCausalLM.from_pretrained(folder, attention="sdpa", ov_config=EXACT)
+    expected = logits_of(exact, ids)
+    config = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    errors = {}
+    for linear in ("openvino", "fused"):
+        model = OVChatGLMForCausalLM.from_pretrained(folder, attention=attention, linear=linear, ov_config=config)
+        errors[linear] = error(logits_of(model, ids), expected)
+    assert 0 < errors["fused"] < max(1.5 * errors["openvino"], 0.02), errors
+    assert "ChatGLMLinear" not in types(model.model)  # the model that would be saved
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b-int8", "chatglm2-6b-int4", "chatglm-6b-int8", "chatglm-6b-int4"])
+def test_checkpoints_quantised_by_their_authors(name, exported):
+    golden = Golden(name)
+    model = OVChatGLMForCausalLM.from_pretrained(
+        exported(name), linear="fused", ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    )
+    case = golden.cases("_dequant32_logits")[0] if golden.cases("_dequant32_logits") else "single"
+    found = model(**golden.inputs(case)).logits.numpy()
+    exact = OVChatGLMForCausalLM.from_pretrained(exported(name), attention="sdpa", ov_config=EXACT)
+    assert 0 < error(found, exact(**golden.inputs(case)).logits.numpy()) < 0.05
+
+
+@pytest.mark.parametrize(
+    "arguments, config, is_native",
+    [
+        ({}, {}, "auto"),
+        ({"attention": "fused"}, {}, "auto"),
+        ({"attention": "sdpa"}, {}, False),
+        ({"attention": "sdpa", "linear": "auto"}, {}, "auto"),
+        ({"attention": "sdpa", "linear": "fused"}, {}, True),
+        ({"linear": "openvino"}, {}, False),
+        ({}, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}, False),
+        ({}, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 64}, "auto"),
+        ({}, {"EXECUTION_MODE_HINT": "ACCURACY"}, False),
+        ({"linear": "fused"}, {"EXECUTION_MODE_HINT": "ACCURACY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}, True),
+        ({"device": "auto:cpu"}, {}, False),
+    ],
+)
+def test_who_computes_linear_layers(arguments, config, is_native, quantized):
+    folder = quantized("chatglm2", "int8")
+    model = OVChatGLMForCausalLM.from_pretrained(folder, ov_config=config, **arguments)
+    if arguments.get("device"):
+        assert model._device == "AUTO:CPU"
+    elif linear_is_fast() if is_native == "auto" else is_native:
+        assert openvino_layers(model) == 0
+    else:
+        assert openvino_layers(model) == 2 * 7 + 1
+
+
+def test_the_variable_chooses_where_no_argument_does(quantized, monkeypatch):
+    folder = quantized("chatglm2", "int8")
+    monkeypatch.setenv("CHATGLM_OV_LINEAR", "openvino")
+    assert openvino_layers(OVChatGLMForCausalLM.from_pretrained(folder)) == 15
+    assert openvino_layers(OVChatGLMForCausalLM.from_pretrained(folder, linear="fused")) == 0
+    monkeypatch.setenv("CHATGLM_OV_LINEAR", "fast")
+    with pytest.raises(ValueError, match="`linear` is 'fast'; expected 'openvino', 'fused' or 'auto'"):
+        OVChatGLMForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"compile_only": True}, '`compile_only` compiles the IR as it is; `linear="fused"` changes it'),
+        ({"device": "auto"}, "run on CPU, not on AUTO"),
+        (
+            {"ov_config": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "16"}},
+            "at least 32; found .* 16. Leave one out",
+        ),
+        ({"ov_config": {"EXECUTION_MODE_HINT": "ACCURACY"}}, "groups of at least 32; found .* 0. Leave one out"),
+    ],
+)
+def test_what_native_linear_layers_are_not_for(arguments, message, quantized):
+    with pytest.raises(ValueError, match=message):
+        OVChatGLMForCausalLM.from_pretrained(quantized("chatglm2", "int8"), linear="fused", **arguments)
+
+
+def test_weights_that_are_not_quantised(exported):
+    with pytest.raises(ValueError, match="no linear layers with int8 or int4 weights"):
+        OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), linear="fused")
+    assert openvino_layers(OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"))) == 3 * 7 + 1
+
+
+def test_what_is_saved_stays_portable(quantized, tmp_path):
+    model = OVChatGLMForCausalLM.from_pretrained(quantized("chatglm2", "int4"), linear="fused")
+    model.save_pretrained(tmp_path / "saved")
+    saved = ov.Core().read_model(tmp_path / "saved" / "openvino_model.xml")  # knows no operation of this package
+    assert types(saved).count("MatMul") == 15
