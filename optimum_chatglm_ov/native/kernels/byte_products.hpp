@@ -36,10 +36,10 @@ struct ByteProducts {
             float sum = 0;
             for (int64_t g = 0; g < f.in_features / f.activation_group_size; g++) {
                 const int64_t k = g * f.activation_group_size;
-                int32_t total;
+                float total;
                 const float scale = quantize_group(row + k, f.activation_group_size, integers + k, total);
                 panel.scales[g * panel.rows + r] = scale;
-                sum = (g % groups_of_segment ? sum : 0.0f) + scale * static_cast<float>(total);
+                sum = (g % groups_of_segment ? sum : 0.0f) + scale * total;
                 panel.sums[g / groups_of_segment * panel.rows + r] = sum;
             }
             for (int64_t k = 0; k < f.in_features; k += 4)
@@ -57,6 +57,9 @@ struct ByteProducts {
     }
 
 private:
+    static constexpr int64_t kAheadBytes = 4096;
+    static constexpr float kTiny = 1e-30f;  // 127 / max must be finite
+
     // x * sigmoid(x), times another layer's output; or gelu in its tanh form, which is x * sigmoid of a cubic.
     static Vector activate(Source kind, const float* input, const float* up) {
         const Vector x = Vector::load(input);
@@ -77,26 +80,24 @@ private:
     }
 
     // Integers -127 .. 127 of a group, their sum, and the scale: NaN if one of the numbers is none.
-    static float quantize_group(const float* __restrict x, int64_t size, int8_t* __restrict integers, int32_t& total) {
-        constexpr uint32_t kInfinity = 0x7f800000u;
-        constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest whole number
-        uint32_t largest = 0;
-        for (int64_t i = 0; i < size; i++) {
-            const uint32_t magnitude = as_bits(x[i]) & 0x7fffffffu;
-            largest = largest < magnitude ? magnitude : largest;
+    static float quantize_group(const float* x, int64_t size, int8_t* integers, float& total) {
+        const Vector zero = Vector::all(0.0f), minus_one = Vector::all(-1.0f);
+        Vector largest = zero, none = zero;
+        for (int64_t i = 0; i < size; i += kLanes) {
+            const Vector v = Vector::load(x + i);
+            largest = Vector::maximum(largest, Vector::maximum(v, Vector::multiply(v, minus_one)));
+            none = Vector::multiply_add(v, zero, none);
         }
-        const float max = as_float(largest);
-        const bool counts = largest < kInfinity && max > 1e-30f;
-        const float inverse = counts ? 127.0f / max : 0.0f;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < size; i++) {
-            const float scaled = x[i] * inverse;
-            const int32_t integer = static_cast<int32_t>(as_bits(scaled + kShift) - as_bits(kShift));
-            integers[i] = static_cast<int8_t>(integer);
-            sum += integer;
+        const float max = largest.max_lane();
+        const Vector inverse = Vector::all(max > kTiny ? 127.0f / max : 0.0f);
+        Vector sum = zero;
+        for (int64_t i = 0; i < size; i += kLanes) {
+            const Vector whole = Vector::round(Vector::multiply(Vector::load(x + i), inverse));
+            whole.store_signed_bytes(integers + i);
+            sum = Vector::add(sum, whole);
         }
-        total = sum;
-        return largest >= kInfinity ? __builtin_nanf("") : counts ? max / 127.0f : 0.0f;
+        total = sum.sum_lanes();
+        return (max > kTiny ? max / 127.0f : 0.0f) + none.sum_lanes();
     }
 
     template <int kTaken, int kBits>
@@ -111,40 +112,50 @@ private:
 
     template <int kTaken, int kBits>
     static void tile(const LinearTask& task, int64_t column) {
+        constexpr int64_t kGroupBytes = kActivationGroup * kPanelColumns * kBits / 8;
         const LinearFormat& f = *task.format;
-        const ActivationPanel& a = task.activations;
         const int64_t groups = f.in_features / f.group_size, segment = segment_size(f);
+        const int64_t first = task.first_segment * segment, group_size = f.activation_group_size;
         const float* bias = reinterpret_cast<const float*>(task.weights) + column;
-        const uint16_t* scales =
-            reinterpret_cast<const uint16_t*>(task.weights + kPanelColumns * 4) + column;
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(task.weights + kPanelColumns * 4) + column;
         const uint8_t* zero_points = task.weights + kPanelColumns * (4 + groups * 2) + column;
-        const uint8_t* integers = task.weights + panel_header_bytes(f) + column * 4;
+        const uint8_t* integers = task.weights + panel_header_bytes(f) + first * kPanelColumns * kBits / 8 + column * 4;
+        const int8_t* activations = task.activations.integers + first * kTaken;
+        const float* factors = task.activations.scales + first / group_size * kTaken;
+        int64_t left = f.in_features - first;
         for (int64_t s = task.first_segment; s < task.last_segment; s++) {
-            const int64_t begin = s * segment, end = begin + segment < f.in_features ? begin + segment : f.in_features;
+            const int64_t features = segment < left ? segment : left;
+            left -= features;
             Vector sums[kTaken][kVectors];
             for (auto& row : sums)
                 for (Vector& sum : row) sum = Vector::all(0.0f);
-            for (int64_t k = begin; k < end; k += f.activation_group_size) {
+            for (int64_t k = 0; k < features; k += group_size) {
                 Operand products[kTaken][kVectors];
                 for (auto& row : products)
                     for (Operand& product : row) product = Bytes::all(0);
-                for (int64_t i = k; i < k + f.activation_group_size; i += kActivationGroup)
-                    group<kTaken, kBits>(integers + i * kPanelColumns * kBits / 8, a.integers + i * kTaken, products);
-                const float* scale = a.scales + k / f.activation_group_size * kTaken;
-                for (int r = 0; r < kTaken; r++)
+                for (int64_t i = 0; i < group_size; i += kActivationGroup) {
+                    if (task.reads_ahead)
+                        for (int64_t byte = 0; byte < kGroupBytes; byte += 64)
+                            __builtin_prefetch(integers + kAheadBytes + byte);
+                    multiply_group<kTaken, kBits>(integers, activations, products);
+                    integers += kGroupBytes;
+                    activations += kActivationGroup * kTaken;
+                }
+                for (int r = 0; r < kTaken; r++) {
+                    const Vector factor = Vector::all(*factors++);
                     for (int v = 0; v < kVectors; v++)
-                        sums[r][v] = Vector::multiply_add(Bytes::to_float(products[r][v]), Vector::all(scale[r]),
-                                                          sums[r][v]);
+                        sums[r][v] = Vector::multiply_add(Bytes::to_float(products[r][v]), factor, sums[r][v]);
+                }
             }
-            const int64_t g = begin / f.group_size * kPanelColumns;
+            const int64_t g = segment == f.group_size ? s * kPanelColumns : 0;  // else one group for each row
             for (int v = 0; v < kVectors; v++) {
                 const Vector scale = Bytes::from_half(scales + g + v * kLanes);
-                const Vector minus_zero = Vector::multiply(Bytes::from_bytes(zero_points + g + v * kLanes),
-                                                           Vector::all(-1.0f));
+                const Vector minus_zero =
+                    Vector::multiply(Bytes::from_bytes(zero_points + g + v * kLanes), Vector::all(-1.0f));
                 for (int r = 0; r < kTaken; r++) {
                     float* output = task.output + r * task.stride + column + v * kLanes;
-                    const Vector sum =
-                        Vector::multiply_add(minus_zero, Vector::all(a.sums[s * kTaken + r]), sums[r][v]);
+                    const Vector sum = Vector::multiply_add(
+                        minus_zero, Vector::all(task.activations.sums[s * kTaken + r]), sums[r][v]);
                     const Vector before = Vector::load(s ? output : bias + v * kLanes);
                     Vector::multiply_add(scale, sum, before).store(output);
                 }
@@ -154,8 +165,8 @@ private:
 
     // 32 input features.
     template <int kTaken, int kBits>
-    static inline __attribute__((always_inline)) void group(const uint8_t* weights, const int8_t* activations,
-                                                            Operand (&products)[kTaken][kVectors]) {
+    static inline __attribute__((always_inline)) void multiply_group(const uint8_t* weights, const int8_t* activations,
+                                                                     Operand (&products)[kTaken][kVectors]) {
         constexpr int kQuads = 8 / kBits;  // of a vector of weights
 #pragma GCC unroll 8
         for (int k = 0; k < kActivationGroup; k += 4 * kQuads) {

@@ -35,14 +35,24 @@ const LinearKernels& choose_kernels(const char* name) {
     return *all_kernels().front();  // other names are those of attention kernels
 }
 
+// Of each thread that runs inferences: fresh memory would be cleared by the system, again for each layer.
+struct Scratch {
+    Buffer hidden, between, activated;
+};
+
+Scratch& thread_scratch() {
+    thread_local Scratch scratch;
+    return scratch;
+}
+
 // Rows [0, rows) of activations, in panels of as many rows as the kernels take.
 class Activations {
 public:
-    Activations(const LinearFormat& format, const LinearKernels& kernels, int64_t rows)
+    Activations(const LinearFormat& format, const LinearKernels& kernels, int64_t rows, Buffer& memory)
         : format_(format), kernels_(kernels) {
         const int64_t groups = format.in_features / format.activation_group_size;
         const size_t scales = rows * groups, sums = rows * segment_count(format);
-        scales_ = static_cast<float*>(memory_.reserve((scales + sums) * 4 + rows * format.in_features));
+        scales_ = static_cast<float*>(memory.reserve((scales + sums) * 4 + rows * format.in_features));
         sums_ = scales_ + scales;
         integers_ = reinterpret_cast<int8_t*>(sums_ + sums);
     }
@@ -68,16 +78,13 @@ public:
                 sums_ + first * segment_count(format_)};
     }
 
-    // outputs[i] [rows, out_features], behind one another in memory from row to row
+    // outputs[i] [rows, out_features]
     void multiply(const LinearWeights* weights, int64_t count, float* const* outputs, const Executor& executor) const {
-        // The activations of a task take three quarters of the second-level cache.
-        const int64_t together = std::min(format_.in_features, kMaxSegment);
-        const int64_t cached = cpu_features().l2_bytes * 3 / 4 / (together * kernels_.rows);
-        const int64_t height = std::min(std::max<int64_t>(cached, 1), panels());
+        const int64_t height = std::min(cached_panels(format_, kernels_), panels());
         int64_t columns = 0;
         for (int64_t i = 0; i < count; i++) columns += weights[i].out_features / kPanelColumns;
         const int64_t wanted = 8 * executor.concurrency(), vertical = ceil_divide(panels(), height);
-        const int64_t width = std::min(std::max<int64_t>(columns * vertical / wanted, 1), 
+        const int64_t width = std::min(std::max<int64_t>(columns * vertical / wanted, 1),
                                        panels() > 1 ? kPanelsTogether : columns);
         const int64_t horizontal = ceil_divide(columns, width);
         parallel_for(executor, vertical * horizontal, executor.concurrency(), [&](int64_t task) {
@@ -94,26 +101,31 @@ public:
                         const int64_t stride = weights[i].out_features;
                         kernels_.multiply({&format_, panel(r), weights[i].panels + column * panel_bytes(format_), s,
                                            std::min(s + step, segment_count(format_)),
-                                           outputs[i] + r * kernels_.rows * stride + column * kPanelColumns, stride});
+                                           outputs[i] + r * kernels_.rows * stride + column * kPanelColumns, stride,
+                                           r == first_row});
                     }
                 }
         });
     }
 
-    // Rows that two tasks one above the other take.
-    static int64_t chunk(const LinearFormat& format, const LinearKernels& kernels) {
-        const int64_t cached = cpu_features().l2_bytes * 3 / 4 / (std::min(format.in_features, kMaxSegment) * kernels.rows);
-        return std::max<int64_t>(cached, 1) * kernels.rows * 2;
+    // Panels of activations that take three quarters of the second-level cache.
+    static int64_t cached_panels(const LinearFormat& format, const LinearKernels& kernels) {
+        const int64_t bytes = std::min(format.in_features, kMaxSegment) * kernels.rows;
+        return std::max<int64_t>(cpu_features().l2_bytes * 3 / 4 / bytes, 1);
     }
 
 private:
     LinearFormat format_;
     const LinearKernels& kernels_;
-    Buffer memory_;
     int64_t rows_ = 0;
     float *scales_, *sums_;
     int8_t* integers_;
 };
+
+// The four halves of two bytes, from the lowest, in the low halves of four bytes.
+uint32_t one_to_a_byte(uint32_t halves) {
+    return (halves & 0xf) | (halves & 0xf0) << 4 | (halves & 0xf00) << 8 | (halves & 0xf000) << 12;
+}
 
 }  // namespace
 
@@ -124,49 +136,47 @@ const char* linear_format_error(const LinearFormat& f, int64_t out_features) {
     if (f.in_features % f.group_size || segment_size(f) % f.activation_group_size ||
         f.in_features % f.activation_group_size)
         return "groups must divide the input features, and activation groups those of the weights";
+    if (f.group_size > kMaxSegment && f.group_size != f.in_features)
+        return "groups must have at most 4096 input features, or all";
     if (out_features <= 0 || out_features % kPanelColumns) return "output features must be a multiple of 32";
     return nullptr;
 }
 
 void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* integers, uint8_t flip,
                  const uint16_t* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed) {
+    constexpr int64_t kLine = 64;  // bytes of a row that are taken at a time, while its cache line is there
     const int64_t groups = f.in_features / f.group_size, row_bytes = f.in_features * f.bits / 8;
+    const uint32_t flips = flip * 0x01010101u;
     for (int64_t first = 0; first < out_features; first += kPanelColumns) {
         uint8_t* panel = packed + first / kPanelColumns * panel_bytes(f);
         std::memset(panel, 0, panel_header_bytes(f));
-        auto* panel_scales = reinterpret_cast<uint16_t*>(panel + kPanelColumns * 4);
-        uint8_t *panel_zeros = panel + kPanelColumns * (4 + groups * 2), *rows = panel + panel_header_bytes(f);
         if (bias) std::memcpy(panel, bias + first, kPanelColumns * 4);
-        for (int64_t c = 0; c < kPanelColumns; c++) {
-            for (int64_t g = 0; g < groups; g++) {
+        auto* panel_scales = reinterpret_cast<uint16_t*>(panel + kPanelColumns * 4);
+        uint8_t* panel_zeros = panel + kPanelColumns * (4 + groups * 2);
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t c = 0; c < kPanelColumns; c++) {
                 panel_scales[g * kPanelColumns + c] = scales[(first + c) * groups + g];
                 panel_zeros[g * kPanelColumns + c] = zero_points[(first + c) * groups + g];
             }
-            const uint8_t* row = integers + (first + c) * row_bytes;
-            for (int64_t k = 0; k < row_bytes; k += 4) {
-                uint8_t four[4];
-                for (int i = 0; i < 4; i++) {
-                    if (f.bits == 8) {
-                        four[i] = row[k + i] ^ flip;
-                    } else {  // features 0 .. 3 and 4 .. 7, side by side in the row, are below each other here
-                        const int shift = i % 2 * 4;
-                        const int low = (row[k + i / 2] ^ flip) >> shift & 15;
-                        const int high = (row[k + 2 + i / 2] ^ flip) >> shift & 15;
-                        four[i] = static_cast<uint8_t>(low | high << 4);
-                    }
+        uint8_t* rows = panel + panel_header_bytes(f);
+        for (int64_t line = 0; line < row_bytes; line += kLine)
+            for (int64_t c = 0; c < kPanelColumns; c++)
+                for (int64_t k = line; k < std::min(line + kLine, row_bytes); k += 4) {
+                    uint32_t word;
+                    std::memcpy(&word, integers + (first + c) * row_bytes + k, 4);
+                    word ^= flips;
+                    if (f.bits == 4) word = one_to_a_byte(word & 0xffff) | one_to_a_byte(word >> 16) << 4;
+                    std::memcpy(rows + (k / 4 * kPanelColumns + c) * 4, &word, 4);
                 }
-                std::memcpy(rows + (k / 4 * kPanelColumns + c) * 4, four, 4);
-            }
-        }
     }
 }
 
 void linear(const LinearFormat& format, const LinearWeights* weights, int64_t count, int64_t rows, const float* input,
             float* const* outputs, const Executor& executor, const char* instruction_set) {
     const LinearKernels& kernels = choose_kernels(instruction_set);
-    const int64_t chunk = std::min(rows, 4 * Activations::chunk(format, kernels));
     if (rows <= 0) return;
-    Activations activations(format, kernels, chunk);
+    const int64_t chunk = std::min(rows, 8 * Activations::cached_panels(format, kernels) * kernels.rows);
+    Activations activations(format, kernels, chunk, thread_scratch().hidden);
     std::vector<float*> parts(count);
     for (int64_t first = 0; first < rows; first += chunk) {
         activations.quantize({Source::plain, input + first * format.in_features, nullptr, format.in_features},
@@ -180,12 +190,13 @@ void mlp(const LinearFormat& first_format, const LinearWeights* first, Activatio
          const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input, float* output,
          const Executor& executor, const char* instruction_set) {
     const LinearKernels& kernels = choose_kernels(instruction_set);
-    const int64_t chunk = std::min(rows, Activations::chunk(first_format, kernels));
     if (rows <= 0) return;
+    const int64_t chunk = std::min(rows, 2 * Activations::cached_panels(first_format, kernels) * kernels.rows);
     const int64_t count = activation == Activation::silu ? 2 : 1, width = down_format.in_features;
-    Activations hidden(first_format, kernels, chunk), activated(down_format, kernels, chunk);
-    Buffer memory;
-    float* up = static_cast<float*>(memory.reserve(count * chunk * width * 4));
+    Scratch& scratch = thread_scratch();
+    Activations hidden(first_format, kernels, chunk, scratch.hidden);
+    Activations activated(down_format, kernels, chunk, scratch.activated);
+    float* up = static_cast<float*>(scratch.between.reserve(count * chunk * width * 4));
     float* const between[] = {up, up + chunk * width};
     const ActivationSource source = activation == Activation::silu
                                         ? ActivationSource{Source::silu, between[0], between[1], width}

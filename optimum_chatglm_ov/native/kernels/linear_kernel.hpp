@@ -44,6 +44,7 @@ struct LinearTask {
     int64_t first_segment, last_segment;
     float* output;
     int64_t stride;
+    bool reads_ahead;  // the weights come from memory, not from a cache
 };
 
 struct LinearKernels {

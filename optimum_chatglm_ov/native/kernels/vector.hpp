@@ -112,6 +112,14 @@ struct PortableVector {
     void store_bf16(uint16_t* p) const {
         for (int i = 0; i < kLanes; i++) p[i] = to_bf16(lane[i]);
     }
+    static PortableVector round(PortableVector x) {
+        for (float& v : x.lane) v = std::nearbyint(v);
+        return x;
+    }
+    // Whole numbers -128 .. 127; of others some byte.
+    void store_signed_bytes(int8_t* p) const {
+        for (int i = 0; i < kLanes; i++) p[i] = lane[i] == lane[i] ? static_cast<int8_t>(lane[i]) : 0;
+    }
 };
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -163,6 +171,12 @@ struct Avx2Vector {
         const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
     }
+    // Whole numbers -128 .. 127; of others some byte.
+    void store_signed_bytes(int8_t* p) const {
+        const __m256i whole = _mm256_cvtps_epi32(v);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+    }
 };
 #endif
 
@@ -199,6 +213,10 @@ struct Avx512Vector {
     }
     void store_bytes(uint8_t* p) const {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
+    // Whole numbers -128 .. 127; of others some byte.
+    void store_signed_bytes(int8_t* p) const {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
     }
 #    if defined(__AVX512BF16__)
     void store_bf16(uint16_t* p) const {
