@@ -98,9 +98,7 @@ def test_what_fused_attention_does_not_know(exported, tmp_path, caplog):
 
 @pytest.mark.parametrize("precision, of_caches", [("u8", "i8"), (ov.Type.u8, "i8"), ("f16", "bf16"), ("f32", "f32")])
 def test_cache_precision(precision, of_caches, exported):
-    model = OVChatGLMForCausalLM.from_pretrained(
-        exported("chatglm3-6b"), ov_config={"KV_CACHE_PRECISION": precision}
-    )
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), ov_config={"KV_CACHE_PRECISION": precision})
     assert model._fused.layout.cache_precision == of_caches
 
 

@@ -124,9 +124,7 @@ def test_cache_precision(fused_ir):
             model = OVChatGLMForCausalLM.from_pretrained(fused_ir("chatglm3-6b", precision), ov_config=ov_config)
             assert model._fused.layout.cache_precision == {"bf16": "bf16", "u8": "i8"}[precision]
     with pytest.raises(ValueError, match="is 'u8', but this IR .* a cache in bf16.*kv_cache_precision='u8'"):
-        OVChatGLMForCausalLM.from_pretrained(
-            fused_ir("chatglm3-6b", "bf16"), ov_config={"KV_CACHE_PRECISION": "u8"}
-        )
+        OVChatGLMForCausalLM.from_pretrained(fused_ir("chatglm3-6b", "bf16"), ov_config={"KV_CACHE_PRECISION": "u8"})
 
 
 @pytest.mark.parametrize(
