@@ -29,8 +29,9 @@ from .modeling import OVChatGLMForCausalLM
 
 
 WAYS = ("sdpa", "fused", "fused-int8", "paged")
-"""OpenVINO's stateful attention, the fused operation with its bf16 and its int8 cache, and openvino-genai's default
-back end with OpenVINO's PagedAttention; each with OpenVINO's own defaults for everything that is not chosen."""
+"""OpenVINO's stateful attention, the fused operation with its bf16 and its int8 cache, and openvino-genai with
+OpenVINO's PagedAttention; each with OpenVINO's own defaults for everything that is not chosen."""
+_DECIDED = {"KV_CACHE_PRECISION": "ways", "ATTENTION_BACKEND": "ways", "INFERENCE_NUM_THREADS": "threads"}
 _STREAM_BYTES = 512 << 20
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
@@ -90,7 +91,7 @@ def measure(
 
     Raises:
         ValueError: an unknown way, a number below its least, a prompt beyond the context length, or a property that
-            `ways` or `threads` decide.
+            `ways` or `threads` decide; "paged" for a model that PagedAttention does not take.
         ImportError: "paged" without openvino-genai.
         NativeBuildError: a fused way, and the native library is not there and cannot be built.
     """
@@ -101,7 +102,7 @@ def measure(
         if number < least:
             raise ValueError(f"`{name}` is {number}; expected at least {least}.")
     properties = dict(ov_config or {})
-    for name, argument in (("KV_CACHE_PRECISION", "ways"), ("INFERENCE_NUM_THREADS", "threads")):
+    for name, argument in _DECIDED.items():
         if name in properties:
             raise ValueError(f"`ov_config` has {name}, which `{argument}` decides. Leave it out.")
     if threads:
@@ -207,7 +208,7 @@ class _Stateful:
 
 
 class _Paged:
-    """openvino-genai's default back end."""
+    """openvino-genai with PagedAttention."""
 
     cache_bits = 8
 
@@ -215,7 +216,14 @@ class _Paged:
         import openvino_genai
 
         self.genai = openvino_genai
-        self.pipeline = openvino_genai.LLMPipeline(folder, "CPU", **ov_config)
+        try:
+            # asked for: as a mere default it gives way to the stateful back end where it does not take the graph
+            self.pipeline = openvino_genai.LLMPipeline(folder, "CPU", ATTENTION_BACKEND="PA", **ov_config)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{folder}: openvino-genai does not run this model with PagedAttention, the way 'paged'. Leave "
+                f"'paged' out. ({str(error).strip()})"
+            ) from error
 
     def generate(self, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
         settings = self.genai.GenerationConfig()

@@ -16,6 +16,7 @@ from optimum.intel import OVModelForCausalLM
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.cli.main import main
 from optimum_chatglm_ov.native import is_fused
+from optimum_chatglm_ov.native.transform import cache_layout
 
 
 NAMES = (
@@ -89,15 +90,18 @@ def test_loaders_register_the_operation(fused_ir):
     assert done.stdout.split() == ["OVChatGLMForCausalLM", "i8", "1"], done.stderr
 
 
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
-def test_command(weight_format, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "weight_format, precision, of_caches",
+    [("int8", "u8", "i8"), ("int4", "u8", "i8"), ("int8", "f16", "bf16"), ("int8", "f32", "f32")],
+)
+def test_command(weight_format, precision, of_caches, tmp_path, capsys):
     output = tmp_path / "ir"
-    options = ["--weight-format", weight_format, "--attention", "fused", "--kv-cache-precision", "u8"]
+    options = ["--weight-format", weight_format, "--attention", "fused", "--kv-cache-precision", precision]
     assert main(["export", str(DATA / "models" / "chatglm3-6b"), str(output), *options]) == 0
-    assert is_fused(output / "openvino_model.xml")
-    arguments = ["--model", str(output), "--prompt", "x", "--max-new-tokens", "2"]
-    capsys.readouterr()
-    assert main(["chat", *arguments]) == 0 and capsys.readouterr().out
+    model = OVChatGLMForCausalLM.load_model(output / "openvino_model.xml")
+    assert cache_layout(model).cache_precision == of_caches
+    arguments = ["--model", str(output), "--prompt", "x", "--greedy", "--max-new-tokens", "2"]
+    assert main(["chat", *arguments]) == 0 and "[2 tokens, " in capsys.readouterr().err
     assert main(["chat", *arguments, "--attention", "sdpa"]) == 1
     assert "`attention='sdpa'` is not for this IR" in capsys.readouterr().err
 
