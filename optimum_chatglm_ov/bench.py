@@ -77,6 +77,7 @@ def measure(
     repetitions: int = 3,
     threads: int = 0,
     ov_config: Mapping[str, str] | None = None,
+    linear: str | None = None,
 ) -> Iterator[Measurement]:
     """Times every model at every prompt length, one way after the other.
 
@@ -88,6 +89,7 @@ def measure(
         repetitions: generations at each length, after one to warm up.
         threads: 0 = as many as OpenVINO takes.
         ov_config: OpenVINO properties of every way, for example `{"INFERENCE_PRECISION_HINT": "f32"}`.
+        linear: who computes the linear layers of the fused ways, as `from_pretrained` takes it.
 
     Raises:
         ValueError: an unknown way, a number below its least, a prompt beyond the context length, or a property that
@@ -117,7 +119,7 @@ def measure(
                 )
         weights, weight_bytes = _weights(folder)
         for way in ways:
-            generator = _Paged(folder, properties) if way == "paged" else _Stateful(folder, way, properties)
+            generator = _Paged(folder, properties) if way == "paged" else _Stateful(folder, way, properties, linear)
             for length in prompt_lengths:
                 bandwidth = stream_bandwidth(threads)
                 # other tokens each time: openvino-genai keeps the cache of a prompt that it has seen
@@ -182,13 +184,17 @@ def cpu_description() -> str:
 
 
 class _Stateful:
-    """The stateful graph, with OpenVINO's attention or the fused operation."""
+    """The stateful graph, all computed by OpenVINO or with the native operations."""
 
-    def __init__(self, folder: Path, way: str, ov_config: Mapping[str, str]):
-        if way != "sdpa":
+    def __init__(self, folder: Path, way: str, ov_config: Mapping[str, str], linear: str | None):
+        if way == "sdpa":
+            linear = "openvino"
+        else:
             ov_config = {**ov_config, "KV_CACHE_PRECISION": {"fused": "bf16", "fused-int8": "u8"}[way]}
         attention = "sdpa" if way == "sdpa" else "fused"
-        self.model = OVChatGLMForCausalLM.from_pretrained(folder, attention=attention, ov_config=ov_config)
+        self.model = OVChatGLMForCausalLM.from_pretrained(
+            folder, attention=attention, linear=linear, ov_config=ov_config
+        )
         stock = self.model.request.get_compiled_model().get_property("KV_CACHE_PRECISION").bitwidth
         self.cache_bits = {"sdpa": stock, "fused": 16, "fused-int8": 8}[way]
 

@@ -73,6 +73,8 @@ def compare(
     candidate_config: Mapping[str, str] | None = None,
     reference_attention: str | None = None,
     candidate_attention: str | None = None,
+    reference_linear: str | None = None,
+    candidate_linear: str | None = None,
     max_tokens: int = 4096,
     block_length: int = 512,
     prompts: int = 8,
@@ -89,7 +91,8 @@ def compare(
         candidate: another one with the same vocabulary, or the same under other properties or attention.
         text: text file, strings or rows with a "text" column (see `texts.read_texts`).
         reference_config, candidate_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
-        reference_attention, candidate_attention: "fused", "sdpa" or "auto", as `from_pretrained` takes them.
+        reference_attention, candidate_attention, reference_linear, candidate_linear: as `attention` and `linear` of
+            `from_pretrained`.
         max_tokens: tokens of the text to measure.
         block_length: tokens that are read in one call; the context of each token is its own block, and the first of
             each has none and is not measured.
@@ -110,7 +113,7 @@ def compare(
     ):
         if number < least:
             raise ValueError(f"`{name}` is {number}; expected at least {least}.")
-    model = _load(reference, reference_config, reference_attention)
+    model = _load(reference, reference_config, reference_attention, reference_linear)
     tokenizer = AutoTokenizer.from_pretrained(model.model_save_dir)
     blocks = list(_measured(texts.blocks(texts.read_texts(text), tokenizer, block_length), max_tokens))
     if not blocks:
@@ -130,7 +133,7 @@ def compare(
     del model
     gc.collect()
 
-    model = _load(candidate, candidate_config, candidate_attention)
+    model = _load(candidate, candidate_config, candidate_attention, candidate_linear)
     if model.config.vocab_size != shape[1]:
         raise ValueError(
             f"The vocabularies differ: {shape[1]} ids in {reference}, {model.config.vocab_size} in {candidate}. "
@@ -154,9 +157,11 @@ def compare(
     )
 
 
-def _load(folder: str | Path, ov_config: Mapping[str, str] | None, attention: str | None) -> OVChatGLMForCausalLM:
+def _load(
+    folder: str | Path, ov_config: Mapping[str, str] | None, attention: str | None, linear: str | None
+) -> OVChatGLMForCausalLM:
     return OVChatGLMForCausalLM.from_pretrained(
-        folder, load_in_8bit=False, ov_config=dict(ov_config or {}), attention=attention
+        folder, load_in_8bit=False, ov_config=dict(ov_config or {}), attention=attention, linear=linear
     )
 
 

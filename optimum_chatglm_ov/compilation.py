@@ -24,6 +24,7 @@ from .native.transform import CacheLayout, cache_layout, fuse_attention
 logger = logging.getLogger(__name__)
 
 LOGITS_TO_KEEP = "logits_to_keep"
+_GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
 def choice(argument: str, value: str | None, choices: tuple[str, ...], variable: str, default: str = "auto") -> str:
@@ -128,13 +129,13 @@ class CompilationMixin:
     def _fuse_linears(self, model: ov.Model) -> bool:
         if self._linear == "openvino":
             return False
-        size = int(self.ov_config.get("DYNAMIC_QUANTIZATION_GROUP_SIZE", self._default_activation_group()))
+        size = self._activation_group_size()
         if self._linear == "auto":
             return size >= DEFAULT_ACTIVATION_GROUP and native.linear_is_fast() and fuse_linears(model, size) > 0
         if size < DEFAULT_ACTIVATION_GROUP:
             raise ValueError(
                 f"`linear='fused'` rounds activations in groups of at least {DEFAULT_ACTIVATION_GROUP}; found "
-                f"DYNAMIC_QUANTIZATION_GROUP_SIZE {size}. Leave one out."
+                f"{_GROUP_SIZE} {size}. Leave one out."
             )
         if not fuse_linears(model, size):
             raise ValueError(
@@ -142,7 +143,13 @@ class CompilationMixin:
             )
         return True
 
-    def _default_activation_group(self) -> int:
+    def _activation_group_size(self) -> int:
+        """What OpenVINO would take: the property, else what the IR says, else its default."""
+        path = ["runtime_options", _GROUP_SIZE]
+        if _GROUP_SIZE in self.ov_config:
+            return int(self.ov_config[_GROUP_SIZE])
+        if self.model.has_rt_info(path):
+            return int(self.model.get_rt_info(path).astype(str))
         return 0 if "ACCURACY" in str(self.ov_config.get("EXECUTION_MODE_HINT")) else DEFAULT_ACTIVATION_GROUP
 
     def _fused_cache_precision(self, layout: CacheLayout | None) -> str:

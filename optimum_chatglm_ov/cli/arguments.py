@@ -12,6 +12,7 @@ from ..quantization import WEIGHT_FORMATS
 
 
 ATTENTIONS = ("sdpa", "fused", "auto")
+LINEARS = ("openvino", "fused", "auto")
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -56,6 +57,12 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="OpenVINO's own, this package's native operation, or the latter where it can be built (default: auto)",
     )
     group.add_argument(
+        "--linear",
+        choices=LINEARS,
+        help="who computes int8 and int4 linear layers: OpenVINO, this package's native operations, or the latter on "
+        "CPUs where they are faster (default: auto; openvino with --attention sdpa)",
+    )
+    group.add_argument(
         "--kv-cache-precision",
         choices=("u8", "bf16", "f16", "f32"),
         help="of keys and values (default: bf16 with fused attention, whose f16 is bf16; u8 with OpenVINO's on CPU)",
@@ -83,7 +90,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     ov_config = computation_options(args)
     if args.kv_cache_precision is not None:
         ov_config["KV_CACHE_PRECISION"] = args.kv_cache_precision
-    return {"device": args.device, "attention": args.attention, "ov_config": ov_config}
+    return {"device": args.device, "attention": args.attention, "linear": args.linear, "ov_config": ov_config}
 
 
 def computation_options(args: argparse.Namespace) -> dict[str, str]:

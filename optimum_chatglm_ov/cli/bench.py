@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bench import WAYS, Measurement, cpu_description, measure, stream_bandwidth
 from ..errors import ExportError
-from .arguments import UsageError, add_computation_options, computation_options, positive_integer
+from .arguments import LINEARS, UsageError, add_computation_options, computation_options, positive_integer
 
 
 _SHORT_REPETITIONS = 10  # as many more where one takes milliseconds
@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=WAYS,
         default=WAYS[:2],
         help="ways of computing attention; paged is openvino-genai's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--linear", choices=LINEARS, help="who computes the linear layers of fused ways (default: auto)"
     )
     parser.add_argument(
         "--prompt-tokens", nargs="+", type=positive_integer, default=[32, 1024], metavar="N", help="prompt lengths"
@@ -96,6 +99,7 @@ def _models(args: argparse.Namespace) -> Iterator[_Row]:
             args.repetitions,
             args.threads,
             computation_options(args),
+            args.linear,
         ):
             yield _Row(m.to_dict(), _cells(m))
 

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from .arguments import ATTENTIONS, check_writable
+from .arguments import ATTENTIONS, LINEARS, check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for model in ("reference", "candidate"):
         parser.add_argument(
             f"--{model}-attention", choices=ATTENTIONS, help=f"of the {model} (default: auto; see chatglm-ov chat)"
+        )
+        parser.add_argument(
+            f"--{model}-linear", choices=LINEARS, help=f"of the {model} (default: auto; see chatglm-ov chat)"
         )
         parser.add_argument(
             f"--{model}-property",
@@ -56,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         candidate_config=dict(args.candidate_property),
         reference_attention=args.reference_attention,
         candidate_attention=args.candidate_attention,
+        reference_linear=args.reference_linear,
+        candidate_linear=args.candidate_linear,
         max_tokens=args.max_tokens,
         block_length=args.block_length,
         prompts=args.prompts,

@@ -74,22 +74,37 @@ RUNTIME: dict[str, tuple[str, str, Mapping[str, str]]] = {
     "int8 weights, its default": ("int8", "sdpa", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": ""}),
 }
 STEPS = 8
-# Properties that differ from EXACT, for each kind of attention.
-WIDTHS: dict[str, tuple[str, Mapping[str, str]]] = {
-    "INFERENCE_PRECISION_HINT bf16": ("sdpa", {"INFERENCE_PRECISION_HINT": "bf16"}),
+DEFAULTS = dict.fromkeys(EXACT, "")
+# Names of a row: how attention and linear layers are computed, and the properties that differ from EXACT.
+WIDTHS: dict[str, tuple[str, str, Mapping[str, str]]] = {
+    "INFERENCE_PRECISION_HINT bf16": ("sdpa", "openvino", {"INFERENCE_PRECISION_HINT": "bf16"}),
     "INFERENCE_PRECISION_HINT bf16, DYNAMIC_QUANTIZATION_GROUP_SIZE 32": (
         "sdpa",
+        "openvino",
         {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"},
     ),
     **{
         f"INFERENCE_PRECISION_HINT f32, DYNAMIC_QUANTIZATION_GROUP_SIZE {size}": (
             "sdpa",
+            "openvino",
             {"DYNAMIC_QUANTIZATION_GROUP_SIZE": size},
         )
         for size in ("32", "64", "128", "256")
     },
-    "fused attention, bf16 cache": ("fused", {"KV_CACHE_PRECISION": "bf16"}),
-    "fused attention, int8 cache": ("fused", {"KV_CACHE_PRECISION": "u8"}),
+    "fused attention, bf16 cache": ("fused", "openvino", {"KV_CACHE_PRECISION": "bf16"}),
+    "fused attention, int8 cache": ("fused", "openvino", {"KV_CACHE_PRECISION": "u8"}),
+    **{
+        f"native linear layers, DYNAMIC_QUANTIZATION_GROUP_SIZE {size}": (
+            "sdpa",
+            "fused",
+            {"DYNAMIC_QUANTIZATION_GROUP_SIZE": size},
+        )
+        for size in ("32", "64", "128")
+    },
+    **{
+        f"all of OpenVINO's defaults, {kind} linear layers and attention": (attention, linear, DEFAULTS)
+        for kind, attention, linear in (("its own", "sdpa", "openvino"), ("native", "fused", "fused"))
+    },
 }
 
 
@@ -243,14 +258,16 @@ def widths(folder: Path) -> None:
     """Logits of a model under every setting, against f32, at all 160 tokens of a random prompt."""
     prompt = torch.randint(5, 30000, (1, 160), generator=torch.Generator().manual_seed(1))
 
-    def log_probabilities(attention: str, properties: Mapping[str, str]) -> torch.Tensor:
-        model = OVChatGLMForCausalLM.from_pretrained(folder, attention=attention, ov_config=EXACT | properties)
+    def log_probabilities(attention: str, linear: str, properties: Mapping[str, str]) -> torch.Tensor:
+        model = OVChatGLMForCausalLM.from_pretrained(
+            folder, attention=attention, linear=linear, ov_config=_properties(properties)
+        )
         return model(prompt).logits[0].double().log_softmax(-1)
 
-    expected = log_probabilities("sdpa", {})
+    expected = log_probabilities("sdpa", "openvino", {})
     print("| setting | largest change | KL (nats) | top-1 |\n|---|---|---|---|")
-    for setting, (attention, properties) in WIDTHS.items():
-        found = log_probabilities(attention, properties)
+    for setting, (attention, linear, properties) in WIDTHS.items():
+        found = log_probabilities(attention, linear, properties)
         divergence = (expected.exp() * (expected - found)).sum(-1).mean().item()
         largest = (expected - found).abs().max().item()
         agreement = 100 * (expected.argmax(-1) == found.argmax(-1)).double().mean().item()
@@ -261,8 +278,12 @@ def load(folder: Path, name: str, weights: str, attention: str, properties: Mapp
     output = folder / name / weights
     if not output.is_dir():
         export_model(ROOT / "tests" / "data" / "models" / name, output, weight_format=weights)
-    ov_config = {key: value for key, value in (EXACT | properties).items() if value}
-    return OVChatGLMForCausalLM.from_pretrained(output, attention=attention, ov_config=ov_config)
+    return OVChatGLMForCausalLM.from_pretrained(output, attention=attention, ov_config=_properties(properties))
+
+
+def _properties(properties: Mapping[str, str]) -> dict[str, str]:
+    """Those that differ from EXACT; without a value: OpenVINO's default."""
+    return {key: value for key, value in (EXACT | properties).items() if value}
 
 
 def steps(model: OVChatGLMForCausalLM, name: str) -> Iterator[torch.Tensor]:
