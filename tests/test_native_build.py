@@ -52,7 +52,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_built_once_then_cached(cache, pretend_compile, capfd):
     path = build_native()
     assert path == build_native() and len(pretend_compile) == 1
-    assert capfd.readouterr().err.count("Building the fused attention") == 1
+    assert capfd.readouterr().err.count("Building the native operations") == 1
     assert build_native(force=True) == path and len(pretend_compile) == 2
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the native attention operation for the installed OpenVINO ahead of its first use."""
+"""Builds the native operations for the installed OpenVINO ahead of their first use."""
 
 from __future__ import annotations
 
@@ -16,5 +16,6 @@ def run(args: argparse.Namespace) -> int:
     from optimum_chatglm_ov import native
 
     print(native.build_native(force=args.force))
-    print("kernels for this CPU, best first:", ", ".join(native.instruction_sets()))
+    print("attention kernels for this CPU, best first:", ", ".join(native.instruction_sets()))
+    print("kernels of linear layers:", ", ".join(native.linear_instruction_sets()))
     return 0

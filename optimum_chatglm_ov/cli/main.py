@@ -21,7 +21,7 @@ SUBCOMMANDS = (
     ("export", "export", "export a checkpoint to OpenVINO"),
     ("compare", "compare", "compare two models on a text"),
     ("bench", "bench", "time models, and attention alone"),
-    ("build-native", "build_native", "build the fused attention operation ahead of its first use"),
+    ("build-native", "build_native", "build the native operations ahead of their first use"),
 )
 
 

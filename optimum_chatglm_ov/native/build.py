@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds or builds the native library: the fused attention operation for the installed OpenVINO.
+"""Finds or builds the library of native operations for the installed OpenVINO.
 
 A library fits one OpenVINO build. It comes, in this order, from the package itself (a wheel may carry it in
 `native/prebuilt`), from the cache of earlier builds, or from a CMake build of the sources beside this file, which
@@ -133,7 +133,7 @@ def _run(command: list[str]) -> None:
         lines = result.stdout.strip().splitlines()
         errors = [line for line in lines if "error" in line.lower()] or lines
         raise NativeBuildError(
-            f"building the fused attention failed: `{' '.join(command)}` returned {result.returncode}:\n"
+            f"building the native operations failed: `{' '.join(command)}` returned {result.returncode}:\n"
             + "\n".join(errors[:20])
         )
 
@@ -155,7 +155,7 @@ def build_native(force: bool = False) -> Path:
     Safe when several processes start at once: one builds, the others wait for it. Raises `NativeBuildError`.
     """
     if not sys.platform.startswith("linux"):
-        raise NativeBuildError(f"the fused attention is built on Linux only, found {sys.platform}")
+        raise NativeBuildError(f"the native operations are built on Linux only, found {sys.platform}")
     target = built_path()
     if target.is_file() and not force:
         return target
@@ -165,7 +165,7 @@ def build_native(force: bool = False) -> Path:
             if target.is_file() and not force:
                 return target
             start = time.monotonic()
-            print(f"Building the fused attention for OpenVINO {openvino.get_version()}, once ...", file=sys.stderr)
+            print(f"Building the native operations for OpenVINO {openvino.get_version()}, once ...", file=sys.stderr)
             _compile(target)
             print(f"... done in {time.monotonic() - start:.0f} s: {target}", file=sys.stderr)
     except OSError as error:
