@@ -64,6 +64,14 @@ def test_a_graph_that_paged_attention_does_not_take(name, exported):
         next(measure([exported(name)], ("paged",), (12,), new_tokens=2, repetitions=1))
 
 
+def test_who_computes_linear_layers(exported, folder):
+    once = {"prompt_lengths": (12,), "new_tokens": 2, "repetitions": 1}
+    assert list(measure([folder], ("sdpa", "fused"), linear="fused", **once))
+    assert list(measure([exported("chatglm3-6b")], ("sdpa",), linear="fused", **once))  # OpenVINO alone
+    with pytest.raises(ValueError, match="no linear layers with int8 or int4 weights"):
+        list(measure([exported("chatglm3-6b")], ("fused",), linear="fused", **once))
+
+
 def test_table_json_and_plot(folder, tmp_path, capsys):
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
     assert main(["bench", str(folder), *SMALL, "--attention", "sdpa", "fused", *files]) == 0

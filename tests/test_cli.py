@@ -351,14 +351,17 @@ def test_openvino_options_reach_the_compiled_model(exported):
     assert compiled.get_property("KV_CACHE_PRECISION") == ov.Type.f32
     assert compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
     assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 32
-    fused = runtime_options(parser.parse_args(["--attention", "fused"]))
-    assert OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **fused)._fused is not None
+    fused = runtime_options(parser.parse_args(["--attention", "fused", "--linear", "openvino"]))
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **fused)
+    assert model._fused is not None and model._linear == "openvino"
 
 
 def test_a_conversation_with_openvino_options(exported, capsys):
     arguments = ["chat", "--model", str(exported("chatglm3-6b")), "--prompt", "x", "--max-new-tokens", "2"]
     assert main([*arguments, "--inference-precision", "f32", "--attention", "fused"]) == 0
     assert capsys.readouterr().out
+    assert main([*arguments, "--linear", "fused"]) == 1
+    assert "no linear layers with int8 or int4 weights" in capsys.readouterr().err
     assert main([*arguments, "--device", "NO_SUCH_DEVICE"]) == 1
     assert "NO_SUCH_DEVICE" in capsys.readouterr().err
 

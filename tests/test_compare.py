@@ -59,6 +59,15 @@ def test_attention_is_a_choice(exported, text):
     assert 0 < found.kl_divergence < 1e-6 and found.greedy_prefixes == found.greedy_tokens
 
 
+def test_who_computes_linear_layers_is_a_choice(int8, text):
+    config = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    settings = {"reference_config": EXACT, "candidate_config": config, "candidate_attention": "sdpa"}
+    found = compare(int8, int8, text, reference_attention="sdpa", candidate_linear="fused", **settings, **LENGTHS)
+    assert 1e-7 < found.kl_divergence < 1e-2
+    with pytest.raises(ValueError, match="`linear='fused'` rounds activations"):
+        compare(int8, int8, text, reference_linear="fused", **settings, **LENGTHS)
+
+
 def test_measurements_are_those_of_torch(exported, exact_model, int8, text):
     """Perplexity, divergence and agreement computed once more, block by block, in float64."""
     folder = exported("chatglm3-6b")

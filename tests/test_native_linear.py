@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import dataclass
 
@@ -369,3 +370,17 @@ def test_what_is_saved_stays_portable(quantized, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     saved = ov.Core().read_model(tmp_path / "saved" / "openvino_model.xml")  # knows no operation of this package
     assert types(saved).count("MatMul") == 15
+
+
+@pytest.mark.parametrize("size, is_native", [("0", False), ("64", True)])
+def test_the_group_size_that_the_ir_names(size, is_native, quantized, tmp_path):
+    folder = shutil.copytree(quantized("chatglm2", "int8"), tmp_path / "ir")
+    model = ov.Core().read_model(folder / "openvino_model.xml")
+    model.set_rt_info(size, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])  # as optimum-intel writes it
+    ov.save_model(model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
+    for suffix in ("xml", "bin"):
+        (tmp_path / f"openvino_model.{suffix}").replace(folder / f"openvino_model.{suffix}")
+    asked = OVChatGLMForCausalLM.from_pretrained(folder, linear="auto")
+    assert (openvino_layers(asked) == 0) == (is_native and linear_is_fast())
+    overruled = OVChatGLMForCausalLM.from_pretrained(folder, ov_config={"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"})
+    assert (openvino_layers(overruled) == 0) == linear_is_fast()
