@@ -77,12 +77,20 @@ class CompilationMixin:
             self._fused = None
         layout = cache_layout(self.model)  # of an IR that was exported fused
         attention = "fused" if layout is not None else self._attention
-        if not self._loads_native({attention, self._linear}):
+        group_size = self._activation_group_size()
+        rounds = group_size >= DEFAULT_ACTIVATION_GROUP
+        linear = "openvino" if self._linear == "auto" and not rounds else self._linear
+        if linear == "fused" and not rounds:
+            raise ValueError(
+                f"`linear='fused'` rounds activations in groups of at least {DEFAULT_ACTIVATION_GROUP}; found "
+                f"{_GROUP_SIZE} {group_size}. Leave one out."
+            )
+        if not self._loads_native(attention, linear, layout is not None):
             super().compile()
             return
         model = _with_logits_to_keep(self.model)
         has_attention = attention != "sdpa" and self._fuse_attention(model, layout, attention == "auto")
-        if not (self._fuse_linears(model) or has_attention):
+        if not (self._fuse_linears(model, linear, group_size) or has_attention):
             super().compile()
             return
         self.request = core.compile_model(model, self._device, self.ov_config).create_infer_request()
@@ -90,27 +98,26 @@ class CompilationMixin:
             self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
             self._fused_inputs = {name for port in model.inputs for name in port.names}
 
-    def _loads_native(self, wanted: set[str]) -> bool:
-        """Whether the native operations can be used, and are wanted."""
-        if not wanted & {"fused", "auto"}:
+    def _loads_native(self, attention: str, linear: str, holds_attention: bool) -> bool:
+        """Whether the native operations are wanted, and are there."""
+        asked = [name for name, value in (("attention", attention), ("linear", linear)) if value == "fused"]
+        if not asked and "auto" not in (attention, linear):
             return False
         if self._device != "CPU":
-            if "fused" in wanted:
-                raise ValueError(
-                    f"The native operations run on CPU, not on {self._device}. Take a portable IR, and "
-                    "`attention='sdpa'`."
-                )
+            if asked:
+                remedy = "Take a portable IR" if holds_attention else f"Leave out `{asked[0]}='fused'`"
+                raise ValueError(f"The native operations run on CPU, not on {self._device}. {remedy}.")
             logger.info(f"OpenVINO's own operations are used on {self._device}.")
             return False
         try:
             native.load(core)
         except NativeBuildError as error:
-            if "fused" in wanted:
+            if asked:
                 raise
-            logger.warning(
-                "OpenVINO's own attention is used, and its linear layers (`attention='sdpa'` chooses them without "
-                f"this warning): {error}"
-            )
+            what, chooser = "linear layers are", "linear='openvino'"
+            if attention == "auto":
+                what, chooser = "attention and linear layers are", "attention='sdpa'"
+            logger.warning(f"OpenVINO's own {what} used (`{chooser}` chooses so without this warning): {error}")
             return False
         return True
 
@@ -126,31 +133,32 @@ class CompilationMixin:
             return False
         return True
 
-    def _fuse_linears(self, model: ov.Model) -> bool:
-        if self._linear == "openvino":
+    def _fuse_linears(self, model: ov.Model, linear: str, group_size: int) -> bool:
+        if linear == "openvino" or (linear == "auto" and not native.linear_is_fast()):
             return False
-        size = self._activation_group_size()
-        if self._linear == "auto":
-            return size >= DEFAULT_ACTIVATION_GROUP and native.linear_is_fast() and fuse_linears(model, size) > 0
-        if size < DEFAULT_ACTIVATION_GROUP:
+        has_linears = fuse_linears(model, group_size) > 0
+        if linear == "fused" and not has_linears:
             raise ValueError(
-                f"`linear='fused'` rounds activations in groups of at least {DEFAULT_ACTIVATION_GROUP}; found "
-                f"{_GROUP_SIZE} {size}. Leave one out."
+                "`linear='fused'`: the model has no int8 or int4 linear layers that the native operations take, with "
+                f"activations in groups of {group_size}. Leave it out."
             )
-        if not fuse_linears(model, size):
-            raise ValueError(
-                "`linear='fused'`: the model has no linear layers with int8 or int4 weights that it takes."
-            )
-        return True
+        return has_linears
 
     def _activation_group_size(self) -> int:
-        """What OpenVINO would take: the property, else what the IR says, else its default."""
-        path = ["runtime_options", _GROUP_SIZE]
+        """What OpenVINO would take: the property, or the execution mode's, or the IR's, or its default."""
         if _GROUP_SIZE in self.ov_config:
-            return int(self.ov_config[_GROUP_SIZE])
+            try:
+                return int(self.ov_config[_GROUP_SIZE])
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"`ov_config` has {_GROUP_SIZE} {self.ov_config[_GROUP_SIZE]!r}; expected an integer."
+                ) from None
+        if "ACCURACY" in str(self.ov_config.get("EXECUTION_MODE_HINT")):
+            return 0
+        path = ["runtime_options", _GROUP_SIZE]
         if self.model.has_rt_info(path):
             return int(self.model.get_rt_info(path).astype(str))
-        return 0 if "ACCURACY" in str(self.ov_config.get("EXECUTION_MODE_HINT")) else DEFAULT_ACTIVATION_GROUP
+        return DEFAULT_ACTIVATION_GROUP
 
     def _fused_cache_precision(self, layout: CacheLayout | None) -> str:
         chosen = self.ov_config.get("KV_CACHE_PRECISION")

@@ -50,7 +50,7 @@ SMALL = {
 }
 
 
-def make(folder: Path, architecture: str, **changes) -> Path:
+def make(folder: Path, architecture: str, dtype: torch.dtype = torch.float16, **changes) -> Path:
     """Writes a checkpoint of `architecture` with head_dim 128; `changes` go to its config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {**SMALL[architecture], **changes}
@@ -63,6 +63,6 @@ def make(folder: Path, architecture: str, **changes) -> Path:
     for name, shape in shapes.items():
         scale = shape[1] ** -0.5 if len(shape) == 2 else 0.1
         tensor = torch.randn(shape, generator=generator) * scale
-        tensors[names[name]] = (tensor + ("norm" in name and name.endswith("weight"))).half()
+        tensors[names[name]] = (tensor + ("norm" in name and name.endswith("weight"))).to(dtype)
     save_file(tensors, folder / "model.safetensors")
     return folder

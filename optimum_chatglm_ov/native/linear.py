@@ -8,6 +8,7 @@ in the order that the kernels read them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,6 @@ from .operation import LinearFormat, chatglm_linear, chatglm_mlp, pack_linear, t
 
 DEFAULT_ACTIVATION_GROUP = 32
 """Input features that share a scale, as with OpenVINO's own `DYNAMIC_QUANTIZATION_GROUP_SIZE`."""
-_LARGEST_ACTIVATION_GROUP = 4096
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Linear:
     integers: np.ndarray  # u8, as stored: [out_features, bytes of in_features]
     is_signed: bool
     scales: np.ndarray  # f16 [out_features, groups]
-    zero_points: np.ndarray | None  # [out_features, groups] or broadcast to it
+    zero_points: np.ndarray | None  # i16 [out_features, groups] or [1]
     bias: np.ndarray | None  # f32 [out_features]
     output: Output
 
@@ -44,15 +44,10 @@ class _Linear:
         return value.get_node().get_name(), value.get_index()
 
     def pack(self) -> ov.Tensor:
-        groups = self.format.in_features // self.format.group_size
         middle = 1 << (self.format.bits - 1) if self.is_signed else 0
-        zero_points = np.broadcast_to(
-            np.uint8(middle) if self.zero_points is None else self.zero_points.astype(np.int16) + middle,
-            (len(self.integers), groups),
-        )
-        return pack_linear(
-            self.format, self.integers, self.is_signed, self.scales, zero_points.astype(np.uint8), self.bias
-        )
+        zero_points = np.zeros(self.scales.shape, np.int16) if self.zero_points is None else self.zero_points
+        zero_points = np.broadcast_to(zero_points + middle, self.scales.shape).astype(np.uint8)
+        return pack_linear(self.format, self.integers, self.is_signed, self.scales, zero_points, self.bias)
 
 
 @dataclass
@@ -67,8 +62,9 @@ def fuse_linears(model: ov.Model, activation_group_size: int = DEFAULT_ACTIVATIO
 
     Args:
         model: any model; layers that are built otherwise than in this package stay as they are.
-        activation_group_size: input features of a token that are rounded to 8 bits with one scale; less where the
-            groups of the weights or the features of a layer are not multiples of it. At least 32.
+        activation_group_size: input features of a token that are rounded to 8 bits with one scale. Layers whose
+            features, or groups of weights, are not multiples of it stay as they are, as do all unless it is a
+            multiple of 32: OpenVINO rounds them in groups of its own, or not.
 
     Returns:
         The number of layers replaced.
@@ -78,15 +74,20 @@ def fuse_linears(model: ov.Model, activation_group_size: int = DEFAULT_ACTIVATIO
     """
     found = [linear for node in model.get_ordered_ops() for linear in _match_linear(node, activation_group_size)]
     by_output = {_key(linear.output): linear for linear in found}
-    mlps = [mlp for linear in found for mlp in _match_mlp(linear, by_output)]
-    inside = {id(linear) for mlp in mlps for linear in (*mlp.first, mlp.down)}
+    mlps: list[_MLP] = []
+    inside: set[int] = set()  # layers of an MLP
+    for linear in found:
+        for mlp in _match_mlp(linear, by_output):
+            layers = {id(layer) for layer in (*mlp.first, mlp.down)}
+            if not layers & inside:
+                mlps.append(mlp)
+                inside |= layers
     together: dict[tuple, list[_Linear]] = {}
     for linear in found:
         if id(linear) not in inside:
             together.setdefault((linear.source, linear.format), []).append(linear)
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # packing is native, and lets other threads run
         packed = dict(zip(map(id, found), threads.map(_Linear.pack, found)))
-    # from the last to the first, so that no node is left that reads what was replaced
     for linears in together.values():
         node = chatglm_linear(
             linears[0].matmul.input_value(0), linears[0].format, [packed[id(linear)] for linear in linears]
@@ -128,16 +129,19 @@ def _source(node: Node, index: int = 0) -> Node:
     return node.input_value(index).get_node()
 
 
-def _constant(node: Node) -> np.ndarray | None:
+def _constant(node: Node) -> Node | None:
+    """The constant that `node` is, or converts."""
     while node.get_type_name() == "Convert":
         node = _source(node)
-    return node.data if node.get_type_name() == "Constant" else None
+    return node if node.get_type_name() == "Constant" else None
 
 
 def _match_linear(node: Node, activation_group_size: int) -> Iterator[_Linear]:
     """The layer that ends in this `MatMul`, if it is one that the operations take."""
     attributes = node.get_attributes()
     if node.get_type_name() != "MatMul" or attributes["transpose_a"] or not attributes["transpose_b"]:
+        return
+    if node.get_output_element_type(0) != Type.f32 or node.get_output_partial_shape(0).rank.is_dynamic:
         return
     chain = [_source(node, 1)]  # from the matrix back to the integers
     for kind in ("Convert", "Reshape"):
@@ -149,75 +153,73 @@ def _match_linear(node: Node, activation_group_size: int) -> Iterator[_Linear]:
     chain.append(_source(chain[-1]))
     zero_points = None
     if chain[-1].get_type_name() == "Subtract":
-        zero_points = _small_integers(_source(chain[-1], 1))
+        zero_points = _constant(_source(chain[-1], 1))
         if zero_points is None:
             return
         chain.append(_source(chain[-1]))
     if chain[-1].get_type_name() != "Convert" or any(_only_reader(part.output(0)) is None for part in chain):
         return  # also what an embedding reads: it would be there twice
     integers = _source(chain[-1])
-    element_type = integers.get_element_type()
+    element_type, shape = integers.get_output_element_type(0), list(integers.get_output_shape(0))
     if integers.get_type_name() != "Constant" or element_type not in (Type.u8, Type.i8, Type.u4, Type.i4):
         return
-    if scales.get_type_name() != "Constant" or scales.get_element_type() != Type.f16:
+    each = [*shape[:-1], 1]  # a row, or a group of a row
+    if len(shape) not in (2, 3) or list(node.input_value(1).get_shape()) != [shape[0], math.prod(shape[1:])]:
         return
-    shape = list(integers.get_output_shape(0))
-    rows, columns = shape[0], int(np.prod(shape[1:]))
-    groups = scales.data.size // rows
-    if list(node.input_value(1).get_shape()) != [rows, columns] or scales.data.size != rows * groups:
+    if not (_is_constant(scales, Type.f16) and list(scales.get_output_shape(0)) == each):
         return
-    size = columns // groups
-    linear_format = LinearFormat(
-        columns, element_type.bitwidth, size, _activation_group(activation_group_size, columns, size)
-    )
-    if not takes_linear(linear_format, rows):
+    if zero_points is not None and not (
+        _is_constant(zero_points, element_type)
+        and (list(zero_points.get_output_shape(0)) == each or math.prod(zero_points.get_output_shape(0)) == 1)
+    ):
         return
-    output, bias = node.output(0), None
-    reader = _only_reader(output)
-    if reader is not None and reader.get_type_name() == "Add":
-        other = 1 - [value.get_node() for value in reader.input_values()].index(node)
-        bias = _constant(_source(reader, other))
-        if bias is not None and bias.size == rows and bias.shape[-1] == rows:
-            output, bias = reader.output(0), bias.astype(np.float32).ravel()
-        else:
-            bias = None
+    rows, groups = shape[0], math.prod(each[1:])
+    linear_format = LinearFormat(math.prod(shape[1:]), element_type.bitwidth, shape[-1], activation_group_size)
+    if activation_group_size > shape[-1] or not takes_linear(linear_format, rows):
+        return
+    bias, output = _match_bias(node, rows)
     yield _Linear(
         node,
         linear_format,
         integers.data.view(np.uint8).reshape(rows, -1),
         element_type in (Type.i8, Type.i4),
         scales.data.reshape(rows, groups),
-        None if zero_points is None or not zero_points.size else _by_row(zero_points, rows),
+        None if zero_points is None else _small_integers(zero_points),
         bias,
         output,
     )
 
 
-def _small_integers(node: Node) -> np.ndarray | None:
-    """Zero points, which OpenVINO stores in the type of the weights, as i16."""
-    while node.get_type_name() == "Convert":
-        node = _source(node)
-    if node.get_type_name() != "Constant":
-        return None
-    bytes_, shape = node.data.view(np.uint8).ravel(), list(node.get_output_shape(0))
-    element_type = node.get_element_type()
-    if element_type in (Type.u8, Type.i8):
-        return node.data.reshape(shape).astype(np.int16)
-    if element_type not in (Type.u4, Type.i4):
-        return None
-    halves = np.stack([bytes_ & 15, bytes_ >> 4], axis=1).ravel()[: int(np.prod(shape))].astype(np.int16)
-    return (halves if element_type == Type.u4 else (halves ^ 8) - 8).reshape(shape)
+def _is_constant(node: Node, element_type: Type) -> bool:
+    return node.get_type_name() == "Constant" and node.get_output_element_type(0) == element_type
 
 
-def _by_row(zero_points: np.ndarray, rows: int) -> np.ndarray:
-    return zero_points.reshape(rows, -1) if zero_points.size % rows == 0 else zero_points.reshape(1, -1)
+def _match_bias(matmul: Node, rows: int) -> tuple[np.ndarray | None, Output]:
+    """What is added to every token, and the output with it."""
+    output, rank = matmul.output(0), matmul.get_output_partial_shape(0).rank.get_length()
+    reader = _only_reader(output)
+    if reader is None or reader.get_type_name() != "Add":
+        return None, output
+    bias = _constant(_source(reader, 1 if _source(reader) == matmul else 0))
+    if bias is None:
+        return None, output
+    shape = list(bias.get_output_shape(0))
+    if not shape or shape[-1] != rows or math.prod(shape) != rows or len(shape) > rank:
+        return None, output
+    # not `data`, in which bf16 looks like f16
+    return bias.get_data(dtype=np.float32).ravel(), reader.output(0)
 
 
-def _activation_group(wanted: int, in_features: int, group_size: int) -> int:
-    size = 1 << (min(wanted, group_size, _LARGEST_ACTIVATION_GROUP).bit_length() - 1)
-    while in_features % size or (group_size % size and group_size <= _LARGEST_ACTIVATION_GROUP):
-        size //= 2
-    return size
+def _small_integers(zero_points: Node) -> np.ndarray:
+    """Zero points as i16 `[rows, groups]`, or one for all."""
+    shape, element_type = list(zero_points.get_output_shape(0)), zero_points.get_output_element_type(0)
+    if element_type in (Type.u4, Type.i4):
+        stored = zero_points.data.view(np.uint8).ravel()
+        halves = np.stack([stored & 15, stored >> 4], axis=1).ravel()[: math.prod(shape)].astype(np.int16)
+        values = halves if element_type == Type.u4 else (halves ^ 8) - 8
+    else:
+        values = zero_points.data.ravel().astype(np.int16)
+    return values if values.size == 1 else values.reshape(shape[0], -1)
 
 
 def _match_mlp(down: _Linear, by_output: dict[tuple[str, int], _Linear]) -> Iterator[_MLP]:
@@ -239,8 +241,10 @@ def _match_mlp(down: _Linear, by_output: dict[tuple[str, int], _Linear]) -> Iter
         swish = _source(hidden)
         if swish.get_type_name() != "Swish" or _only_reader(swish.output(0)) is None:
             return
-        if swish.get_input_size() > 1 and _constant(_source(swish, 1)) != 1.0:
-            return
+        if swish.get_input_size() > 1:
+            beta = _constant(_source(swish, 1))
+            if beta is None or beta.get_data(dtype=np.float32).tolist() != 1.0:
+                return
         gate, up = layer(swish), layer(hidden, 1)
         if gate is not None and up is not None and gate.source == up.source and gate.format == up.format:
             yield _MLP([gate, up], "silu", down)

@@ -119,7 +119,8 @@ private:
         const float* bias = reinterpret_cast<const float*>(task.weights) + column;
         const uint16_t* scales = reinterpret_cast<const uint16_t*>(task.weights + kPanelColumns * 4) + column;
         const uint8_t* zero_points = task.weights + kPanelColumns * (4 + groups * 2) + column;
-        const uint8_t* integers = task.weights + panel_header_bytes(f) + first * kPanelColumns * kBits / 8 + column * 4;
+        const uint8_t* integers =
+            task.weights + panel_header_bytes(f) + first * kPanelColumns * kBits / 8 + column * 4;
         const int8_t* activations = task.activations.integers + first * kTaken;
         const float* factors = task.activations.scales + first / group_size * kTaken;
         int64_t left = f.in_features - first;

@@ -49,9 +49,11 @@ struct PortableBytes {
     static Vector from_half(const uint16_t* p) {
         Vector r;
         for (int i = 0; i < Vector::kLanes; i++) {
-            // 2^112 moves the exponent from f16's to f32's, denormal numbers too
-            const uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000u) << 16, rest = (p[i] & 0x7fffu) << 13;
-            r.lane[i] = as_float(sign | as_bits(as_float(rest) * 0x1p112f));
+            const uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000u) << 16, rest = p[i] & 0x7fffu;
+            const bool is_denormal = rest < 0x400;  // as an f32 it would be one too, which the CPU may take for 0
+            const float magnitude =
+                is_denormal ? static_cast<float>(rest) * 0x1p-24f : as_float((rest << 13) + (112u << 23));
+            r.lane[i] = as_float(sign | as_bits(magnitude));
         }
         return r;
     }

@@ -2,8 +2,9 @@
 // The driver of linear layers: packs weights, picks the instruction set, divides the work among threads.
 #include "linear.hpp"
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -222,7 +223,7 @@ const char* linear_instruction_sets() {
 }
 
 bool linear_is_fast() {
-    return !cpu_features().amx && (cpu_features().avx512_vnni || cpu_features().avx2_vnni);
+    return !cpu_features().amx && all_kernels().front() != portable_linear_kernels();
 }
 
 }  // namespace optimum_chatglm_ov

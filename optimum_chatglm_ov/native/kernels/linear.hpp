@@ -27,10 +27,10 @@ struct LinearFormat {
 //   bias f32 [32], scales f16 [groups, 32], zero points u8 [groups, 32], zeros up to a multiple of 64 bytes,
 //   integers [in_features / 4, 32, 4]; of 4 bits [in_features / 8, 32, 4], the first 4 of 8 input features in the low
 //   halves of the bytes.
-constexpr int64_t panel_header_bytes(const LinearFormat& f) {
+static constexpr int64_t panel_header_bytes(const LinearFormat& f) {
     return (kPanelColumns * (4 + f.in_features / f.group_size * 3) + 63) / 64 * 64;
 }
-constexpr int64_t panel_bytes(const LinearFormat& f) {
+static constexpr int64_t panel_bytes(const LinearFormat& f) {
     return panel_header_bytes(f) + kPanelColumns * f.in_features * f.bits / 8;
 }
 
@@ -48,12 +48,12 @@ struct LinearWeights {
     const uint8_t* panels;
 };
 
-// outputs[i] [rows, out_features of weights[i]] = input [rows, in_features] * weights[i]^T + bias; f32. A number that is
-// none spoils its row. instruction_set: null for the best of this CPU, or a name from linear_instruction_sets().
+// outputs[i] [rows, out_features of weights[i]] = input [rows, in_features] * weights[i]^T + bias; f32. A number that
+// is none spoils its row. instruction_set: null for the best of this CPU, or a name from linear_instruction_sets().
 void linear(const LinearFormat& format, const LinearWeights* weights, int64_t count, int64_t rows, const float* input,
             float* const* outputs, const Executor& executor, const char* instruction_set = nullptr);
 
-// silu: gate(x) * sigmoid(gate(x)) * up(x), two weights (SwiGLU, Shazeer 2020); gelu: the tanh form of up(x), one weight.
+// silu: gate(x) * sigmoid(gate(x)) * up(x), two weights (SwiGLU, Shazeer 2020); gelu: the tanh form of up(x), one.
 enum class Activation { silu, gelu };
 
 // output [rows, out features of down] = down(activation(first layers(input))), a few rows at a time, so that what lies

@@ -9,10 +9,10 @@ namespace optimum_chatglm_ov {
 // Products are summed in segments of a row: weights that share a scale, but no more than the first-level caches like.
 constexpr int64_t kMaxSegment = 4096;
 
-constexpr int64_t segment_size(const LinearFormat& f) {
+static constexpr int64_t segment_size(const LinearFormat& f) {
     return f.group_size < kMaxSegment ? f.group_size : kMaxSegment;
 }
-constexpr int64_t segment_count(const LinearFormat& f) {
+static constexpr int64_t segment_count(const LinearFormat& f) {
     return (f.in_features + segment_size(f) - 1) / segment_size(f);
 }
 

@@ -33,8 +33,8 @@ int64_t check_weights(const ov::Node* node, size_t input, const LinearFormat& fo
 // The shape of an output with this many features, after a check of the hidden states.
 ov::PartialShape output_shape(const ov::Node* node, const LinearFormat& format, int64_t out_features) {
     ov::PartialShape shape = node->get_input_partial_shape(0);
-    NODE_VALIDATION_CHECK(node, node->get_input_element_type(0).compatible(ov::element::f32), "hidden_states must be f32, found ",
-                          node->get_input_element_type(0));
+    NODE_VALIDATION_CHECK(node, node->get_input_element_type(0).compatible(ov::element::f32),
+                          "hidden_states must be f32, found ", node->get_input_element_type(0));
     if (shape.rank().is_dynamic()) return shape;
     NODE_VALIDATION_CHECK(node, shape.size() > 0 && shape[shape.size() - 1].compatible(format.in_features),
                           "hidden_states must have ", format.in_features, " features, found ", shape);
@@ -53,7 +53,8 @@ ov::Shape with_features(ov::Shape shape, int64_t features) {
 
 }  // namespace
 
-ChatGLMLinear::ChatGLMLinear(const ov::OutputVector& inputs, const LinearFormat& format) : Op(inputs), format_(format) {
+ChatGLMLinear::ChatGLMLinear(const ov::OutputVector& inputs, const LinearFormat& format)
+    : Op(inputs), format_(format) {
     constructor_validate_and_infer_types();
 }
 
@@ -93,11 +94,11 @@ ChatGLMMLP::ChatGLMMLP(const ov::OutputVector& inputs, const LinearFormat& forma
 }
 
 void ChatGLMMLP::validate_and_infer_types() {
-    NODE_VALIDATION_CHECK(this, activation_ == "silu" || activation_ == "gelu", "activation must be silu or gelu, found ",
-                          activation_);
+    NODE_VALIDATION_CHECK(this, activation_ == "silu" || activation_ == "gelu",
+                          "activation must be silu or gelu, found ", activation_);
     const size_t layers = activation_ == "silu" ? 2 : 1;
-    NODE_VALIDATION_CHECK(this, get_input_size() == layers + 2, "needs hidden_states and the weights of ", layers + 1,
-                          " layers, found ", get_input_size(), " inputs");
+    NODE_VALIDATION_CHECK(this, get_input_size() == layers + 2, "needs hidden_states and the weights of ",
+                          layers + 1, " layers, found ", get_input_size(), " inputs");
     for (size_t i = 1; i <= layers; i++) {
         const int64_t features = check_weights(this, i, format_);
         NODE_VALIDATION_CHECK(this, features == down_format_.in_features, "input ", i, " must have ",
