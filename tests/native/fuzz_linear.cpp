@@ -9,36 +9,14 @@
 #include <random>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "fuzzing.hpp"
 #include "linear.hpp"
-#include "parallel.hpp"
 
 using namespace optimum_chatglm_ov;
 
 namespace {
-
-class Threads final : public Executor {
-public:
-    explicit Threads(int64_t count) : count_(count) {}
-    int64_t concurrency() const override { return count_; }
-    void run(int64_t workers, void (*body)(void*), void* context) const override {
-        std::vector<std::thread> threads;
-        for (int64_t i = 1; i < workers; i++) threads.emplace_back(body, context);
-        body(context);
-        for (auto& t : threads) t.join();
-    }
-
-private:
-    int64_t count_;
-};
-
-std::mt19937 generator;
-
-int64_t uniform(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(generator);
-}
 
 std::vector<float> normal(int64_t count) {
     std::normal_distribution<float> distribution;
