@@ -123,7 +123,7 @@ bool check(const char* what, const std::string& name, const LinearFormat& f, int
 }
 
 bool problem() {
-    const Threads threads(uniform(1, 3));
+    const Threads threads(uniform(0, 7) ? uniform(1, 3) : 96);
     const int64_t rows = uniform(0, 3) ? uniform(1, 20) : uniform(1, 700);
     const int64_t in_features = uniform(0, 30) ? 32 * uniform(1, 12) : 32 * uniform(129, 300);
     const LinearFormat format = random_format(in_features);
