@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any, NoReturn
+
 from transformers import DynamicCache
 
 from .native.runtime import FusedAttentionState
@@ -12,9 +13,9 @@ from .native.runtime import FusedAttentionState
 class FusedCache(DynamicCache):
     """What a fused model returns as `past_key_values`: one sequence in the caches of its inference request.
 
-    It holds no tensors. As any `Cache`, it grows with each call that it is given to, and `crop` takes tokens back (in
-    constant time). The caches hold one sequence at a time: once a call without `past_key_values` has begun another,
-    every method raises.
+    It holds no tensors. As any `Cache`, it grows with each call that it is given to, and `crop` and `reset` take tokens
+    back (in constant time). The caches hold one sequence at a time: once a call without `past_key_values` has begun
+    another, these raise. What handles the tensors of other caches raises always.
 
     `transformers` crops only what is a `DynamicCache` in all its versions.
     """
@@ -28,6 +29,8 @@ class FusedCache(DynamicCache):
         """
         super().__init__()
         self.uncroppable = uncroppable
+        self.beams_from: int | None = None
+        """After a beam search, the length up to which the rows are those of the sequences that it returned."""
         self._state = state
         self._sequence = state.sequence
 
@@ -70,10 +73,22 @@ class FusedCache(DynamicCache):
                 "which was computed with all of it in view. Start anew without `past_key_values`."
             )
         self._state.rollback(length - max_length)
+        if self.beams_from is not None and max_length <= self.beams_from:
+            self.beams_from = None
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Not for callers: the model reorders its beams itself, in its next call."""
-        raise NotImplementedError("The rows of this cache are reordered by the model's `_reorder_cache`.")
+    def reset(self) -> None:
+        """Takes all tokens back; raises as `crop` does."""
+        self.crop(0)
+
+    def _no_tensors(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses what reads, copies or changes tensors; the model reorders its beams itself."""
+        raise NotImplementedError(
+            "These `past_key_values` stand for caches inside the model and hold no tensors: they can be handed back to "
+            "the model, cropped and reset, and not be read, copied or changed."
+        )
+
+    update = reorder_cache = batch_repeat_interleave = batch_select_indices = to_legacy_cache = _no_tensors
+    __iter__ = __getitem__ = __deepcopy__ = __reduce_ex__ = _no_tensors
 
     def __len__(self) -> int:
         return len(self._state.layout.layers)

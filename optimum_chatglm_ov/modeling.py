@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -334,6 +335,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
         self._check_context(past_length + input_ids.shape[1])
         if past_key_values is None:
             self._check_prompt(input_ids, layout)
+        if past_length == 0:
+            self.next_beam_idx = np.arange(len(input_ids))  # a cache that was reset may hold other rows from now on
         inputs = self.prepare_inputs(input_ids, attention_mask, past_key_values, position_ids)
         if past_key_values is None and layout is not None:
             self._set_prompt_layout(layout)
@@ -351,8 +354,16 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
             self._fused.reorder(inputs["beam_idx"])
             self._fused.prepare(len(inputs["input_ids"]), input_ids.shape[1])
             inputs = {name: value for name, value in inputs.items() if name in self._fused_inputs}
-        self.request.start_async(inputs, share_inputs=True)
-        self.request.wait()
+        try:
+            self.request.start_async(inputs, share_inputs=True)
+            self.request.wait()
+        except BaseException:
+            # interrupted between the two: the request must not go on while the caller believes that it has ended
+            self.request.cancel()
+            with suppress(RuntimeError):
+                self.request.wait()
+            raise
+        self.next_beam_idx = np.arange(len(inputs["input_ids"]))  # rows are reordered once
         if self._fused is not None:
             self._fused.advance(input_ids.shape[1])
         logits = torch.from_numpy(self.request.get_tensor("logits").data.copy())
@@ -444,7 +455,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
 
         Raises:
             ContextLengthError: the prompt and the tokens to generate are more than the context length; nothing is run.
-            ValueError: assisted generation with a cache that cannot take tokens back; outdated `past_key_values`.
+            ValueError: assisted generation with a cache that cannot take tokens back; `past_key_values` that are
+                outdated or hold beams; `guidance_scale`, which computes two sequences in turns.
         """
         kwargs["attention_mask"], kwargs["position_ids"], layout = self._two_dimensional(
             kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -454,6 +466,11 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
                 del kwargs[name]
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
+        if settings.guidance_scale not in (None, 1):
+            raise ValueError(
+                f"`guidance_scale` is {settings.guidance_scale}: it computes two sequences in turns, and this model "
+                "holds the keys and values of one. Leave it out."
+            )
         assistant = kwargs.get("assistant_model")
         if assistant is not None or settings.prompt_lookup_num_tokens:
             self._check_rollback(assistant)
@@ -472,7 +489,10 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
             copies = (settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences) or 1
             self._prompt_layout = layout.repeat(copies, axis=0)
         try:
-            return super().generate(inputs, generation_config, **kwargs)
+            output = super().generate(inputs, generation_config, **kwargs)
+            if (settings.num_beams or 1) > 1 and isinstance(past := getattr(output, "past_key_values", None), FusedCache):
+                past.beams_from = 0 if input_ids is None else input_ids.shape[-1]
+            return output
         finally:
             self._first_iter_beam_search = self._second_iter_beam_search = False
             self._prompt_layout = None
@@ -501,6 +521,11 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
             raise ValueError(
                 f"`past_key_values` hold {past_length} tokens; expected `input_ids` of the whole sequence, those "
                 "tokens and new ones. Pass more, or `crop()` the cache first."
+            )
+        if past_key_values.beams_from is not None and past_length > past_key_values.beams_from:
+            raise ValueError(
+                "`past_key_values` hold the beams that a beam search ended with, which are not the sequences that it "
+                f"returned. Leave them out, or `crop({past_key_values.beams_from})` them to the prompt."
             )
         if (settings.num_beams or 1) > 1:
             raise ValueError("A beam search cannot go on from `past_key_values`. Leave them out.")

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts and kept caches change nothing but the work: prompt lookup, assistants and `past_key_values`."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -224,6 +227,62 @@ def test_caches_that_do_not_fit(fused_model):
         with pytest.raises(ValueError, match="outdated: the model has begun another sequence"):
             use()
     assert "outdated" in repr(past)
+
+
+def test_cache_of_a_beam_search(fused_model):
+    model = fused_model("chatglm3-6b-128k")
+    prompt = Golden("chatglm3-6b-128k").inputs("single")["input_ids"]
+    beams = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12, "min_new_tokens": 12}
+    output = model.generate(prompt, **beams, do_sample=False, return_dict_in_generate=True)
+    past = output.past_key_values
+    longer = torch.cat((output.sequences, torch.tensor([[21, 22]] * 3)), dim=1)
+    with pytest.raises(ValueError, match="hold the beams that a beam search ended with"):
+        model.generate(longer, **GREEDY, past_key_values=past)
+    past.crop(prompt.shape[1])
+    for _ in range(2):
+        found = model.generate(longer, **GREEDY, past_key_values=past)
+        past.crop(prompt.shape[1] + 5)  # which now are tokens of the sequences
+    np.testing.assert_array_equal(found.numpy(), model.generate(longer, **GREEDY).numpy())
+
+
+def test_cache_without_tensors(fused_model):
+    model = fused_model("chatglm3-6b-128k")
+    prompt = Golden("chatglm3-6b-128k").inputs("single")["input_ids"]
+    past = model(prompt).past_key_values
+    for use in (copy.copy, copy.deepcopy, pickle.dumps, list, lambda past: past.batch_repeat_interleave(2)):
+        with pytest.raises(NotImplementedError, match="stand for caches inside the model"):
+            use(past)
+    past.reset()
+    assert past.get_seq_length() == 0
+    rows = prompt.repeat(3, 1)
+    logits = [model(part, past_key_values=past).logits for part in (rows[:, :2], rows[:, 2:])]  # of another batch
+    expected = model(prompt).logits.expand(3, -1, -1)
+    np.testing.assert_allclose(torch.cat(logits, dim=1).numpy(), expected.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["fused", "sdpa"])
+def test_guidance_is_refused(attention, exported):
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm2-6b"), attention=attention)
+    with pytest.raises(ValueError, match="`guidance_scale` is 1.5: it computes two sequences"):
+        model.generate(torch.tensor([[5, 6, 7]]), **GREEDY, guidance_scale=1.5)
+
+
+@pytest.mark.parametrize("attention", ["fused", "sdpa"])
+def test_interrupted_before_it_waits(attention, exported, monkeypatch):
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention=attention, ov_config=EXACT)
+    prompt = torch.tensor([[5, 6, 7]])
+    expected = model.generate(prompt, **GREEDY)
+    start_async = type(model.request).start_async
+
+    def interrupted(request, *args, **kwargs):
+        start_async(request, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model.request), "start_async", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.arange(5, 605)[None])
+    monkeypatch.undo()
+    np.testing.assert_array_equal(model.generate(prompt, **GREEDY).numpy(), expected.numpy())
 
 
 def test_first_generations_context_cannot_be_cropped(fused_model):

@@ -143,8 +143,9 @@ class FusedAttentionState:
         self.sequence = object()
 
     def _bind_table(self, table: np.ndarray) -> None:
-        self._table = np.ascontiguousarray(table)
-        self._request.set_tensor(BEAM_TABLE, ov.Tensor(self._table, shared_memory=True))
+        table = np.ascontiguousarray(table)
+        self._request.set_tensor(BEAM_TABLE, ov.Tensor(table, shared_memory=True))
+        self._table = table  # not before: until then the request reads the other one
 
     def _grow(self, rows: int, blocks: int) -> None:
         """Larger caches with the same content, layer by layer, so that one layer at a time is there twice."""
