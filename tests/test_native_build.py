@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import shutil
@@ -79,6 +80,20 @@ def test_library_carried_by_the_package_comes_first(cache, pretend_compile, monk
     assert extension_path() == carried
 
 
+def test_wheels_take_a_carried_library_along():
+    settings = configparser.ConfigParser()
+    settings.read(HERE.parent / "setup.cfg")
+    patterns = settings["options.package_data"]["optimum_chatglm_ov.native"].split(", ")
+    assert any(build.prebuilt_path().relative_to(build.SOURCE_DIR).match(pattern) for pattern in patterns)
+
+
+def test_flags_of_the_environment_are_left_out(monkeypatch, tmp_path):
+    for name in ("CXXFLAGS", "CPPFLAGS", "LDFLAGS"):
+        monkeypatch.setenv(name, "--no-such-flag")
+    build_kernels(tmp_path)
+    assert (tmp_path / "libattention_kernels.a").is_file()
+
+
 def test_two_processes_build_once(cache):
     code = (
         "import time, pathlib; from optimum_chatglm_ov.native import build\n"
@@ -93,8 +108,11 @@ def test_two_processes_build_once(cache):
 
 
 def test_missing_tools_are_named(cache, monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "ccache g++")
+    with pytest.raises(NativeBuildError, match=r"CXX is 'ccache g\+\+', which is no program"):
+        build_native()
+    monkeypatch.delenv("CXX")
     with pytest.raises(NativeBuildError, match=r"no C\+\+ compiler found"):
         build_native()
     compiler = tmp_path / "c++"

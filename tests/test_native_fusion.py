@@ -179,7 +179,7 @@ def test_prefix_of_a_row_that_beams_have_left(fused):
     expected = model(prompt)
     model.reset()
     model(prompt.repeat(3, axis=0))
-    model(np.full((3, 1), 11), beam_idx=[2, 0, 0])
+    model(np.full((2, 1), 11), beam_idx=[2, 0])
     model.reset()
     model.state._caches["key_cache.0"].data[2] = 0xFF  # a row that the next sequence must not look at
     np.testing.assert_allclose(model(prompt.repeat(2, axis=0)), expected.repeat(2, axis=0), atol=1e-4)

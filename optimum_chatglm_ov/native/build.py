@@ -30,6 +30,7 @@ from ..errors import ChatGLMError
 
 SOURCE_DIR = Path(__file__).parent
 LIBRARY_NAME = "libchatglm_attention.so"
+_FLAGS = ("CXXFLAGS", "CPPFLAGS", "LDFLAGS")
 # Headers newer than the wheel's library may ask it for functions that it does not have.
 TBB_REQUIREMENT = '"tbb-devel>=2021.10,<2022"'
 
@@ -69,13 +70,16 @@ def _sources() -> list[Path]:
 
 
 def _compiler() -> str:
-    """Path of the C++ compiler: `$CXX`, else c++, g++ or clang++ on the path."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        path = name and shutil.which(name)
+    """Path of the C++ compiler: `$CXX`, or c++, g++ or clang++ on the path."""
+    chosen = os.environ.get("CXX")
+    for name in (chosen,) if chosen else ("c++", "g++", "clang++"):
+        path = shutil.which(name)
         if path:
             return path
+    if chosen:
+        raise NativeBuildError(f"CXX is {chosen!r}, which is no program on the path: name a C++ compiler, or unset it")
     raise NativeBuildError(
-        "no C++ compiler found (looked for $CXX, c++, g++, clang++): install one, for example Debian's package g++"
+        "no C++ compiler found (looked for c++, g++, clang++): install one, for example Debian's package g++"
     )
 
 
@@ -125,8 +129,12 @@ def built_path() -> Path:
 
 
 def _run(command: list[str]) -> None:
+    # flags for other programs: -march=native, for one, would end the choice of kernels on the CPU they run on
+    environment = {name: value for name, value in os.environ.items() if name not in _FLAGS}
     try:
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
     except OSError as error:
         raise NativeBuildError(f"{command[0]} does not run: {error}") from error
     if result.returncode:
@@ -161,7 +169,7 @@ def build_native(force: bool = False) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent.with_suffix(".lock")):
+        with FileLock(f"{target.parent}.lock"):
             if target.is_file() and not force:
                 return target
             start = time.monotonic()
