@@ -257,6 +257,24 @@ def test_unknown_models_are_left_alone(exported):
         fuse_attention(model, "u4")
 
 
+@pytest.mark.parametrize(
+    "name, kind, index, change",
+    [
+        ("chatglm3-6b", "LessEqual", 0, lambda keys: ops.subtract(keys, np.int64(1))),
+        ("chatglm3-6b", "LessEqual", 1, lambda queries: ops.subtract(queries, np.int64(1))),
+        ("chatglm3-6b", "NotEqual", 1, lambda zero: ops.add(zero, np.int64(2))),
+        ("chatglm3-6b", "Range", 0, lambda start: ops.add(start, np.int64(1))),
+        ("chatglm-6b", "LogicalOr", 1, ops.logical_not),
+    ],
+)
+def test_other_masks_are_left_alone(name, kind, index, change, exported):
+    model = ov.Core().read_model(exported(name) / "openvino_model.xml")
+    for node in [node for node in model.get_ordered_ops() if node.get_type_name() == kind]:
+        node.input(index).replace_source_output(change(node.input_value(index)).output(0))
+    with pytest.raises(ValueError, match="attention cannot be fused: "):
+        fuse_attention(model)
+
+
 def test_memory_of_the_real_models():
     chatglm3 = CacheLayout((("k", "v"),) * 28, 2, 128, "bf16")
     assert chatglm3.bytes_per_token == 28 * 2 * 2 * 128 * 2

@@ -112,7 +112,7 @@ def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> None:
             raise _Unrecognised("some of its layers have a prefix and others have none")
         angles = _match_angles(layers[0].cos.get_node(), layers[0].sin.get_node())
         visible_to_all = _match_visible_to_all(mask.get_node(), model, bool(layers[0].prefix))
-    except _Unrecognised as reason:
+    except (_Unrecognised, RuntimeError) as reason:  # RuntimeError: a node without what was asked of it
         raise ValueError(f"the model's attention cannot be fused: {reason}") from None
     _replace(model, layers, angles, visible_to_all, cache_precision)
 
@@ -278,9 +278,18 @@ def _match_layer(attention: Node) -> _Layer:
 
 
 def _unwrap(node: Node) -> Node:
-    while node.get_type_name() == "Unsqueeze":
+    while node.get_type_name() in ("Unsqueeze", "Reshape"):
         node = _source(node)
     return node
+
+
+def _match_causal(node: Node) -> None:
+    """Keys `0 .. total` at or before queries `.. total`, which as the last ones need no beginning."""
+    keys, queries = (_expect(_unwrap(_source(_expect(node, "LessEqual"), i)), "Range") for i in (0, 1))
+    starts_at_zero = _constant(_unwrap(_source(keys))).ravel().tolist() == [0]
+    steps = [_constant(_source(positions, 2)).ravel().tolist() for positions in (keys, queries)]
+    if not starts_at_zero or steps != [[1], [1]] or _unwrap(_source(keys, 1)) != _unwrap(_source(queries, 1)):
+        raise _Unrecognised(f"{node.get_friendly_name()} is no causal rule")
 
 
 def _match_visible_to_all(mask: Node, model: ov.Model, has_prefix: bool) -> Node | None:
@@ -290,11 +299,13 @@ def _match_visible_to_all(mask: Node, model: ov.Model, has_prefix: bool) -> Node
     kept = _expect(_unwrap(_source(visible, 1)), "NotEqual")
     if _source(kept) != model.input("attention_mask").get_node():
         raise _Unrecognised(f"{kept.get_friendly_name()} does not read attention_mask")
+    if _constant(_source(kept, 1)).ravel().tolist() != [0]:
+        raise _Unrecognised(f"{kept.get_friendly_name()} does not hide what attention_mask has as 0")
     rule = _unwrap(_source(visible, 0))
     if rule.get_type_name() == "LogicalOr":
-        _expect(_unwrap(_source(rule, 0)), "LessEqual")
-        return _unwrap(_source(rule, 1))
-    _expect(rule, "LessEqual")
+        _match_causal(_unwrap(_source(rule, 0)))
+        return _expect(_unwrap(_source(rule, 1)), "Less")
+    _match_causal(rule)
     return None
 
 
