@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import remote_code, tokenization
 from .configuration import ChatGLMConfig
-from .errors import ChatGLMError, CheckpointError, ContextLengthError, ExportError
+from .errors import ChatGLMError, CheckpointError, ContextLengthError, ExportError, ModelFileError
 
 
 AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
@@ -47,6 +47,7 @@ __all__ = [
     "ContextLengthError",
     "DownloadError",
     "ExportError",
+    "ModelFileError",
     "OVChatGLMForCausalLM",
     "ToolCallError",
     "export_model",

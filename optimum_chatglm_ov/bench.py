@@ -23,6 +23,7 @@ import numpy as np
 import openvino as ov
 import torch
 
+from . import native
 from .configuration import ChatGLMConfig
 from .export import MODEL_FILE, load_config
 from .modeling import OVChatGLMForCausalLM
@@ -92,8 +93,9 @@ def measure(
         linear: who computes the linear layers of the fused ways, as `from_pretrained` takes it.
 
     Raises:
-        ValueError: an unknown way, a number below its least, a prompt beyond the context length, or a property that
-            `ways` or `threads` decide; "paged" for a model that PagedAttention does not take.
+        ValueError: an unknown way, a folder without an exported model, a number below its least, a prompt beyond the
+            context length, or a property that `ways` or `threads` decide; "paged" for a model that PagedAttention does
+            not take.
         ImportError: "paged" without openvino-genai.
         NativeBuildError: a fused way, and the native library is not there and cannot be built.
     """
@@ -107,6 +109,14 @@ def measure(
     for name, argument in _DECIDED.items():
         if name in properties:
             raise ValueError(f"`ov_config` has {name}, which `{argument}` decides. Leave it out.")
+    for file in (Path(folder) / MODEL_FILE for folder in models):
+        if not file.is_file():
+            raise ValueError(f"{file}: not found; expected the folder of an exported model (`chatglm-ov export`).")
+        if native.is_fused(file) and not {"fused", "fused-int8"}.issuperset(ways):
+            raise ValueError(
+                f"{file.parent}: holds fused attention; expected of the ways only 'fused' or 'fused-int8', the one "
+                f"with its own cache precision, found {', '.join(ways)}."
+            )
     if threads:
         properties["INFERENCE_NUM_THREADS"] = str(threads)
     for folder in map(Path, models):

@@ -13,9 +13,9 @@ from .native.runtime import FusedAttentionState
 class FusedCache(DynamicCache):
     """What a fused model returns as `past_key_values`: one sequence in the caches of its inference request.
 
-    It holds no tensors. As any `Cache`, it grows with each call that it is given to, and `crop` and `reset` take tokens
-    back (in constant time). The caches hold one sequence at a time: once a call without `past_key_values` has begun
-    another, these raise. What handles the tensors of other caches raises always.
+    It holds no tensors. As any `Cache`, it grows with each call that it is given to, and `crop` and `reset` take
+    tokens back (in constant time). The caches hold one sequence at a time: once a call without `past_key_values` has
+    begun another, these raise. What handles the tensors of other caches raises always.
 
     `transformers` crops only what is a `DynamicCache` in all its versions.
     """
@@ -83,8 +83,8 @@ class FusedCache(DynamicCache):
     def _no_tensors(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses what reads, copies or changes tensors; the model reorders its beams itself."""
         raise NotImplementedError(
-            "These `past_key_values` stand for caches inside the model and hold no tensors: they can be handed back to "
-            "the model, cropped and reset, and not be read, copied or changed."
+            "These `past_key_values` stand for caches inside the model and hold no tensors: they can be handed back "
+            "to the model, cropped and reset, and not be read, copied or changed."
         )
 
     update = reorder_cache = batch_repeat_interleave = batch_select_indices = to_legacy_cache = _no_tensors

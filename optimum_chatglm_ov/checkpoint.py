@@ -8,6 +8,7 @@ import logging
 import math
 import mmap
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -59,6 +60,7 @@ _KNOWN_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 _QUANTIZED_MODULES = ("qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj")
 # Rows converted at a time: copies stay below 100 MB.
 _ROWS = 1024
+_LISTED = 10  # problems of a checkpoint in one message
 _SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # What holds the weights or the list of their shards; the first that is there counts.
@@ -183,7 +185,7 @@ class Checkpoint(Mapping[str, Weight]):
 
     Raises:
         CheckpointError: no weights, a shard missing, truncated or outside the folder, or tensors that are missing,
-            surplus, of another shape or of an unsupported dtype; all of those are listed at once.
+            surplus, of another shape or of an unsupported dtype; the first of those are listed at once.
     """
 
     def __init__(
@@ -274,9 +276,12 @@ class Checkpoint(Mapping[str, Weight]):
             if tensor not in expected and not unused:
                 problems.append(f"surplus: {tensor} {list(self._reader_of[tensor].describe(tensor)[0])}")
         if problems:
+            listed = problems[:_LISTED]
+            if len(problems) > _LISTED:
+                listed.append(f"and {len(problems) - _LISTED} more")
             raise CheckpointError(
                 f"{self.folder}: the weights do not fit config.json ({len(problems)} problems). Check that both come "
-                "from the same revision and that the download is complete.\n  " + "\n  ".join(problems)
+                "from the same revision and that the download is complete.\n  " + "\n  ".join(listed)
             )
 
 
@@ -319,6 +324,14 @@ def weight_files(folder: Path) -> list[Path]:
         CheckpointError: there are none, shards are missing, or the index names files outside the folder.
     """
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    exported = folder / "openvino_model.xml"
+    if file is None and exported.is_file():
+        if not (weights := exported.with_suffix(".bin")).is_file():
+            raise CheckpointError(f"{weights}: not found, but {exported.name} is there. Copy or export it again.")
+        raise CheckpointError(
+            f"{folder}: a model that was exported already, without its original weights. Load it without "
+            "`export=True`, or name the original checkpoint."
+        )
     if file is None:
         raise CheckpointError(f"{folder}: no weights found; expected one of {', '.join(WEIGHT_FILES)}.")
     if not file.name.endswith(".index.json"):
@@ -402,7 +415,10 @@ def open_shard(file: Path) -> Shard:
         CheckpointError: the file is truncated, damaged or holds more than tensors.
     """
     try:
+        file.open("rb").close()  # safetensors tells no reason
         return _SafetensorsShard(file) if file.suffix == ".safetensors" else _PickleShard(file)
+    except PermissionError as error:
+        raise CheckpointError(f"{file}: no permission to read it.") from error
     except Exception as error:  # torch.load and safetensors raise many types for a damaged or hostile file
         raise CheckpointError(
             f"{file}: not a readable weight file ({file.stat().st_size} bytes): {_first_line(error)}. It is "
@@ -411,4 +427,6 @@ def open_shard(file: Path) -> Shard:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    # torch's own first lines advise against `weights_only`
+    refused = re.search(r"Trying to load .*|(?<=WeightsUnpickler error: ).*", str(error))
+    return refused[0] if refused else (str(error).splitlines() or [type(error).__name__])[0]

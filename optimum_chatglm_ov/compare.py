@@ -101,7 +101,8 @@ def compare(
         new_tokens: tokens to generate from each.
 
     Raises:
-        ValueError: the text has less than two tokens, a number is too small, or the vocabularies differ.
+        ValueError: the text has less than two tokens, a number is too small, a block exceeds the context, or the
+            vocabularies differ.
         OSError: the temporary file has no room.
     """
     for name, number, least in (
@@ -115,6 +116,9 @@ def compare(
             raise ValueError(f"`{name}` is {number}; expected at least {least}.")
     model = _load(reference, reference_config, reference_attention, reference_linear)
     tokenizer = AutoTokenizer.from_pretrained(model.model_save_dir)
+    context = model.config.max_position_embeddings - len(texts.generated([], tokenizer)[0])
+    if block_length > context:
+        raise ValueError(f"`block_length` is {block_length}; the context of {reference} holds at most {context}.")
     blocks = list(_measured(texts.blocks(texts.read_texts(text), tokenizer, block_length), max_tokens))
     if not blocks:
         raise ValueError("The text has less than two tokens; give a longer one.")

@@ -33,11 +33,10 @@ def choice(argument: str, value: str | None, choices: tuple[str, ...], variable:
     Raises:
         ValueError: it is none of them.
     """
+    name = f"`{argument}`" if value else f"The variable {variable}"
     value = value or os.environ.get(variable) or default
     if value not in choices:
-        raise ValueError(
-            f"`{argument}` is {value!r}; expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}."
-        )
+        raise ValueError(f"{name} is {value!r}; expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
     return value
 
 
@@ -82,8 +81,8 @@ class CompilationMixin:
         linear = "openvino" if self._linear == "auto" and not rounds else self._linear
         if linear == "fused" and not rounds:
             raise ValueError(
-                f"`linear='fused'` rounds activations in groups of at least {DEFAULT_ACTIVATION_GROUP}; found "
-                f"{_GROUP_SIZE} {group_size}. Leave one out."
+                "`linear='fused'` (or CHATGLM_OV_LINEAR=fused) rounds activations in groups of at least "
+                f"{DEFAULT_ACTIVATION_GROUP}; found {_GROUP_SIZE} {group_size}. Leave one out."
             )
         if not self._loads_native(attention, linear, layout is not None):
             super().compile()
@@ -139,8 +138,8 @@ class CompilationMixin:
         has_linears = fuse_linears(model, group_size) > 0
         if linear == "fused" and not has_linears:
             raise ValueError(
-                "`linear='fused'`: the model has no int8 or int4 linear layers that the native operations take, with "
-                f"activations in groups of {group_size}. Leave it out."
+                "`linear='fused'` (or CHATGLM_OV_LINEAR=fused): the model has no int8 or int4 linear layers that the "
+                f"native operations take, with activations in groups of {group_size}. Leave it out."
             )
         return has_linears
 

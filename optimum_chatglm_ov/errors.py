@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exceptions of this package; each message names the file or argument, what was found and what to do."""
 
+from __future__ import annotations
+
+import re
+
 
 class ChatGLMError(Exception):
     """Base of the package's own exceptions."""
@@ -14,5 +18,17 @@ class ExportError(ChatGLMError, RuntimeError):
     """An export could not be finished; nothing was written to the output folder."""
 
 
+class ModelFileError(ChatGLMError, RuntimeError):
+    """The files of an exported model cannot be read."""
+
+
 class ContextLengthError(ChatGLMError, ValueError):
     """Prompt and requested new tokens do not fit into the model's context."""
+
+
+_PLACES = re.compile(r"Exception from \S+:\d+:|Check '.*' failed at \S+:\d+:")
+
+
+def openvino_message(error: RuntimeError) -> str:
+    """What an exception of OpenVINO says, on one line and without the places in its sources."""
+    return " ".join(_PLACES.sub("", str(error)).split())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from .cache import FusedCache
 from .chat import ChatMixin
 from .compilation import LOGITS_TO_KEEP, CompilationMixin, choice
 from .configuration import ChatGLMConfig
-from .errors import ContextLengthError
+from .errors import ContextLengthError, ModelFileError, openvino_message
 from .export import MODEL_FILE, export_model, load_config, model_folder
 from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .native import NativeBuildError
@@ -157,6 +158,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        named = attention is not None
         attention = choice("attention", attention, ("sdpa", "fused", "auto"), "CHATGLM_OV_ATTENTION")
         own = "openvino" if attention == "sdpa" else "auto"
         linear = choice("linear", linear, ("openvino", "fused", "auto"), "CHATGLM_OV_LINEAR", own)
@@ -164,7 +166,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
             for argument, chosen in (("attention", attention), ("linear", linear)):
                 if chosen == "fused":
                     raise ValueError(
-                        f'`compile_only` compiles the IR as it is; `{argument}="fused"` changes it. Leave one out.'
+                        f'`compile_only` compiles the IR as it is; `{argument}="fused"` (or CHATGLM_OV_'
+                        f"{argument.upper()}=fused) changes it. Leave one out."
                     )
             attention, linear = "sdpa", "openvino"
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
@@ -215,7 +218,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
             if native.is_fused(folder / MODEL_FILE):
                 for argument, is_given in (
                     ("compile_only", compile_only),
-                    ("attention='sdpa'", attention == "sdpa"),
+                    ("attention='sdpa'" if named else "CHATGLM_OV_ATTENTION=sdpa", attention == "sdpa"),
                     ("load_in_8bit", load_in_8bit),
                     ("quantization_config", quantization_config is not None),
                 ):
@@ -259,9 +262,14 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
         """Reads an IR, also one with fused attention.
 
         Raises:
+            ModelFileError: a file is damaged, cannot be read, or is not there.
             NativeBuildError: it has, and the native library is not there and cannot be built.
         """
         file = Path(file_name)
+        for part in (file, file.with_suffix(".bin")):
+            if not os.access(part, os.R_OK):
+                found = "no permission to read it" if part.exists() else "not found"
+                raise ModelFileError(f"{part}: {found}; a model is an .xml and a .bin file. Copy or export it again.")
         if native.is_fused(file):
             try:
                 native.load(core)
@@ -269,7 +277,13 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
                 raise NativeBuildError(
                     f"{file.parent}: this IR holds the fused attention operation and cannot run without: {error}"
                 ) from error
-        return OVModelForCausalLM.load_model(file, quantization_config)
+        try:
+            return OVModelForCausalLM.load_model(file, quantization_config)
+        except RuntimeError as error:
+            raise ModelFileError(
+                f"{file}: OpenVINO does not read it ({openvino_message(error)}). It or the .bin file beside it is "
+                "damaged, or was not copied to its end: copy or export it again."
+            ) from error
 
     @property
     def stateful(self) -> bool:
@@ -490,7 +504,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, CompilationMixin, OVModelForCaus
             self._prompt_layout = layout.repeat(copies, axis=0)
         try:
             output = super().generate(inputs, generation_config, **kwargs)
-            if (settings.num_beams or 1) > 1 and isinstance(past := getattr(output, "past_key_values", None), FusedCache):
+            past = getattr(output, "past_key_values", None)
+            if (settings.num_beams or 1) > 1 and isinstance(past, FusedCache):
                 past.beams_from = 0 if input_ids is None else input_ids.shape[-1]
             return output
         finally:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`chatglm-ov bench` measures every way and says so in a table, JSON and a plot; its figures are not tested."""
 
+import importlib.util
 import json
 
 import openvino as ov
 import openvino_genai
 import pytest
+from conftest import DATA
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
@@ -44,9 +46,9 @@ def test_every_way_is_measured(folder):
 def test_an_ir_that_holds_the_operation_has_one_way(tmp_path):
     fused = export_model(TINY_CHATGLM3, tmp_path / "ir", attention="fused", kv_cache_precision="u8")
     assert list(measure([fused], ("fused-int8",), (8,), new_tokens=2, repetitions=1))
-    for way in ("fused", "sdpa"):
-        with pytest.raises(ValueError, match="this IR"):
-            next(measure([fused], (way,), (8,), new_tokens=2, repetitions=1))
+    for ways, message in ((("fused",), "this IR"), (("fused-int8", "sdpa"), "ways only .* found fused-int8, sdpa")):
+        with pytest.raises(ValueError, match=message):
+            next(measure([fused], ways, (8,), new_tokens=2, repetitions=1))
 
 
 def test_prompts_differ_and_end_as_the_model_needs(exported):
@@ -144,17 +146,33 @@ def test_attention_alone(tmp_path, capsys):
     "arguments, code, message",
     [
         (["--attention-only", "chatglm3", "some/folder"], 2, "takes no models"),
+        (["--attention-only", "chatglm3", "--attention", "fused"], 2, "measures every --attention"),
         (["--attention-only", "chatglm3", "--inference-precision", "f32"], 2, "at their default precisions"),
         (["--plot", "out.doc"], 2, "out.doc: the name must end in one of"),
         (["no/such/folder"], 1, "no/such/folder"),
         (["{folder}", "--prompt-tokens", "5000"], 1, "5000 tokens and 32 new ones do not fit the context"),
         (["{folder}", "--new-tokens", "1"], 1, "`new_tokens` is 1; expected at least 2"),
-        (["{folder}", *SMALL, "--attention", "sdpa", "--json", "no/such/out.json"], 1, "no/such/out.json: cannot be"),
+        (["{folder}", *SMALL, "--attention", "sdpa", "--json", "no/such/out.json"], 2, "no/such/out.json: cannot be"),
+        (
+            [str(DATA / "models" / "chatglm3-6b")],
+            1,
+            "openvino_model.xml: not found; expected the folder of an exported model",
+        ),
     ],
 )
 def test_errors(arguments, code, message, folder, capsys):
     assert main(["bench", *(argument.format(folder=folder) for argument in arguments)]) == code
     assert message in capsys.readouterr().err
+
+
+def test_paged_without_openvino_genai(folder, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "openvino_genai" else find_spec(name)
+    )
+    assert main(["bench", str(folder), *SMALL, "--attention", "sdpa", "paged"]) == 2
+    captured = capsys.readouterr()
+    assert 'pip install "optimum-chatglm-ov[bench]"' in captured.err and not captured.out
 
 
 def test_an_unknown_way_is_refused(folder):

@@ -99,11 +99,26 @@ def test_all_problems_are_listed_at_once(tmp_path):
         assert problem in message
 
 
+def test_many_problems_are_counted(tmp_path):
+    folder = copy("chatglm3-6b", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_layers": 99}))
+    with pytest.raises(CheckpointError, match=r"\(\d{3} problems\)(?s:.*)  and \d{3} more$") as failure:
+        open_checkpoint(folder)
+    assert len(str(failure.value).splitlines()) == 12
+
+
 def test_no_weights(tmp_path):
     folder = copy("chatglm3-6b", tmp_path)
     for file in folder.glob("model*"):
         file.unlink()
     with pytest.raises(CheckpointError, match="no weights found"):
+        open_checkpoint(folder)
+    (folder / "openvino_model.xml").write_text("<net/>")
+    with pytest.raises(CheckpointError, match="openvino_model.bin: not found, but openvino_model.xml is there"):
+        open_checkpoint(folder)
+    (folder / "openvino_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="exported already, without its original weights. Load it without"):
         open_checkpoint(folder)
 
 
@@ -168,8 +183,9 @@ def test_pickled_code_is_not_run(tmp_path):
             pickle_module=pickle,
             _use_new_zipfile_serialization=protocol,
         )
-        with pytest.raises(CheckpointError, match="not a readable weight file"):
+        with pytest.raises(CheckpointError, match="not a readable weight file") as failure:
             open_checkpoint(folder)
+        assert "weights_only" not in str(failure.value)  # torch's advice to switch the protection off
     assert not (tmp_path / "run").exists()
 
 

@@ -309,6 +309,13 @@ def test_a_conversation_has_history_until_it_is_cleared(exported):
     assert "/what: unknown" in done.stderr.decode()
 
 
+def test_a_query_in_a_pipe_that_fails(exported):
+    folder = exported("chatglm3-6b")
+    limit = OVChatGLMForCausalLM.from_pretrained(folder, compile=False).config.max_position_embeddings
+    done = run("chat", "--model", folder, "--greedy", "--max-new-tokens", "4", stdin=f"{'a b ' * limit}\n你好\n")
+    assert done.returncode == 1 and b"context length" in done.stderr and done.stdout
+
+
 def test_an_original_checkpoint_is_exported_first(capsys):
     arguments = ["--prompt", "你好", "--greedy", "--max-new-tokens", "4", "--weight-format", "int8"]
     assert main(["chat", "--model", CHATGLM3, *arguments]) == 0
@@ -363,7 +370,8 @@ def test_a_conversation_with_openvino_options(exported, capsys):
     assert main([*arguments, "--linear", "fused"]) == 1
     assert "no int8 or int4 linear layers" in capsys.readouterr().err
     assert main([*arguments, "--device", "NO_SUCH_DEVICE"]) == 1
-    assert "NO_SUCH_DEVICE" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.startswith('chatglm-ov chat: error: OpenVINO: Device with "NO_SUCH_DEVICE" name is not registered')
 
 
 def test_a_reader_that_leaves_is_no_error(exported):

@@ -148,7 +148,7 @@ def test_what_a_fused_ir_is_not_for(arguments, message, fused_ir):
 
 def test_choice_by_environment(fused_ir, monkeypatch):
     monkeypatch.setenv("CHATGLM_OV_ATTENTION", "sdpa")
-    with pytest.raises(ValueError, match="`attention='sdpa'` is not for this IR"):
+    with pytest.raises(ValueError, match="`CHATGLM_OV_ATTENTION=sdpa` is not for this IR"):
         OVChatGLMForCausalLM.from_pretrained(fused_ir("chatglm3-6b"))
 
 

@@ -2,6 +2,8 @@
 """The model class among transformers, optimum-intel and openvino-genai."""
 
 import logging
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -24,7 +26,7 @@ from transformers import (
     pipeline,
 )
 
-from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
+from optimum_chatglm_ov import ChatGLMError, ContextLengthError, OVChatGLMForCausalLM
 
 
 ONE_OF_EACH = ("chatglm-6b-3layer-untied", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat")
@@ -259,6 +261,25 @@ def test_pipeline(name, given, exported, either_model, caplog):
         answer = generator("你好", max_new_tokens=5, do_sample=False, return_full_text=False)
     assert isinstance(answer[0]["generated_text"], str)
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize(
+    "name, size, message",
+    [
+        ("openvino_model.bin", 1000, "openvino_model.xml: OpenVINO does not read it .Incorrect weights in bin file!."),
+        ("openvino_model.xml", 3000, "openvino_model.xml: OpenVINO does not read it .*copy or export it again"),
+        ("openvino_model.bin", None, "openvino_model.bin: not found"),
+    ],
+)
+def test_damaged_model_files(name, size, message, exported, tmp_path):
+    folder = shutil.copytree(exported("chatglm3-6b"), tmp_path / "ir")
+    if size is None:
+        (folder / name).unlink()
+    else:
+        os.truncate(folder / name, size)
+    with pytest.raises(ChatGLMError, match=message) as failure:
+        OVChatGLMForCausalLM.from_pretrained(folder)
+    assert "src/" not in str(failure.value)
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, "chatglm-6b-ptuning-v2", "chatglm2-6b-ptuning-v2"])

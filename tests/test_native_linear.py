@@ -419,14 +419,16 @@ def test_the_variable_chooses_where_no_argument_does(quantized, monkeypatch):
     assert openvino_layers(OVChatGLMForCausalLM.from_pretrained(folder)) == 15
     assert openvino_layers(OVChatGLMForCausalLM.from_pretrained(folder, linear="fused")) == 0
     monkeypatch.setenv("CHATGLM_OV_LINEAR", "fast")
-    with pytest.raises(ValueError, match="`linear` is 'fast'; expected 'openvino', 'fused' or 'auto'"):
+    with pytest.raises(
+        ValueError, match="variable CHATGLM_OV_LINEAR is 'fast'; expected 'openvino', 'fused' or 'auto'"
+    ):
         OVChatGLMForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"compile_only": True}, '`compile_only` compiles the IR as it is; `linear="fused"` changes it'),
+        ({"compile_only": True}, '`compile_only` compiles the IR as it is; `linear="fused"`'),
         ({"device": "auto"}, "run on CPU, not on AUTO"),
         (
             {"ov_config": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "16"}},

@@ -79,7 +79,7 @@ def add_computation_options(group: Any) -> None:
     )
     group.add_argument(
         "--dynamic-quantization-group-size",
-        type=int,
+        type=non_negative_integer,
         metavar="N",
         help="activations that share a scale in int8 and int4 models; 0 leaves activations as they are",
     )
@@ -116,6 +116,17 @@ def check_writable(file: Path) -> None:
 def unicode_text(text: str) -> str:
     """An argument that is UTF-8 whatever the locale says."""
     return os.fsencode(text).decode("utf-8", "replace")
+
+
+def non_negative_integer(text: str) -> int:
+    """An argument that must be an integer, 0 or above."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
+    return value
 
 
 def positive_integer(text: str) -> int:

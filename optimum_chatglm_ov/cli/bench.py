@@ -5,6 +5,7 @@ model, of the tiny one that comes with the package. With --attention-only, the a
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,15 @@ from typing import Any
 
 from ..bench import WAYS, Measurement, cpu_description, measure, stream_bandwidth
 from ..errors import ExportError
-from .arguments import LINEARS, UsageError, add_computation_options, computation_options, positive_integer
+from .arguments import (
+    LINEARS,
+    UsageError,
+    add_computation_options,
+    check_writable,
+    computation_options,
+    non_negative_integer,
+    positive_integer,
+)
 
 
 _SHORT_REPETITIONS = 10  # as many more where one takes milliseconds
@@ -27,18 +36,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention",
         nargs="+",
         choices=WAYS,
-        default=WAYS[:2],
-        help="ways of computing attention; paged is openvino-genai's (default: %(default)s)",
+        help=f"ways of computing attention; paged is openvino-genai's (default: {' '.join(WAYS[:2])})",
     )
     parser.add_argument(
         "--linear", choices=LINEARS, help="who computes the linear layers of fused ways (default: auto)"
     )
     parser.add_argument(
-        "--prompt-tokens", nargs="+", type=positive_integer, default=[32, 1024], metavar="N", help="prompt lengths"
+        "--prompt-tokens",
+        nargs="+",
+        type=positive_integer,
+        default=[32, 1024],
+        metavar="N",
+        help="prompt lengths (default: 32 1024)",
     )
-    parser.add_argument("--new-tokens", type=positive_integer, default=32, metavar="N", help="tokens to generate")
-    parser.add_argument("--repetitions", type=positive_integer, default=3, metavar="N", help="the median counts")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: one a core (default)")
+    parser.add_argument(
+        "--new-tokens", type=positive_integer, default=32, metavar="N", help="tokens to generate (default: 32)"
+    )
+    parser.add_argument(
+        "--repetitions", type=positive_integer, default=3, metavar="N", help="the median counts (default: 3)"
+    )
+    parser.add_argument("--threads", type=non_negative_integer, default=0, metavar="N", help="0: one a core (default)")
     add_computation_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them, as PNG, SVG or PDF")
@@ -52,13 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a markdown table row by row, and writes the files asked for."""
-    if args.attention_only and (args.models or args.plot):
-        raise UsageError("--attention-only takes no models and draws no plot")
+    if args.attention_only and (args.models or args.plot or args.attention):
+        raise UsageError("--attention-only takes no models, measures every --attention and draws no plot")
     properties = computation_options(args)
     if args.attention_only and properties:
         raise UsageError("--attention-only compares ways at their default precisions; leave out those of computation")
+    if "paged" in (args.attention or ()) and importlib.util.find_spec("openvino_genai") is None:
+        raise UsageError('--attention paged needs openvino-genai: pip install "optimum-chatglm-ov[bench]"')
     if args.plot:
         _check_plot(args.plot)
+    for file in filter(None, (args.json, args.plot)):
+        check_writable(file)
     print(", ".join([cpu_description(), *(f"{name}={value}" for name, value in properties.items())]) + "\n")
     rows: list[dict[str, Any]] = []
     for row in _attention_only(args) if args.attention_only else _models(args):
@@ -93,7 +114,7 @@ def _models(args: argparse.Namespace) -> Iterator[_Row]:
             print("The tiny model of the package: its times say little about real ones.\n")
         for m in measure(
             models,
-            args.attention,
+            args.attention or WAYS[:2],
             args.prompt_tokens,
             args.new_tokens,
             args.repetitions,

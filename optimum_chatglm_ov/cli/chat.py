@@ -112,7 +112,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _talk(conversation: Conversation, name: str) -> int:
-    """Reads queries until /exit, the end of the input, or Ctrl-C twice."""
+    """Reads queries until /exit, the end of the input, or Ctrl-C twice; in a pipe, 1 if one was not answered."""
     from .main import one_line
 
     at_terminal = sys.stdin.isatty()
@@ -122,14 +122,14 @@ def _talk(conversation: Conversation, name: str) -> int:
             import readline  # noqa: F401  gives `input` a history and an editor that knows wide characters
         except ImportError:
             pass
-    interrupted = False
+    interrupted = failed = False
     while True:
         try:
             query = input("> " if at_terminal else "").strip()
         except EOFError:
             if at_terminal:
                 print()
-            return 0
+            return int(failed and not at_terminal)
         except KeyboardInterrupt:
             print()
             if interrupted:
@@ -147,5 +147,8 @@ def _talk(conversation: Conversation, name: str) -> int:
         elif query:
             try:
                 interrupted = conversation.answer(query)
+            except BrokenPipeError:
+                raise
             except (OSError, ValueError) as error:
+                failed = True
                 print(f"error: {one_line(error)}", file=sys.stderr)

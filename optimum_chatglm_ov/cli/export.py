@@ -161,7 +161,8 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
         )
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{output}: {size / 1e6:,.1f} MB. Try it: chatglm-ov chat --model {args.output}")
+    has_tokenizer = (output / "tokenizer_config.json").is_file()
+    print(f"{output}: {size / 1e6:,.1f} MB." + f" Try it: chatglm-ov chat --model {args.output}" * has_tokenizer)
     return 0
 
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from ..errors import openvino_message
 from ..signals import termination_unwinds
 from .arguments import UsageError
 
@@ -71,6 +72,8 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
 
 def one_line(error: BaseException) -> str:
     """The message of `error` without line breaks; of an exception that is not meant for users, its class as well."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Exception from "):
+        return f"OpenVINO: {openvino_message(error)}"
     message = " ".join(str(error).split())
     if isinstance(error, (OSError, ValueError)) or type(error).__module__.startswith("optimum_chatglm_ov"):
         return message or type(error).__name__

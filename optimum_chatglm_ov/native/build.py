@@ -132,9 +132,7 @@ def _run(command: list[str]) -> None:
     # flags for other programs: -march=native, for one, would end the choice of kernels on the CPU they run on
     environment = {name: value for name, value in os.environ.items() if name not in _FLAGS}
     try:
-        result = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     except OSError as error:
         raise NativeBuildError(f"{command[0]} does not run: {error}") from error
     if result.returncode:
