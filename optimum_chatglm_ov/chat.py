@@ -254,7 +254,8 @@ class ChatMixin:
     """Conversations for a `GenerationMixin` with `config`; rules are those of the tokenizer's generation.
 
     With fused attention the caches keep a conversation between its turns: of the next prompt, only what comes after
-    the longest start that they hold is computed. The history may be edited, and other calls may come between.
+    the longest start that they hold is computed (by chatglm-6b all of it, whose prompts see themselves from both
+    sides). The history may be edited, and other calls may come between.
     """
 
     _conversation: tuple[torch.LongTensor, FusedCache] | None = None  # ids [L] of what the cache holds

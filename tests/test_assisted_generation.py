@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXACT, Golden
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
@@ -244,6 +244,28 @@ def test_cache_of_a_beam_search(fused_model):
         found = model.generate(longer, **GREEDY, past_key_values=past)
         past.crop(prompt.shape[1] + 5)  # which now are tokens of the sequences
     np.testing.assert_array_equal(found.numpy(), model.generate(longer, **GREEDY).numpy())
+
+
+@pytest.mark.parametrize("attention", ["fused", "sdpa"])
+@pytest.mark.parametrize("calls", [0, 1])
+def test_calls_after_a_beam_search_that_failed(attention, calls, exported):
+    class Fails(LogitsProcessor):
+        left = calls
+
+        def __call__(self, input_ids, scores):
+            self.left -= 1
+            if self.left < 0:
+                raise ArithmeticError
+            return scores
+
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention=attention, ov_config=EXACT)
+    prompt = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    beams = {**GREEDY, "num_beams": 3}
+    expected = model(prompt).logits, model.generate(prompt, **beams)
+    with pytest.raises(ArithmeticError):
+        model.generate(prompt, **beams, logits_processor=[Fails()])
+    np.testing.assert_array_equal(model(prompt).logits.numpy(), expected[0].numpy())
+    np.testing.assert_array_equal(model.generate(prompt, **beams).numpy(), expected[1].numpy())
 
 
 def test_cache_without_tensors(fused_model):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, in_child, let_others_read
 from safetensors.torch import load_file, save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError
@@ -239,3 +239,12 @@ def test_derived_weights_are_made_once_for_the_parts_of_a_projection():
     for name in ("a", "bias", "a", "bias", "b", "a"):
         assert (derived[name].data == 2).all()
     assert asked == ["a", "bias", "bias", "b", "a"]
+
+
+def test_no_permission_to_read(tmp_path):
+    folder = copy("chatglm3-6b", tmp_path)
+    let_others_read(folder)
+    shard = sorted(folder.glob("*-00001-*"))[0]
+    shard.chmod(0)
+    error = in_child(lambda: open_checkpoint(folder), as_nobody=True)
+    assert error == f"CheckpointError: {shard}: no permission to read it."
