@@ -53,17 +53,22 @@ def replace_remote_code(*auto_classes: type) -> None:
 def _without_remote_code(original: Any) -> Any:
     @functools.wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("trust_remote_code") and has_original_code(pretrained_model_name_or_path, **kwargs):
-            kwargs["trust_remote_code"] = False
-            warn_once(str(pretrained_model_name_or_path))
+        if kwargs.get("trust_remote_code"):
+            is_other, classes = remote_code(pretrained_model_name_or_path, **kwargs)
+            kwargs["trust_remote_code"] = is_other
+            if classes and not is_other:
+                warn_once(str(pretrained_model_name_or_path))
         return original(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     from_pretrained._ignores_chatglm_remote_code = True
     return from_pretrained
 
 
-def has_original_code(pretrained_model_name_or_path: Any, **kwargs: Any) -> bool:
-    """Whether a folder or Hub repository asks for the original ChatGLM classes in its `auto_map`.
+def remote_code(pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[bool, set[str]]:
+    """Whether a folder or Hub repository belongs to other models than ChatGLM, and the classes its `auto_map` names.
+
+    One that cannot be read counts as ChatGLM without classes: it needs no trust, and what a second attempt reads must
+    not be run. Neither is an unknown class of a ChatGLM repository, which is remote code, whatever it is.
 
     Args:
         pretrained_model_name_or_path: folder or Hub id.
@@ -73,20 +78,19 @@ def has_original_code(pretrained_model_name_or_path: Any, **kwargs: Any) -> bool
     try:
         config, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_arguments)
     except (OSError, ValueError):
-        config = {}  # a folder with a tokenizer alone
-    if config.get("model_type", "chatglm") != "chatglm":
-        return False
-    # In a config the entries are "file.Class"; in a tokenizer_config there is a pair of them, the second often null.
-    entries = list((config.get("auto_map") or {}).values())
+        config = {}  # perhaps a folder with a tokenizer alone
     try:
         auto_map = get_tokenizer_config(pretrained_model_name_or_path, **hub_arguments).get("auto_map") or {}
     except (OSError, ValueError):
         auto_map = {}
+    # In a config the entries are "file.Class"; in a tokenizer_config there is a pair of them, the second often null.
+    entries = list((config.get("auto_map") or {}).values())
     for entry in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
         entries += entry if isinstance(entry, (list, tuple)) else [entry]
-    names = {entry.rpartition(".")[2] for entry in entries if isinstance(entry, str)}
-    # An unknown class in a ChatGLM repository is not run either: whatever it is, it is remote code.
-    return bool(names) and ("model_type" in config or names <= _REPLACED_CLASSES)
+    classes = {entry.rpartition(".")[2] for entry in entries if isinstance(entry, str)}
+    if "model_type" in config:
+        return config["model_type"] != "chatglm", classes
+    return not classes <= _REPLACED_CLASSES, classes
 
 
 @functools.cache

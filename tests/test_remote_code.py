@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Python files of a repository are never run, whatever `trust_remote_code` says."""
 
+import functools
 import json
 import logging
 import shutil
@@ -10,7 +11,7 @@ from tokenization_cases import folder
 from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 
 from optimum_chatglm_ov.configuration import ChatGLMConfig
-from optimum_chatglm_ov.remote_code import has_original_code, replace_remote_code, warn_once
+from optimum_chatglm_ov.remote_code import remote_code, replace_remote_code, warn_once
 from optimum_chatglm_ov.tokenization import ChatGLM3Tokenizer, ChatGLM4Tokenizer
 
 
@@ -59,14 +60,34 @@ def test_other_repositories_are_left_alone(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         return tmp_path / name
 
-    own = {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
-    assert has_original_code(repository("a", model_type="chatglm", auto_map=own))
-    assert not has_original_code(repository("b", model_type="other", auto_map=own))
-    assert not has_original_code(repository("c", model_type="chatglm"))
-    another_class = {**own, "AutoModel": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage"}
-    # a class that is not known is remote code all the same
-    assert has_original_code(repository("d", model_type="chatglm", auto_map=another_class))
-    assert not has_original_code(tmp_path / "nothing here")
+    own, name = {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}, "ChatGLMConfig"
+    assert remote_code(repository("a", model_type="chatglm", auto_map=own)) == (False, {name})
+    assert remote_code(repository("b", model_type="other", auto_map=own)) == (True, {name})
+    assert remote_code(repository("c", model_type="chatglm")) == (False, set())
+    assert remote_code(repository("d", auto_map=own)) == (False, {name})
+    assert remote_code(repository("e", auto_map={"AutoConfig": "configuration.Mine"})) == (True, {"Mine"})
+    another_class = {**own, "AutoModel": "modeling_chatglm.Unknown"}
+    assert remote_code(repository("f", model_type="chatglm", auto_map=another_class)) == (False, {name, "Unknown"})
+
+
+@pytest.mark.parametrize("auto_class", [AutoConfig, AutoTokenizer])
+def test_what_cannot_be_read_is_not_trusted(auto_class, checkpoint, monkeypatch, caplog):
+    """As with a network that fails at first, and not when transformers reads the files again."""
+    path, tokenizer_class = checkpoint
+    hidden = path.rename(path.with_name("hidden"))
+    original = auto_class.from_pretrained.__wrapped__
+    seen = []
+
+    @functools.wraps(original)
+    def late(cls, *arguments, **settings):
+        seen.append(settings["trust_remote_code"])
+        hidden.rename(path)
+        return original(cls, *arguments, **settings)
+
+    monkeypatch.setattr(auto_class, "from_pretrained", classmethod(late))
+    replace_remote_code(auto_class)
+    loaded = auto_class.from_pretrained(path, trust_remote_code=True)
+    assert type(loaded) in (ChatGLMConfig, tokenizer_class) and seen == [False]
 
 
 def test_user_code_of_other_models_still_runs(tmp_path, monkeypatch):
