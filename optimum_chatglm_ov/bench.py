@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import platform
 import re
@@ -109,6 +110,8 @@ def measure(
     for name, argument in _DECIDED.items():
         if name in properties:
             raise ValueError(f"`ov_config` has {name}, which `{argument}` decides. Leave it out.")
+    if "paged" in ways and importlib.util.find_spec("openvino_genai") is None:
+        raise ImportError('the way "paged" needs openvino-genai: pip install "optimum-chatglm-ov[bench]"')
     for file in (Path(folder) / MODEL_FILE for folder in models):
         if not file.is_file():
             raise ValueError(f"{file}: not found; expected the folder of an exported model (`chatglm-ov export`).")

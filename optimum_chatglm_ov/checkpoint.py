@@ -185,7 +185,7 @@ class Checkpoint(Mapping[str, Weight]):
 
     Raises:
         CheckpointError: no weights, a shard missing, truncated or outside the folder, or tensors that are missing,
-            surplus, of another shape or of an unsupported dtype; the first of those are listed at once.
+            surplus, of another shape or of an unsupported dtype; up to ten of those are listed at once.
     """
 
     def __init__(
@@ -324,14 +324,6 @@ def weight_files(folder: Path) -> list[Path]:
         CheckpointError: there are none, shards are missing, or the index names files outside the folder.
     """
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    exported = folder / "openvino_model.xml"
-    if file is None and exported.is_file():
-        if not (weights := exported.with_suffix(".bin")).is_file():
-            raise CheckpointError(f"{weights}: not found, but {exported.name} is there. Copy or export it again.")
-        raise CheckpointError(
-            f"{folder}: a model that was exported already, without its original weights. Load it without "
-            "`export=True`, or name the original checkpoint."
-        )
     if file is None:
         raise CheckpointError(f"{folder}: no weights found; expected one of {', '.join(WEIGHT_FILES)}.")
     if not file.name.endswith(".index.json"):
@@ -421,12 +413,12 @@ def open_shard(file: Path) -> Shard:
         raise CheckpointError(f"{file}: no permission to read it.") from error
     except Exception as error:  # torch.load and safetensors raise many types for a damaged or hostile file
         raise CheckpointError(
-            f"{file}: not a readable weight file ({file.stat().st_size} bytes): {_first_line(error)}. It is "
+            f"{file}: not a readable weight file ({file.stat().st_size} bytes): {_reason(error)}. It is "
             "truncated, damaged or holds more than tensors; download it again."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     # torch's own first lines advise against `weights_only`
     refused = re.search(r"Trying to load .*|(?<=WeightsUnpickler error: ).*", str(error))
     return refused[0] if refused else (str(error).splitlines() or [type(error).__name__])[0]

@@ -114,6 +114,7 @@ def export_model(
             subfolder=subfolder,
             export=True,
         )
+        _check_original(source)
         tokenizer = _load_tokenizer(source)
         config = load_config(source, rope_ratio_type, tokenizer)
         quantization_config = quantization.resolve_config(
@@ -167,6 +168,20 @@ def _check_attention(attention: str, kv_cache_precision: str | None) -> None:
         )
     if attention == "fused":
         native.extension_path()  # where it cannot be built, this raises before the checkpoint is read
+
+
+def _check_original(source: Path) -> None:
+    """Tells an exported model, or what is left of one, from a checkpoint without weights."""
+    if any((source / name).is_file() for name in WEIGHT_FILES):
+        return
+    missing = [name for name in OPENVINO_MODEL_FILES if not (source / name).is_file()]
+    if not missing:
+        raise CheckpointError(
+            f"{source}: a model that was exported already, without its original weights. Load it without "
+            "`export=True`, or name the original checkpoint."
+        )
+    if len(missing) < len(OPENVINO_MODEL_FILES):
+        raise CheckpointError(f"{source}: an exported model without {', '.join(missing)}. Copy or export it again.")
 
 
 def model_folder(output: str | Path) -> AbstractContextManager[Path]:

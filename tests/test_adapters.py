@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import openvino as ov
+import peft
 import pytest
 import torch
 from conftest import DATA, EXACT, Golden
@@ -157,7 +158,6 @@ def test_export_holds_the_sum(tmp_path):
 
 def test_equal_to_peft(tmp_path):
     """The folder that PEFT writes, and the weights that its own `merge_and_unload` computes."""
-    peft = pytest.importorskip("peft", reason="peft is not installed")
     base = base_weights()
     module = torch.nn.Module()
     module.transformer = torch.nn.Module()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXACT, Golden
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
@@ -246,26 +246,24 @@ def test_cache_of_a_beam_search(fused_model):
     np.testing.assert_array_equal(found.numpy(), model.generate(longer, **GREEDY).numpy())
 
 
+def test_a_call_after_a_beam_search_that_failed(fused_model):
+    model = fused_model("chatglm-6b-3layer-untied")
+    prompt = Golden("chatglm-6b-3layer-untied").inputs("single")["input_ids"]
+    with pytest.raises(ValueError, match="prompt must hold"):
+        model.generate(torch.tensor([[5, 6, 7]]), **GREEDY, num_beams=3)
+    assert model(prompt.repeat(2, 1)).past_key_values.batch_size == 2  # not put together, as equal beams are
+
+
 @pytest.mark.parametrize("attention", ["fused", "sdpa"])
-@pytest.mark.parametrize("calls", [0, 1])
-def test_calls_after_a_beam_search_that_failed(attention, calls, exported):
-    class Fails(LogitsProcessor):
-        left = calls
-
-        def __call__(self, input_ids, scores):
-            self.left -= 1
-            if self.left < 0:
-                raise ArithmeticError
-            return scores
-
+def test_a_refused_call_leaves_the_running_one_alone(attention, exported):
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention=attention, ov_config=EXACT)
-    prompt = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-    beams = {**GREEDY, "num_beams": 3}
-    expected = model(prompt).logits, model.generate(prompt, **beams)
-    with pytest.raises(ArithmeticError):
-        model.generate(prompt, **beams, logits_processor=[Fails()])
-    np.testing.assert_array_equal(model(prompt).logits.numpy(), expected[0].numpy())
-    np.testing.assert_array_equal(model.generate(prompt, **beams).numpy(), expected[1].numpy())
+    long = torch.arange(5, 605)[None].repeat(2, 1)
+    past = model(long).past_key_values
+    model.request.reset_state()
+    model.request.start_async()  # the same again, as by another thread
+    with pytest.raises(RuntimeError, match="busy"):
+        model(long[:, :1], past_key_values=past)
+    model.request.wait()  # raises if it was cancelled
 
 
 def test_cache_without_tensors(fused_model):

@@ -260,6 +260,16 @@ def test_mount_point_in_a_read_only_folder(tmp_path):
     assert (tmp_path / "openvino_model.bin").read_bytes() == (output / "openvino_model.bin").read_bytes()
 
 
+def test_an_exported_model_is_no_checkpoint(tmp_path):
+    folder = export_model(SOURCE, tmp_path / "ir")
+    with pytest.raises(CheckpointError, match=f"{folder}: a model that was exported already, without its original"):
+        export_model(folder, tmp_path / "again")
+    (folder / "openvino_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=f"{folder}: an exported model without openvino_model.bin. Copy or"):
+        export_model(folder, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_weights_cut_short(tmp_path):
     """As after a full disk that OpenVINO did not notice."""
     folder = export_model(SOURCE, tmp_path / "ir")

@@ -268,7 +268,7 @@ def test_pipeline(name, given, exported, either_model, caplog):
     [
         ("openvino_model.bin", 1000, "openvino_model.xml: OpenVINO does not read it .Incorrect weights in bin file!."),
         ("openvino_model.xml", 3000, "openvino_model.xml: OpenVINO does not read it .*copy or export it again"),
-        ("openvino_model.bin", None, "openvino_model.bin: not found"),
+        ("openvino_model.bin", None, "an exported model without openvino_model.bin"),
     ],
 )
 def test_damaged_model_files(name, size, message, exported, tmp_path):

@@ -5,7 +5,6 @@ model, of the tiny one that comes with the package. With --attention-only, the a
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -74,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
     properties = computation_options(args)
     if args.attention_only and properties:
         raise UsageError("--attention-only compares ways at their default precisions; leave out those of computation")
-    if "paged" in (args.attention or ()) and importlib.util.find_spec("openvino_genai") is None:
-        raise UsageError('--attention paged needs openvino-genai: pip install "optimum-chatglm-ov[bench]"')
     if args.plot:
         _check_plot(args.plot)
     for file in filter(None, (args.json, args.plot)):

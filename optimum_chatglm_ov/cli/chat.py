@@ -129,7 +129,7 @@ def _talk(conversation: Conversation, name: str) -> int:
         except EOFError:
             if at_terminal:
                 print()
-            return int(failed and not at_terminal)
+            break
         except KeyboardInterrupt:
             print()
             if interrupted:
@@ -139,7 +139,7 @@ def _talk(conversation: Conversation, name: str) -> int:
             continue
         interrupted = False
         if query == "/exit":
-            return 0
+            break
         if query == "/clear":
             conversation.clear()
         elif query.startswith("/") and " " not in query:
@@ -152,3 +152,4 @@ def _talk(conversation: Conversation, name: str) -> int:
             except (OSError, ValueError) as error:
                 failed = True
                 print(f"error: {one_line(error)}", file=sys.stderr)
+    return int(failed and not at_terminal)
