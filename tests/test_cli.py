@@ -329,12 +329,15 @@ def test_a_weight_format_for_an_exported_model_is_refused(exported, capsys):
     assert "--weight-format: " in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_too_long_does_not_end_the_session(exported, capsys, monkeypatch):
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_a_prompt_that_is_too_long_does_not_end_the_session(exported, capsys, monkeypatch, at_terminal):
     folder = exported("chatglm3-6b")
     limit = OVChatGLMForCausalLM.from_pretrained(folder, compile=False).config.max_position_embeddings
     queries = iter(["a b " * limit, "你好", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(queries))
-    assert main(["chat", "--model", str(folder), "--greedy", "--max-new-tokens", "4"]) == 0
+    monkeypatch.setattr("sys.stdin.isatty", lambda: at_terminal)
+    code = main(["chat", "--model", str(folder), "--greedy", "--max-new-tokens", "4"])
+    assert code == (0 if at_terminal else 1)
     printed = capsys.readouterr().err
     assert f"the context length of this model is {limit}" in printed
     assert "[4 tokens" in printed
