@@ -13,7 +13,7 @@ SHAPE = AttentionShape(num_attention_heads=4, num_key_value_heads=2, head_dim=64
 @pytest.mark.parametrize(("new_tokens", "past_tokens"), [(40, 0), (1, 70)])
 def test_every_way_is_measured(new_tokens, past_tokens):
     results = measure_attention(SHAPE, new_tokens, past_tokens, layers=2, repetitions=1, threads=1)
-    ways = ["fused bf16", "fused i8", "stock", "paged", "torch bfloat16", "torch float32"]
+    ways = ["fused", "fused-int8", "sdpa", "paged", "torch-bf16", "torch-f32"]
     assert [m.way for m in results] == ways
     assert all(m.seconds > 0 and m.gigaflops > 0 and m.gigabytes > 0 for m in results)
 

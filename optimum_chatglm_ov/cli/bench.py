@@ -155,7 +155,7 @@ def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
                     "GFLOP/s": f"{m.gigaflops:.0f}",
                     "read (GB/s)": f"{m.gigabytes:.1f}",
                     "of a stream": f"{100 * m.gigabytes / bandwidth:.0f} %",
-                    "times fused bf16": f"{m.seconds / found[0].seconds:.2f}",
+                    "times fused": f"{m.seconds / found[0].seconds:.2f}",
                 }
                 yield _Row(asdict(m), cells)
 

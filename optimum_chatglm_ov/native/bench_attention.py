@@ -28,7 +28,7 @@ from .transform import cache_layout, fuse_attention
 
 
 _PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
-_CACHE_BITS = {"fused bf16": 16, "fused i8": 8, "stock": 8, "paged": 8, "torch bfloat16": 16, "torch float32": 32}
+_CACHE_BITS = {"fused": 16, "fused-int8": 8, "sdpa": 8, "paged": 8, "torch-bf16": 16, "torch-f32": 32}
 _PAUSE_SECONDS = 0.05  # for so long threads of another library may spin where they have just computed
 
 
@@ -233,14 +233,13 @@ def measure_attention(
     layers = layers or (8 if past_tokens else 1)
     config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
     calls = {}
-    for precision in ("bf16", "i8"):
-        calls[f"fused {precision}"] = _Stateful(shape, layers, precision, config).prepare(new_tokens, past_tokens)
-    calls["stock"] = _Stateful(shape, layers, None, config).prepare(new_tokens, past_tokens)
+    for way, precision in (("fused", "bf16"), ("fused-int8", "i8"), ("sdpa", None)):
+        calls[way] = _Stateful(shape, layers, precision, config).prepare(new_tokens, past_tokens)
     calls["paged"] = _Paged(shape, layers, config).prepare(new_tokens, past_tokens)
     if threads:
         torch.set_num_threads(threads)
-    for dtype in (torch.bfloat16, torch.float32):
-        calls[str(dtype).replace(".", " ")] = _torch_call(shape, new_tokens, past_tokens, dtype, layers)
+    for way, dtype in (("torch-bf16", torch.bfloat16), ("torch-f32", torch.float32)):
+        calls[way] = _torch_call(shape, new_tokens, past_tokens, dtype, layers)
     best = dict.fromkeys(calls, float("inf"))
     gc.collect()
     for repetition in range(repetitions):
