@@ -251,7 +251,7 @@ class StreamedTokens:
 
 
 class ChatMixin:
-    """Conversations for a `GenerationMixin` with `config`; rules are those of the tokenizer's generation.
+    """Conversations for an `InferenceMixin`; rules are those of the tokenizer's generation.
 
     With fused attention the caches keep a conversation between its turns: of the next prompt, only what comes after
     the longest start that they hold is computed (by chatglm-6b all of it, whose prompts see themselves from both
@@ -404,21 +404,22 @@ class ChatMixin:
 
     def _generate_turn(self, prompt: torch.LongTensor, **settings: Any) -> torch.LongTensor:
         """`generate` of one prompt [1, L], which goes on from what the caches hold of it, and keeps them."""
-        self.compile()
-        prompt = prompt.to(self.device)
-        settings["return_dict_in_generate"] = True
-        # several rows would go on from several caches
-        one_row = all((settings.get(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
-        keeps = one_row and False not in (settings.get("use_cache"), self.generation_config.use_cache)
-        conversation, self._conversation = self._conversation, None
-        if keeps and conversation is not None and (cache := self._cache_of_start(prompt[0], *conversation)):
-            settings["past_key_values"] = cache
-        # A prompt has no padding, whatever its ids; positions follow from the mask.
-        output = self.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
-        cache = output.past_key_values
-        if keeps and isinstance(cache, FusedCache):
-            self._conversation = output.sequences[0, : cache.get_seq_length()], cache
-        return output.sequences
+        with self._turn:
+            self.compile()
+            prompt = prompt.to(self.device)
+            settings["return_dict_in_generate"] = True
+            # several rows would go on from several caches
+            one_row = all((settings.get(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+            keeps = one_row and False not in (settings.get("use_cache"), self.generation_config.use_cache)
+            conversation, self._conversation = self._conversation, None
+            if keeps and conversation is not None and (cache := self._cache_of_start(prompt[0], *conversation)):
+                settings["past_key_values"] = cache
+            # A prompt has no padding, whatever its ids; positions follow from the mask.
+            output = self.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+            cache = output.past_key_values
+            if keeps and isinstance(cache, FusedCache):
+                self._conversation = output.sequences[0, : cache.get_seq_length()], cache
+            return output.sequences
 
     @staticmethod
     def _cache_of_start(prompt: torch.LongTensor, cached: torch.LongTensor, cache: FusedCache) -> FusedCache | None:

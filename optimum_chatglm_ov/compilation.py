@@ -67,13 +67,13 @@ class CompilationMixin:
             NativeBuildError: `attention="fused"` or `linear="fused"`, and the native library is not there and cannot
                 be built.
             ValueError: one of these, or an IR that was exported with fused attention, with another device than CPU;
-                another `KV_CACHE_PRECISION` than fused attention or that IR has; a graph that the pass does not know.
+                `attention="fused"` or such an IR, with a `KV_CACHE_PRECISION` or a graph that it does not have;
+                `linear="fused"` for a model without layers that it takes, or with activations in smaller groups than
+                it rounds; a `DYNAMIC_QUANTIZATION_GROUP_SIZE` that is no integer.
         """
         if self.request is not None:
             return
-        if self._fused is not None:
-            self._fused.reset()  # what a `FusedCache` of it shows is outdated
-            self._fused = None
+        self._release_caches()
         layout = cache_layout(self.model)  # of an IR that was exported fused
         attention = "fused" if layout is not None else self._attention
         group_size = self._activation_group_size()
@@ -96,6 +96,16 @@ class CompilationMixin:
         if has_attention:
             self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
             self._fused_inputs = {name for port in model.inputs for name in port.names}
+
+    def clear_requests(self) -> None:
+        """Gives the compiled model and its caches back; the next call compiles again."""
+        super().clear_requests()
+        self._release_caches()
+
+    def _release_caches(self) -> None:
+        if self._fused is not None:
+            self._fused.release()  # what a `FusedCache` of it shows is outdated
+            self._fused = None
 
     def _loads_native(self, attention: str, linear: str, holds_attention: bool) -> bool:
         """Whether the native operations are wanted, and are there."""

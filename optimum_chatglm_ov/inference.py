@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -17,15 +18,30 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache import FusedCache
 from .compilation import LOGITS_TO_KEEP
 from .errors import ContextLengthError
+from .inputs import check_input_ids, check_prompt, two_dimensional_mask, two_dimensional_positions
+
+
+# Settings of generation whose way does not lead through this model: the value that means nothing, and why.
+_UNSUPPORTED = {
+    "guidance_scale": (1, "it computes two sequences in turns, and this model holds the keys and values of one"),
+    "penalty_alpha": (0, "contrastive search copies keys and values, which this model keeps inside"),
+    "dola_layers": (None, "it compares layers, and this model gives what follows from the last one"),
+    "assistant_early_exit": (None, "it leaves a model after some layers, and this one is compiled as a whole"),
+    "prefill_chunk_size": (None, "this model computes a prompt in one call"),
+}
 
 
 class InferenceMixin:
     """`forward` and `generate` of an optimum-intel model class; comes before `CompilationMixin`, whose model it runs.
 
-    An instance is for one caller at a time: OpenVINO refuses a call of another thread while one is running.
+    An instance holds one sequence (or batch) at a time; calls of several threads take turns.
     """
 
     _prompt_layout: np.ndarray | None = None  # waiting for the next prompt, see `generate`
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._turn = threading.RLock()
+        super().__init__(*args, **kwargs)
 
     def forward(
         self,
@@ -53,20 +69,41 @@ class InferenceMixin:
 
         Raises:
             ContextLengthError: past and new tokens are more than the context length.
-            ValueError: a chatglm-6b prompt without `<sop>` or a mask token; `past_key_values` or `attention_mask` that
-                do not belong to what the caches of fused attention hold.
+            ValueError: a tensor of another shape; an id beyond the vocabulary; a chatglm-6b prompt without `<sop>` or
+                a mask token; `past_key_values` that are not what the model holds, or beams.
         """
+        with self._turn:
+            return self._forward(input_ids, attention_mask, past_key_values, position_ids, int(logits_to_keep))
+
+    def _forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None,
+        past_key_values: tuple | None,
+        position_ids: torch.LongTensor | None,
+        logits_to_keep: int,
+    ) -> CausalLMOutputWithPast:
         self.compile()
-        attention_mask, position_ids, layout = self._two_dimensional(attention_mask, position_ids)
-        if layout is None:
-            layout = self._prompt_layout
-        self._prompt_layout = None
+        prompt_layout, self._prompt_layout = self._prompt_layout, None
+        check_input_ids(input_ids, self.config)
+        batch, new_tokens = input_ids.shape
         past_length = self._get_past_length(past_key_values)
-        self._check_context(past_length + input_ids.shape[1])
-        if past_key_values is None:
-            self._check_prompt(input_ids, layout)
-        if past_length == 0:
-            self.next_beam_idx = np.arange(len(input_ids))  # a cache that was reset may hold other rows from now on
+        self._check_context(past_length + new_tokens)
+        if past_length and batch != len(self.next_beam_idx):
+            raise ValueError(
+                f"`past_key_values` hold {len(self.next_beam_idx)} sequences, but `input_ids` has {batch} rows. Leave "
+                "`past_key_values` out to start new sequences."
+            )
+        if logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` is {logits_to_keep}; expected a number of positions, or 0 for all.")
+        attention_mask = two_dimensional_mask(attention_mask, batch, past_length + new_tokens)
+        position_ids, layout = two_dimensional_positions(
+            position_ids, attention_mask, batch, new_tokens, past_length, self.config
+        )
+        if layout is None:
+            layout = prompt_layout
+        if past_key_values is None and layout is None:
+            check_prompt(input_ids, self.config)
         inputs = self.prepare_inputs(input_ids, attention_mask, past_key_values, position_ids)
         if past_key_values is None and layout is not None:
             self._set_prompt_layout(layout)
@@ -75,14 +112,13 @@ class InferenceMixin:
             if layout is None:
                 inputs, copies = self._deduplicate_inputs(inputs)
             self._first_iter_beam_search = False
-        inputs[LOGITS_TO_KEEP] = np.array(int(logits_to_keep), dtype=np.int64)
+        inputs[LOGITS_TO_KEEP] = np.array(logits_to_keep, dtype=np.int64)
 
         if self._fused is not None:
             if past_key_values is None:
                 self._fused.reset()
-            self._check_mask_length(inputs["attention_mask"], past_length + input_ids.shape[1])
             self._fused.reorder(inputs["beam_idx"])
-            self._fused.prepare(len(inputs["input_ids"]), input_ids.shape[1])
+            self._fused.prepare(len(inputs["input_ids"]), new_tokens)
             inputs = {name: value for name, value in inputs.items() if name in self._fused_inputs}
         try:
             self.request.start_async(inputs, share_inputs=True)
@@ -97,9 +133,9 @@ class InferenceMixin:
             raise
         self.next_beam_idx = np.arange(len(inputs["input_ids"]))  # rows are reordered once
         if self._fused is not None:
-            self._fused.advance(input_ids.shape[1])
+            self._fused.advance(new_tokens)
         logits = torch.from_numpy(self.request.get_tensor("logits").data.copy())
-        self._past_length = past_length + input_ids.shape[1]
+        self._past_length = past_length + new_tokens
         if self._fused is None:
             past_key_values = ((),)
         elif past_key_values is None:
@@ -116,13 +152,22 @@ class InferenceMixin:
                 f"`past_key_values` is a {type(past_key_values).__name__} that this model has not returned; its "
                 "caches hold nothing of it. Leave it out to start a new sequence."
             )
-        return past_key_values.get_seq_length()
-
-    def _check_mask_length(self, attention_mask: np.ndarray, length: int) -> None:
-        if attention_mask.shape[1] != length:
+        length = past_key_values.get_seq_length()
+        if past_key_values.beams_from is not None and length > past_key_values.beams_from:
             raise ValueError(
-                f"`attention_mask` covers {attention_mask.shape[1]} tokens; the past and the new ones are {length}."
+                "`past_key_values` hold the beams that a beam search ended with, which are not the sequences that it "
+                f"returned. Leave them out, or `crop({past_key_values.beams_from})` them to the prompt."
             )
+        return length
+
+    def _deduplicate_inputs(self, model_inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        # optimum-intel's takes rows of equal ids for one, whatever their masks and positions
+        rows = np.concatenate([model_inputs[name] for name in ("input_ids", "attention_mask", "position_ids")], axis=1)
+        _, first, copies = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        return {
+            **{name: value[first] for name, value in model_inputs.items()},
+            "beam_idx": np.arange(len(first)),
+        }, copies
 
     def _context_tokens(self, attention_mask: np.ndarray) -> int:
         """Tokens at the beginning of the prompt that see each other in both directions, padding included."""
@@ -131,24 +176,6 @@ class InferenceMixin:
                 padding = (attention_mask == 0).sum(axis=1)
                 return int((padding + state.state.data[:, 0]).max())
         return 0
-
-    def _two_dimensional(
-        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, np.ndarray | None]:
-        """chatglm-6b's own masks and positions in the graph's form.
-
-        Returns the 2-D mask, 2-D positions, and what the 2-D positions say of the prompt: i32 `[batch, 2]`, context
-        length and position of the mask token.
-        """
-        if attention_mask is not None and attention_mask.dim() == 4:
-            attention_mask = (~attention_mask[:, 0].bool().all(dim=1)).long()
-        if position_ids is None or position_ids.dim() != 3:
-            return attention_mask, position_ids, None
-        first, second = position_ids[:, 0], position_ids[:, 1]
-        kept = torch.ones_like(first) if attention_mask is None else attention_mask
-        context_length = ((second == 0) & (kept != 0)).sum(dim=1)
-        layout = torch.stack((context_length, first[:, -1]), dim=1).int().numpy()
-        return attention_mask, None, layout
 
     def _set_prompt_layout(self, layout: np.ndarray) -> None:
         for state in self.request.query_state():
@@ -163,17 +190,6 @@ class InferenceMixin:
                 f"{limit}. Shorten the prompt or the history, or lower `max_new_tokens`/`max_length`."
             )
 
-    def _check_prompt(self, input_ids: torch.Tensor, layout: np.ndarray | None) -> None:
-        if self.config.architecture != "chatglm" or layout is not None:
-            return
-        masks = (input_ids == self.config.gmask_token_id) | (input_ids == self.config.mask_token_id)
-        if not ((input_ids == self.config.bos_token_id).any(dim=1) & masks.any(dim=1)).all():
-            raise ValueError(
-                f"A chatglm-6b prompt must hold [gMASK] ({self.config.gmask_token_id}) or [MASK] "
-                f"({self.config.mask_token_id}) and <sop> ({self.config.bos_token_id}); the tokenizer adds them "
-                "unless `add_special_tokens=False`."
-            )
-
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
         """As in transformers; see `GenerationMixin.generate`.
 
@@ -183,48 +199,80 @@ class InferenceMixin:
 
         Raises:
             ContextLengthError: the prompt and the tokens to generate are more than the context length; nothing is run.
-            ValueError: assisted generation with a cache that cannot take tokens back; `past_key_values` that are
-                outdated or hold beams; `guidance_scale`, which computes two sequences in turns.
+            ValueError: see `forward`; assisted generation with a cache that cannot take tokens back;
+                `past_key_values` that are outdated or hold beams; `guidance_scale`, `penalty_alpha`, `dola_layers`,
+                `assistant_early_exit` or `prefill_chunk_size`, which are not for this model.
         """
-        kwargs["attention_mask"], kwargs["position_ids"], layout = self._two_dimensional(
-            kwargs.get("attention_mask"), kwargs.get("position_ids")
-        )
-        for name in ("attention_mask", "position_ids"):
-            if kwargs[name] is None:
-                del kwargs[name]
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        with self._turn:
+            return self._generate(inputs, generation_config, **kwargs)
+
+    def _generate(self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, **kwargs: Any):
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
-        if settings.guidance_scale not in (None, 1):
-            raise ValueError(
-                f"`guidance_scale` is {settings.guidance_scale}: it computes two sequences in turns, and this model "
-                "holds the keys and values of one. Leave it out."
-            )
-        assistant = kwargs.get("assistant_model")
-        if assistant is not None or settings.prompt_lookup_num_tokens:
-            self._check_rollback(assistant)
-        if isinstance(past := kwargs.get("past_key_values"), Cache):
+        self._check_settings(settings, kwargs.get("assistant_model"))
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            check_input_ids(input_ids, self.config)
+            self._prepare_tensors(input_ids, settings, kwargs)
+        if (past := kwargs.get("past_key_values")) is not None:
             self._check_continuation(past, input_ids, settings)
         if input_ids is not None:
-            prompt = input_ids.shape[-1]
-            if settings.max_new_tokens is not None:
-                self._check_context(prompt + settings.max_new_tokens)
-            elif kwargs.get("max_length") is not None or generation_config is not None:
-                self._check_context(max(prompt, settings.max_length or 0))
-            else:  # a default of the checkpoint
-                self._check_context(prompt)
-                kwargs["max_length"] = min(settings.max_length or 20, self.config.max_position_embeddings)
-        if layout is not None:
-            copies = (settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences) or 1
-            self._prompt_layout = layout.repeat(copies, axis=0)
+            self._limit_length(input_ids.shape[1], settings, generation_config, kwargs)
         try:
             output = super().generate(inputs, generation_config, **kwargs)
+            if self._fused is not None and self._fused.past_length:  # what a search chose last
+                self._fused.reorder(self.next_beam_idx)
+                self.next_beam_idx = np.arange(self._fused.batch_size)
             past = getattr(output, "past_key_values", None)
             if (settings.num_beams or 1) > 1 and isinstance(past, FusedCache):
-                past.beams_from = 0 if input_ids is None else input_ids.shape[-1]
+                prompt_length = 0 if input_ids is None else input_ids.shape[1]
+                if past.get_seq_length() > prompt_length:
+                    past.beams_from = prompt_length
             return output
         finally:
             self._first_iter_beam_search = self._second_iter_beam_search = False
             self._prompt_layout = None
+
+    def _prepare_tensors(
+        self, input_ids: torch.LongTensor, settings: GenerationConfig, kwargs: dict[str, Any]
+    ) -> None:
+        """Puts chatglm-6b's own masks and positions in the form that generation goes on with."""
+        batch, tokens = input_ids.shape
+        mask = two_dimensional_mask(kwargs.pop("attention_mask", None), batch, tokens)
+        positions, layout = kwargs.pop("position_ids", None), None
+        if kwargs.get("past_key_values") is None:
+            positions, layout = two_dimensional_positions(positions, mask, batch, tokens, 0, self.config)
+        elif positions is not None and positions.dim() == 3:
+            positions = None  # the prompt before has said it; 2-D ones may end early, as those for assistants do
+        given = {"attention_mask": mask, "position_ids": positions}
+        kwargs.update({name: value for name, value in given.items() if value is not None})
+        if layout is not None:
+            copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+            self._prompt_layout = layout.repeat(copies, axis=0)
+
+    def _limit_length(
+        self,
+        prompt_length: int,
+        settings: GenerationConfig,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Checks lengths that were asked for, and keeps a checkpoint's own default within the context length."""
+        named = kwargs.get("max_length") or getattr(generation_config, "max_length", None)
+        if settings.max_new_tokens is not None:
+            self._check_context(prompt_length + settings.max_new_tokens)
+            return
+        self._check_context(max(prompt_length, named or 0))
+        default = self.generation_config.max_length
+        if named is None and default not in (None, GenerationConfig().max_length):  # that one counts new tokens
+            kwargs["max_length"] = min(default, self.config.max_position_embeddings)
+
+    def _check_settings(self, settings: GenerationConfig, assistant: Any) -> None:
+        for name, (neutral, reason) in _UNSUPPORTED.items():
+            value = getattr(settings, name, None)
+            if value not in (None, neutral):
+                raise ValueError(f"`{name}` is {value!r}: {reason}. Leave it out.")
+        if assistant is not None or settings.prompt_lookup_num_tokens:
+            self._check_rollback(assistant)
 
     def _check_rollback(self, assistant: Any) -> None:
         for name, model in (("model", self), ("assistant model", assistant)):
@@ -242,19 +290,19 @@ class InferenceMixin:
             raise ValueError("`assistant_model` is this very model; load another, which has caches of its own.")
 
     def _check_continuation(
-        self, past_key_values: Cache, input_ids: torch.Tensor | None, settings: GenerationConfig
+        self, past_key_values: Any, input_ids: torch.Tensor | None, settings: GenerationConfig
     ) -> None:
         self.compile()
+        if not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}; `generate` goes on from the `FusedCache` "
+                "that a model with fused attention returns. Leave it out."
+            )
         past_length = self._get_past_length(past_key_values)
         if input_ids is None or input_ids.shape[-1] <= past_length:
             raise ValueError(
                 f"`past_key_values` hold {past_length} tokens; expected `input_ids` of the whole sequence, those "
                 "tokens and new ones. Pass more, or `crop()` the cache first."
-            )
-        if past_key_values.beams_from is not None and past_length > past_key_values.beams_from:
-            raise ValueError(
-                "`past_key_values` hold the beams that a beam search ended with, which are not the sequences that it "
-                f"returned. Leave them out, or `crop({past_key_values.beams_from})` them to the prompt."
             )
         if (settings.num_beams or 1) > 1:
             raise ValueError("A beam search cannot go on from `past_key_values`. Leave them out.")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`chat()` and `stream_chat()` do what those of the original model classes did."""
 
+import contextlib
 import copy
 import functools
 import gzip
@@ -127,6 +128,7 @@ class Recorder(ChatMixin):
     """Generates the ids it is given; the golden prompts and arguments were recorded from the originals like this."""
 
     device = torch.device("cpu")
+    _turn = contextlib.nullcontext()
 
     def __init__(self, generated, **config):
         self.config = ChatGLMConfig(**config)

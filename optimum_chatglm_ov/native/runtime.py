@@ -67,11 +67,6 @@ class FusedAttentionState:
         """Key and value caches of each layer in turn, u8 `CacheLayout.shape`."""
         return list(self._caches.values())
 
-    @property
-    def nbytes(self) -> int:
-        """Address space of the caches; the system gives memory to the part that tokens have reached."""
-        return sum(tensor.byte_size for tensor in self._caches.values())
-
     def prepare(self, batch: int, new_tokens: int) -> None:
         """Makes room for `new_tokens` more tokens in each of `batch` rows and binds the caches to the request.
 
@@ -142,6 +137,13 @@ class FusedAttentionState:
         self._length = self.layout.prefix_tokens
         self.sequence = object()
 
+    def release(self) -> None:
+        """Forgets everything and gives the memory and the request back; this object is of no use any more."""
+        self.reset()
+        self._caches.clear()
+        self._table = np.zeros((0, 0), np.int32)
+        self._request = None
+
     def _bind_table(self, table: np.ndarray) -> None:
         table = np.ascontiguousarray(table)
         self._request.set_tensor(BEAM_TABLE, ov.Tensor(table, shared_memory=True))
@@ -155,7 +157,8 @@ class FusedAttentionState:
             for name in names:
                 tensor = ov.Tensor(ov.Type.u8, ov.Shape(shape))  # aligned to 64 bytes
                 if self.past_length:
-                    tensor.data[: self._rows, :, :used] = self._caches[name].data[:, :, :used]
+                    # a try that ran out of memory may have left more rows in some
+                    tensor.data[: self._rows, :, :used] = self._caches[name].data[: self._rows, :, :used]
                 self._request.set_tensor(name, tensor)
                 self._caches[name] = tensor
         self._rows, self._blocks = rows, blocks
