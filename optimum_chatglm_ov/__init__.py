@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """ChatGLM, every generation, on OpenVINO: a plugin of optimum-intel.
 
-Importing it makes `AutoConfig`, `AutoTokenizer`, `AutoModelForCausalLM` and pipelines know ChatGLM checkpoints,
-original and exported, without remote code.
+Importing it makes `AutoConfig`, `AutoTokenizer`, `AutoModelForCausalLM`, `AutoModel` and pipelines know ChatGLM
+checkpoints, original and exported, without remote code.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from . import remote_code, tokenization
 from .configuration import ChatGLMConfig
@@ -14,7 +14,7 @@ from .errors import ChatGLMError, CheckpointError, ContextLengthError, ExportErr
 
 AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
 tokenization.register(ChatGLMConfig)
-remote_code.replace_remote_code(AutoConfig, AutoTokenizer, AutoModelForCausalLM)
+remote_code.replace_remote_code(AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM)
 
 from .chat import ToolCallError  # noqa: E402
 from .export import export_model  # noqa: E402  the modules below read checkpoints through the classes above
@@ -31,7 +31,8 @@ from .tokenization import (  # noqa: E402
 )
 
 
-AutoModelForCausalLM.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)
+for auto_class in (AutoModelForCausalLM, AutoModel):  # the original repositories name their model for both
+    auto_class.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)
 
 __all__ = [
     "ChatGLM1Tokenizer",

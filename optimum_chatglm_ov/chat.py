@@ -25,7 +25,7 @@ History = list[Any]
 Response = str | dict[str, Any]
 
 _BETWEEN_MESSAGES = "<|assistant|>"
-_PLACEHOLDER, _YEAR = "[[训练时间]]", "2023年"
+PLACEHOLDER, _YEAR = "[[训练时间]]", "2023年"
 _PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _PUNCTUATION_NEXT_TO_CHINESE = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
@@ -56,7 +56,7 @@ def _process_chatglm(text: str) -> str:
 
 
 def _process_chatglm2(text: str) -> str:
-    return text.strip().replace(_PLACEHOLDER, _YEAR)
+    return text.strip().replace(PLACEHOLDER, _YEAR)
 
 
 def _process_messages(
@@ -74,7 +74,7 @@ def _process_messages(
             content = content.strip()
         history.append({"role": "assistant", "metadata": metadata, "content": content})
         if not name:
-            response = content.replace(_PLACEHOLDER, _YEAR)
+            response = content.replace(PLACEHOLDER, _YEAR)
         elif history[0]["role"] == "system" and "tools" in history[0]:
             response = {"name": name, "parameters": read_parameters(content)}
         else:

@@ -23,6 +23,8 @@ from .native.transform import CacheLayout, cache_layout, fuse_attention
 
 logger = logging.getLogger(__name__)
 
+ATTENTIONS = ("sdpa", "fused", "auto")
+LINEARS = ("openvino", "fused", "auto")
 LOGITS_TO_KEEP = "logits_to_keep"
 _GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from . import native, quantization
 from .chat import ChatMixin
-from .compilation import CompilationMixin, choice
+from .compilation import ATTENTIONS, LINEARS, CompilationMixin, choice
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
 from .export import MODEL_FILE, export_model, load_config, model_folder
@@ -155,9 +155,9 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
             force_download=force_download,
         )
         named = attention is not None
-        attention = choice("attention", attention, ("sdpa", "fused", "auto"), "CHATGLM_OV_ATTENTION")
+        attention = choice("attention", attention, ATTENTIONS, "CHATGLM_OV_ATTENTION")
         own = "openvino" if attention == "sdpa" else "auto"
-        linear = choice("linear", linear, ("openvino", "fused", "auto"), "CHATGLM_OV_LINEAR", own)
+        linear = choice("linear", linear, LINEARS, "CHATGLM_OV_LINEAR", own)
         if compile_only:
             for argument, chosen in (("attention", attention), ("linear", linear)):
                 if chosen == "fused":

@@ -13,7 +13,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 logger = logging.getLogger(__name__)
 
-# What `auto_map` of the original repositories names; this package has a class of its own for each of them.
+# What `auto_map` of the original repositories names; none of that code is needed with this package.
 _REPLACED_CLASSES = {
     "ChatGLM4Tokenizer",
     "ChatGLMConfig",

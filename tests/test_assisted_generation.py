@@ -95,12 +95,8 @@ def test_assistant(name, assistant, fused_model):
 
 def test_drafts_of_a_repetitive_text(fused_model):
     model = fused_model("chatglm3-6b-128k")
-    settings = {
-        "max_new_tokens": 150,
-        "do_sample": False,
-        "eos_token_id": 0,
-    }  # before long it says two tokens in turns
-    ids = torch.tensor([[2, 12, 13]])
+    settings = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": 0}
+    ids = torch.tensor([[2, 12, 13]])  # before long two tokens follow in turns
     expected = model.generate(ids, **settings)
     streamer = Pieces()
     found = model.generate(ids, **settings, prompt_lookup_num_tokens=4, streamer=streamer)

@@ -148,6 +148,8 @@ def test_attention_alone(tmp_path, capsys):
         (["--attention-only", "chatglm3", "some/folder"], 2, "takes no models"),
         (["--attention-only", "chatglm3", "--attention", "fused"], 2, "measures every --attention"),
         (["--attention-only", "chatglm3", "--inference-precision", "f32"], 2, "at their default precisions"),
+        (["--attention-only", "chatglm3", "--linear", "fused"], 2, "measures no linear layers"),
+        (["--attention-only", "chatglm3", "--new-tokens", "7"], 2, "and one new token"),
         (["--plot", "out.doc"], 2, "out.doc: the name must end in one of"),
         (["no/such/folder"], 1, "no/such/folder"),
         (["{folder}", "--prompt-tokens", "5000"], 1, "5000 tokens and 32 new ones do not fit the context"),

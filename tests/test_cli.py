@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 import optimum_chatglm_ov
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.cli import conversation
+from optimum_chatglm_ov.cli import export as cli_export
 from optimum_chatglm_ov.cli.arguments import add_runtime_options, runtime_options
 from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
@@ -140,7 +141,7 @@ def test_errors_are_one_line(code, arguments, message, tmp_path, capsys):
 
 
 def test_an_unexpected_error_names_its_class(monkeypatch, capsys):
-    monkeypatch.setattr(optimum_chatglm_ov, "export_model", lambda *_, **__: {}["missing"])
+    monkeypatch.setattr(cli_export, "export_model", lambda *_, **__: {}["missing"])
     assert main(["export", CHATGLM3, "output"]) == 1
     assert capsys.readouterr().err == (
         "chatglm-ov export: error: KeyError: 'missing' (run with --debug to see where)\n"

@@ -15,6 +15,7 @@ from conftest import DATA, EXACT, Golden
 from optimum.intel import OVModelForCausalLM
 from optimum.intel.openvino.modeling_base import OVBaseModel
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -69,9 +70,12 @@ def test_plain_optimum_class_loads_the_folder(name, exported):
 
 
 @pytest.mark.parametrize("trust_remote_code", [None, False, True])
-def test_auto_class(trust_remote_code, exported):
-    model = AutoModelForCausalLM.from_pretrained(exported("chatglm3-6b"), trust_remote_code=trust_remote_code)
-    assert type(model) is OVChatGLMForCausalLM
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModel])
+def test_auto_classes(auto_class, trust_remote_code, exported):
+    """Of an IR, and of an original checkpoint, which names its model for both of them."""
+    for folder in (exported("chatglm3-6b"), DATA / "models" / "chatglm3-6b"):
+        model = auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        assert type(model) is OVChatGLMForCausalLM
 
 
 def test_save_and_load_again(exported, tmp_path):

@@ -10,10 +10,18 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
 import pytest
-from native.attention_reference import Sequence, Shape, attention_model, compile_attention, relative_error
+from native.attention_reference import (
+    INPUTS,
+    Sequence,
+    Shape,
+    attention_model,
+    compile_attention,
+    compile_model,
+    relative_error,
+)
 
 from optimum_chatglm_ov.native import instruction_sets, load
-from optimum_chatglm_ov.native.operation import chatglm_rotary
+from optimum_chatglm_ov.native.operation import MAX_HEAD_DIM, chatglm_rotary
 
 
 SETS = instruction_sets()
@@ -226,9 +234,11 @@ def test_angles_are_exact_in_every_precision_and_after_saving(kinds, tmp_path):
 
 
 def test_positions_that_do_not_fit_the_frequencies():
-    for shape, element_type in (([3, -1, -1], ov.Type.i32), ([-1, -1], ov.Type.i32), ([1, -1, -1], ov.Type.f32)):
+    for shape in ([3, -1, -1], [0, -1, -1], [-1, -1, -1], [-1, -1]):
         with pytest.raises(RuntimeError, match="positions"):
-            chatglm_rotary(ops.parameter(shape, element_type).output(0), [1.0, 0.1])
+            chatglm_rotary(ops.parameter(shape, ov.Type.i32).output(0), [1.0, 0.1])
+    with pytest.raises(RuntimeError, match="positions"):
+        chatglm_rotary(ops.parameter([1, -1, -1], ov.Type.f32).output(0), [1.0, 0.1])
 
 
 def test_model_with_the_operation_survives_saving(tmp_path):
@@ -253,6 +263,15 @@ def test_what_does_not_fit_is_refused(use):
     sequence.beam_table[0, 3] = 7
     with pytest.raises(RuntimeError, match=r"beam_table\[0, 3\] is 7, the cache has rows 0 to 0"):
         sequence.step(request, 1, np.ones((1, 9)))
+    for name, value in (
+        ("cos", np.float32(1)),
+        ("cos", np.ones(8, np.float32)),
+        ("past_length", np.zeros(0, np.int32)),
+    ):
+        model = attention_model(shape, **{name: list(np.shape(value))})
+        feeds = dict(zip(INPUTS, sequence.feeds)) | {name: np.asarray(value)}
+        with pytest.raises(RuntimeError, match="cos must have 3 or 4 dimensions and past_length be one number"):
+            compile_model(model).create_infer_request().infer(feeds)
     use("sse9")
     with pytest.raises(RuntimeError, match="CHATGLM_OV_ISA: sse9 is not one of .*portable"):
         Sequence(shape, 1, capacity=32).step(request, 8, np.ones((1, 8)))
@@ -260,3 +279,19 @@ def test_what_does_not_fit_is_refused(use):
         attention_model(Shape(head_dim=24))
     with pytest.raises(RuntimeError, match="must be a multiple of num_key_value_heads"):
         attention_model(Shape(heads=4, kv_heads=3))
+    with pytest.raises(RuntimeError, match=f"head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, found"):
+        attention_model(Shape(head_dim=MAX_HEAD_DIM + 16))
+
+
+@pytest.mark.parametrize("head_dim", [256, MAX_HEAD_DIM])
+@pytest.mark.parametrize("cache_precision", ["bf16", "f32", "i8"])
+def test_large_heads(head_dim, cache_precision, use):
+    shape = Shape(4, 2, head_dim, 64, cache_precision)
+    request = compile_attention(shape).create_infer_request()
+    for name in SETS:
+        if takes(name, shape):
+            use(name)
+            sequence = Sequence(shape, 1, capacity=96)
+            for length in (40, 1):
+                error = relative_error(*sequence.step(request, length, np.ones((1, sequence.past + length))))
+                assert error <= TOLERANCE[cache_precision], (name, length, error)

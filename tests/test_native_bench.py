@@ -15,7 +15,11 @@ def test_every_way_is_measured(new_tokens, past_tokens):
     results = measure_attention(SHAPE, new_tokens, past_tokens, layers=2, repetitions=1, threads=1)
     ways = ["fused", "fused-int8", "sdpa", "paged", "torch-bf16", "torch-f32"]
     assert [m.way for m in results] == ways
-    assert all(m.seconds > 0 and m.gigaflops > 0 and m.gigabytes > 0 for m in results)
+    pairs = sum(past_tokens + i + 1 for i in range(new_tokens))
+    for m, bits in zip(results, (16, 8, 8, 8, 16, 32)):
+        assert m.seconds > 0
+        assert m.gigaflops * m.seconds * 1e9 == pytest.approx(2 * 2 * pairs * 4 * 64)
+        assert m.gigabytes * m.seconds * 1e9 == pytest.approx(2 * (past_tokens + new_tokens) * 2 * 64 * bits / 8)
 
 
 def test_the_ways_compute_the_same():

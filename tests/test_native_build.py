@@ -71,6 +71,16 @@ def test_key_follows_openvino_compiler_and_sources(cache, monkeypatch, tmp_path)
     assert len(paths) == 4
 
 
+def test_built_ahead_it_needs_no_compiler(cache, pretend_compile, monkeypatch, tmp_path):
+    path = build_native()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert extension_path() == path and len(pretend_compile) == 1
+    (cache / "native" / path.parents[1].name).rename(cache / "native" / "of-other-sources")
+    with pytest.raises(NativeBuildError, match=r"no C\+\+ compiler found"):
+        extension_path()
+
+
 def test_library_carried_by_the_package_comes_first(cache, pretend_compile, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "SOURCE_DIR", shutil.copytree(build.SOURCE_DIR, tmp_path / "native"))
     assert extension_path() == build.built_path()
@@ -155,10 +165,11 @@ def test_user_without_a_home(monkeypatch):
 
 def test_library_of_another_openvino_is_refused(cache, monkeypatch, tmp_path):
     from optimum_chatglm_ov import native
+    from optimum_chatglm_ov.native import operation
 
     broken = tmp_path / "libbroken.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(native, "extension_path", lambda: broken)
+    monkeypatch.setattr(operation, "extension_path", lambda: broken)
     with pytest.raises(NativeBuildError, match="does not load .*libbroken.so"):
         native.load(ov.Core())
 

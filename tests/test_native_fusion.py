@@ -11,7 +11,7 @@ from conftest import EXACT, FLOATING, Golden
 
 from optimum_chatglm_ov.native import load
 from optimum_chatglm_ov.native.runtime import FusedAttentionState
-from optimum_chatglm_ov.native.transform import CacheLayout, cache_layout, fuse_attention
+from optimum_chatglm_ov.native.transform import cache_layout, fuse_attention
 
 
 class FusedModel:
@@ -275,7 +275,63 @@ def test_other_masks_are_left_alone(name, kind, index, change, exported):
         fuse_attention(model)
 
 
-def test_memory_of_the_real_models():
-    chatglm3 = CacheLayout((("k", "v"),) * 28, 2, 128, "bf16")
-    assert chatglm3.bytes_per_token == 28 * 2 * 2 * 128 * 2
-    assert CacheLayout((("k", "v"),) * 28, 32, 128, "i8").bytes_per_token == 28 * 2 * 32 * (128 + 4)
+def of_type(model, kind):
+    return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
+
+
+def double(value):
+    return ops.multiply(value, np.float32(2)).output(0)
+
+
+def other_negation(model):
+    for node in of_type(model, "Multiply"):
+        factor = node.input_value(1).get_node()
+        if factor.get_type_name() == "Constant" and factor.data.ravel().tolist() == [-1.0]:
+            node.input(1).replace_source_output(ops.constant(np.full_like(factor.data, -0.5)).output(0))
+
+
+def other_sines(model):
+    (sine,) = of_type(model, "Sin")
+    sine.input(0).replace_source_output(double(sine.input_value(0)))
+
+
+def other_sines_of(count):
+    """Of the first `count` that are rotated: the queries of the first layer, then its keys."""
+
+    def change(model):
+        (sine,) = of_type(model, "Sin")
+        readers = [node for node in of_type(model, "Multiply") if node.input_value(1) == sine.output(0)]
+        other = double(sine.output(0))
+        for node in readers[:count]:
+            node.input(1).replace_source_output(other)
+
+    return change
+
+
+def other_state(model):
+    assignment = of_type(model, "Assign")[0]
+    assignment.input(0).replace_source_output(double(assignment.input_value(0)))
+
+
+def other_scale(model):
+    for node in of_type(model, "ScaledDotProductAttention"):
+        scaled = ops.scaled_dot_product_attention(*node.input_values(), ops.constant(np.float32(0.5)))
+        node.output(0).replace(scaled.output(0))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (other_negation, "is no negation"),
+        (other_sines, "cosine and sine are of different angles"),
+        (other_sines_of(1), "rotates queries and keys by different angles"),
+        (other_sines_of(2), "its layers rotate by different angles"),
+        (other_state, "is not what one state variable keeps"),
+        (other_scale, r"does not have a mask, and a scale of head_dim \*\* -0.5"),
+    ],
+)
+def test_other_attention_is_left_alone(change, message, exported):
+    model = ov.Core().read_model(exported("chatglm3-6b") / "openvino_model.xml")
+    change(model)
+    with pytest.raises(ValueError, match=f"attention cannot be fused: .*{message}"):
+        fuse_attention(model)

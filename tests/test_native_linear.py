@@ -269,6 +269,49 @@ def other_layers() -> dict[str, tuple[ov.Node, list[ov.Node]]]:
     }
 
 
+@pytest.mark.parametrize("is_mlp", [False, True])
+def test_more_tokens_than_the_caches_of_the_cpu_hold(is_mlp, instruction_set):
+    """They are computed in parts, of which none begins with the first of the 37."""
+    x = input_node(4096)
+    up, down = layer(32, 4096, "i8"), layer(32, 32, "i8")
+    result = ops.matmul(x, up.node, False, True)
+    if is_mlp:
+        result = ops.matmul(ops.gelu(result, approximation_mode="tanh"), down.node, False, True)
+    model = ov.Model([result], [x], "layer")
+    assert fuse_linears(model) == 1 + is_mlp
+    few = RANDOM.normal(size=(1, 37, 4096)).astype(np.float32)
+    (expected,), (found,) = run(model, few), run(model, np.tile(few, (1, 120, 1)))
+    np.testing.assert_array_equal(found, np.tile(expected, (1, 120, 1)))
+
+
+def other_mlps() -> dict[str, tuple[list[ov.Node], list[ov.Node]]]:
+    """Results and inputs of graphs that are almost what the operation for MLPs computes."""
+    x, y = input_node(64), ops.parameter([-1, -1, 64], ov.Type.f32, name="other")
+
+    def linear(source: ov.Node, kind: str = "i8", group_size: int = 0) -> ov.Node:
+        return ops.matmul(source, layer(64, 64, kind, group_size).node, False, True)
+
+    gate, up = linear(x), linear(x)
+    activated, swish = ops.gelu(linear(x), approximation_mode="tanh"), ops.swish(gate)
+    other_beta = ops.swish(linear(x), ops.constant(np.float32(1.702)))
+    return {
+        "gelu by erf": ([linear(ops.gelu(linear(x), approximation_mode="erf"))], [x]),
+        "another beta": ([linear(ops.multiply(other_beta, linear(x)))], [x]),
+        "gate and up of different inputs": ([linear(ops.multiply(ops.swish(linear(x)), linear(y)))], [x, y]),
+        "gate and up of different formats": ([linear(ops.multiply(ops.swish(linear(x)), linear(x, "i4", 32)))], [x]),
+        "the activation is read twice": ([linear(activated), activated], [x]),
+        "the swish is read twice": ([linear(ops.multiply(swish, up)), swish], [x]),
+        "the gate is read twice": ([linear(ops.multiply(ops.swish(gate), linear(x))), ops.relu(gate)], [x]),
+    }
+
+
+@pytest.mark.parametrize("peculiarity", other_mlps())
+def test_what_is_no_mlp(peculiarity):
+    results, inputs = other_mlps()[peculiarity]
+    model = ov.Model(results, inputs, "other")
+    assert fuse_linears(model) and "ChatGLMMLP" not in types(model)
+
+
 @pytest.mark.parametrize("peculiarity", other_layers())
 def test_what_the_operations_do_not_take_stays(peculiarity):
     result, inputs = other_layers()[peculiarity]

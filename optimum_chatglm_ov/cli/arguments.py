@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..compilation import ATTENTIONS, LINEARS
+from ..native.operation import KV_CACHE_PRECISIONS
 from ..quantization import WEIGHT_FORMATS
 
 
-ATTENTIONS = ("sdpa", "fused", "auto")
-LINEARS = ("openvino", "fused", "auto")
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -64,7 +64,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kv-cache-precision",
-        choices=("u8", "bf16", "f16", "f32"),
+        choices=tuple(KV_CACHE_PRECISIONS),
         help="of keys and values (default: bf16 with fused attention, whose f16 is bf16; u8 with OpenVINO's on CPU)",
     )
     add_computation_options(group)

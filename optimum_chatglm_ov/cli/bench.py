@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bench import WAYS, Measurement, cpu_description, measure, stream_bandwidth
+from ..compilation import LINEARS
 from ..errors import ExportError
 from .arguments import (
-    LINEARS,
     UsageError,
     add_computation_options,
     check_writable,
@@ -23,8 +23,10 @@ from .arguments import (
     non_negative_integer,
     positive_integer,
 )
+from .embedded import embedded_model
 
 
+_NEW_TOKENS = 32
 _SHORT_REPETITIONS = 10  # as many more where one takes milliseconds
 
 
@@ -49,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt lengths (default: 32 1024)",
     )
     parser.add_argument(
-        "--new-tokens", type=positive_integer, default=32, metavar="N", help="tokens to generate (default: 32)"
+        "--new-tokens",
+        type=positive_integer,
+        metavar="N",
+        help=f"tokens to generate (default: {_NEW_TOKENS})",
     )
     parser.add_argument(
         "--repetitions", type=positive_integer, default=3, metavar="N", help="the median counts (default: 3)"
@@ -68,11 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a markdown table row by row, and writes the files asked for."""
-    if args.attention_only and (args.models or args.plot or args.attention):
-        raise UsageError("--attention-only takes no models, measures every --attention and draws no plot")
     properties = computation_options(args)
-    if args.attention_only and properties:
-        raise UsageError("--attention-only compares ways at their default precisions; leave out those of computation")
+    if args.attention_only:
+        if args.models or args.plot or args.attention:
+            raise UsageError("--attention-only takes no models, measures every --attention and draws no plot")
+        if args.linear or args.new_tokens:
+            raise UsageError("--attention-only measures no linear layers, and one new token; leave those options out")
+        if properties:
+            raise UsageError("--attention-only compares ways at their default precisions; leave out others")
     if args.plot:
         _check_plot(args.plot)
     for file in filter(None, (args.json, args.plot)):
@@ -102,8 +110,6 @@ class _Row:
 
 
 def _models(args: argparse.Namespace) -> Iterator[_Row]:
-    from .embedded import embedded_model
-
     with ExitStack() as stack:
         models = args.models
         if not models:
@@ -113,7 +119,7 @@ def _models(args: argparse.Namespace) -> Iterator[_Row]:
             models,
             args.attention or WAYS[:2],
             args.prompt_tokens,
-            args.new_tokens,
+            args.new_tokens or _NEW_TOKENS,
             args.repetitions,
             args.threads,
             computation_options(args),

@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import AutoTokenizer
+
+from .. import OVChatGLMForCausalLM, export_model
+from ..hub import has_openvino_model, resolve_checkpoint
 from .arguments import (
     UsageError,
     add_hub_arguments,
@@ -23,10 +27,9 @@ from .arguments import (
     runtime_options,
     unicode_text,
 )
-
-
-if TYPE_CHECKING:
-    from .conversation import Conversation
+from .conversation import Conversation
+from .embedded import embedded_model
+from .progress import export_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,12 +57,6 @@ def run(args: argparse.Namespace) -> int:
     """Answers one prompt, or talks until the user leaves."""
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty; leave it out for a conversation")
-    from transformers import AutoTokenizer
-
-    from optimum_chatglm_ov import OVChatGLMForCausalLM
-
-    from .conversation import Conversation
-
     with model_folder(args) as folder:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = OVChatGLMForCausalLM.from_pretrained(folder, **runtime_options(args))
@@ -72,12 +69,6 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Yields the folder of an IR: the embedded model's, the one that was named, or that of a temporary export."""
-    from optimum_chatglm_ov import export_model
-    from optimum_chatglm_ov.hub import has_openvino_model, resolve_checkpoint
-
-    from .embedded import embedded_model
-    from .progress import export_progress
-
     if args.model is None:
         with embedded_model(args.weight_format) as folder:
             yield folder

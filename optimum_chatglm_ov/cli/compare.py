@@ -8,7 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from .arguments import ATTENTIONS, LINEARS, check_writable
+from ..compare import compare
+from ..compilation import ATTENTIONS, LINEARS
+from .arguments import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +51,6 @@ def run(args: argparse.Namespace) -> int:
     """Compares, prints and returns the exit status."""
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
-    from ..compare import compare  # loads torch and openvino, which `--help` should not wait for
-
     measured = compare(
         args.reference,
         args.candidate,

@@ -13,11 +13,12 @@ from typing import Any
 
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..chat import PLACEHOLDER
+
 
 # What the post-processing of an answer may still change when more of it is known: ASCII punctuation next to Chinese
 # characters, blanks at the end, half a character, and a placeholder.
 _UNSETTLED = ",!:;? \n\ufffd"
-_PLACEHOLDER = "[[训练时间]]"
 
 
 class Conversation:
@@ -80,8 +81,8 @@ def _show(text: str, shown: str) -> str:
 
 def _settled(response: str) -> str:
     """The part of an unfinished response that later tokens cannot change."""
-    for length in range(min(len(_PLACEHOLDER) - 1, len(response)), 0, -1):
-        if response.endswith(_PLACEHOLDER[:length]):
+    for length in range(min(len(PLACEHOLDER) - 1, len(response)), 0, -1):
+        if response.endswith(PLACEHOLDER[:length]):
             response = response[:-length]
             break
     return response.rstrip(_UNSETTLED)

@@ -9,8 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import export_model
+from ..native.operation import KV_CACHE_PRECISIONS
 from ..quantization import FLOATING_FORMATS, refined, uses_texts
+from ..remote_code import warn_once
 from .arguments import UsageError, add_hub_arguments, add_weight_format, hub_arguments, positive_integer
+from .progress import export_progress
 
 
 # Argument names that OVWeightQuantizationConfig has too; None means that the user did not say.
@@ -108,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--kv-cache-precision",
-        choices=("u8", "bf16", "f16", "f32"),
+        choices=tuple(KV_CACHE_PRECISIONS),
         help="of the caches of --attention fused, whose f16 is bf16 (default: bf16)",
     )
     model.add_argument("--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training")
@@ -139,11 +143,6 @@ def run(args: argparse.Namespace) -> int:
     if args.kv_cache_precision is not None and args.attention == "sdpa":
         raise UsageError("--kv-cache-precision: only with --attention fused; else it is an option of chatglm-ov chat")
     weights = weight_arguments(args)
-    from optimum_chatglm_ov import export_model
-
-    from ..remote_code import warn_once
-    from .progress import export_progress
-
     if args.trust_remote_code:
         warn_once(args.model)
 

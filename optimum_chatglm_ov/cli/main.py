@@ -10,13 +10,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+import transformers
+
 from ..errors import openvino_message
 from ..signals import termination_unwinds
 from .arguments import UsageError
 
 
-# Name, module beside this one, help. A module has `add_arguments(parser)` and `run(args) -> int`, and imports what
-# takes time only in `run`.
+# Name, module beside this one, help. A module has `add_arguments(parser)` and `run(args) -> int`.
 SUBCOMMANDS = (
     ("chat", "chat", "talk to a model in the terminal"),
     ("export", "export", "export a checkpoint to OpenVINO"),
@@ -82,10 +83,8 @@ def one_line(error: BaseException) -> str:
 
 def _quiet_libraries() -> None:
     warnings.simplefilter("ignore")
-    # transformers reads it when it is imported first; a user's own choice counts
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if "transformers" in sys.modules and os.environ["TRANSFORMERS_VERBOSITY"] == "error":
-        sys.modules["transformers"].logging.set_verbosity_error()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # a user's own choice counts
+        transformers.logging.set_verbosity_error()
 
 
 def _write_unicode() -> None:

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import weakref
 from pathlib import Path
 
 import openvino as ov
 
 from .build import NativeBuildError, build_native, extension_path
+from .operation import add_extension, library
 
 
 __all__ = [
@@ -24,22 +22,13 @@ __all__ = [
     "load",
 ]
 
-_loaded: weakref.WeakSet[ov.Core] = weakref.WeakSet()
-
 
 def load(core: ov.Core) -> None:
-    """Registers the operations with a core, once; builds the library if need be.
+    """Registers the operations with a core; builds the library if need be.
 
     Raises `NativeBuildError` when there is no library and none can be built.
     """
-    if core in _loaded:
-        return
-    path = extension_path()
-    try:
-        core.add_extension(os.fspath(path))
-    except RuntimeError as error:
-        raise NativeBuildError(f"OpenVINO {ov.get_version()} does not load {path}: {error}") from error
-    _loaded.add(core)
+    add_extension(core)
 
 
 def is_fused(xml: Path) -> bool:
@@ -49,20 +38,14 @@ def is_fused(xml: Path) -> bool:
 
 def instruction_sets() -> list[str]:
     """Kernels of attention that this CPU can run, best first; `CHATGLM_OV_ISA` takes one of these names."""
-    return _names("chatglm_attention_instruction_sets")
+    return library().chatglm_attention_instruction_sets().decode().split(",")
 
 
 def linear_instruction_sets() -> list[str]:
     """The same of linear layers."""
-    return _names("chatglm_linear_instruction_sets")
+    return library().chatglm_linear_instruction_sets().decode().split(",")
 
 
 def linear_is_fast() -> bool:
     """Whether the native linear layers are meant for this CPU: it multiplies bytes (VNNI) and has no AMX."""
-    return bool(ctypes.CDLL(os.fspath(extension_path())).chatglm_linear_is_fast())
-
-
-def _names(function: str) -> list[str]:
-    names = getattr(ctypes.CDLL(os.fspath(extension_path())), function)
-    names.restype = ctypes.c_char_p
-    return names().decode().split(",")
+    return bool(library().chatglm_linear_is_fast())

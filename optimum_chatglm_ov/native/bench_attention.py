@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the attention of one model alone: the fused operation, OpenVINO's stateful and paged ones, and torch's.
 
-All compute rotary embedding (torch: not), append to the cache, and attend, on random numbers. Every figure is the best
-of a few repetitions, the ways taken in turns, so that other load on the machine hits them alike.
+All attend, and all but torch's compute rotary embedding and append to the cache, on random numbers. Every figure is
+the best of a few repetitions, the ways taken in turns, so that other load on the machine hits them alike.
 """
 
 from __future__ import annotations

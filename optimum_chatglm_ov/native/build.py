@@ -117,15 +117,22 @@ def _tbb_include_dir() -> Path:
 def built_path() -> Path:
     """Where the library of the installed OpenVINO, these sources and this compiler is cached.
 
-    Raises `NativeBuildError` without a compiler.
+    Without a compiler, where one was built with any; raises `NativeBuildError` if none was.
     """
     digest = hashlib.sha256()
-    for text in (openvino.get_version(), platform.machine(), _compiler_version(_compiler())):
+    for text in (openvino.get_version(), platform.machine()):
         digest.update(text.encode() + b"\0")
     for source in _sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    key = f"{_slug(openvino.get_version())}-{digest.hexdigest()[:16]}"
-    return cache_dir() / "native" / key / LIBRARY_NAME
+    folder = cache_dir() / "native" / f"{_slug(openvino.get_version())}-{digest.hexdigest()[:16]}"
+    try:
+        compiler = _compiler_version(_compiler())
+    except NativeBuildError:
+        built = sorted(folder.glob(f"*/{LIBRARY_NAME}"))
+        if not built or os.environ.get("CXX"):
+            raise
+        return built[0]
+    return folder / hashlib.sha256(compiler.encode()).hexdigest()[:16] / LIBRARY_NAME
 
 
 def _run(command: list[str]) -> None:

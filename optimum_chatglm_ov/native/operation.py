@@ -35,14 +35,33 @@ def cache_block_bytes(cache_precision: str, head_dim: int) -> int:
     return BLOCK_TOKENS * token_bytes[cache_precision]
 
 
+def add_extension(registry: ov.Core | NodeFactory) -> None:
+    """Makes the operations known to `registry`. Raises `NativeBuildError` without the native library."""
+    path = extension_path()
+    try:
+        registry.add_extension(os.fspath(path))
+    except RuntimeError as error:
+        raise NativeBuildError(f"OpenVINO {ov.get_version()} does not load {path}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """What the native library has beside the operations. Raises `NativeBuildError` without it."""
+    functions = ctypes.CDLL(os.fspath(extension_path()))
+    functions.chatglm_attention_instruction_sets.restype = ctypes.c_char_p
+    functions.chatglm_linear_instruction_sets.restype = ctypes.c_char_p
+    functions.chatglm_linear_panel_bytes.restype = ctypes.c_int64
+    functions.chatglm_linear_panel_bytes.argtypes = [ctypes.c_int64] * 5
+    functions.chatglm_linear_pack.restype = None
+    functions.chatglm_linear_pack.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_uint8]
+    functions.chatglm_linear_pack.argtypes += [ctypes.c_void_p] * 4
+    return functions
+
+
 @functools.lru_cache(maxsize=1)
 def _factory() -> NodeFactory:
     factory = NodeFactory("opset13")
-    path = extension_path()
-    try:
-        factory.add_extension(os.fspath(path))
-    except RuntimeError as error:
-        raise NativeBuildError(f"OpenVINO {ov.get_version()} does not load {path}: {error}") from error
+    add_extension(factory)
     return factory
 
 
@@ -103,20 +122,9 @@ class LinearFormat:
     activation_group_size: int
 
 
-@functools.lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(os.fspath(extension_path()))
-    library.chatglm_linear_panel_bytes.restype = ctypes.c_int64
-    library.chatglm_linear_panel_bytes.argtypes = [ctypes.c_int64] * 5
-    library.chatglm_linear_pack.restype = None
-    library.chatglm_linear_pack.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_uint8]
-    library.chatglm_linear_pack.argtypes += [ctypes.c_void_p] * 4
-    return library
-
-
 def _panel_bytes(format: LinearFormat, out_features: int) -> int:
     sizes = format.in_features, out_features, format.bits, format.group_size, format.activation_group_size
-    return _library().chatglm_linear_panel_bytes(*sizes)
+    return library().chatglm_linear_panel_bytes(*sizes)
 
 
 def takes_linear(format: LinearFormat, out_features: int) -> bool:
@@ -148,7 +156,7 @@ def pack_linear(
     arrays = [np.ascontiguousarray(array) for array in (integers, scales, zero_points)]
     integers, *others = (array.ctypes.data for array in arrays)
     bias = None if bias is None else np.ascontiguousarray(bias)
-    _library().chatglm_linear_pack(
+    library().chatglm_linear_pack(
         format.in_features,
         rows,
         format.bits,

@@ -17,7 +17,6 @@ from openvino import Node, Output, Type
 from openvino import opset13 as ops
 
 from .operation import (
-    BLOCK_TOKENS,
     CACHE_PRECISIONS,
     MAX_HEAD_DIM,
     cache_block_bytes,
@@ -45,12 +44,6 @@ class CacheLayout:
     prefix_tokens: int = 0
     """Tokens of a P-Tuning prefix, the first in every row; the operation stores them itself."""
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Cache memory of one token of one batch row, all layers."""
-        token = cache_block_bytes(self.cache_precision, self.head_dim) // BLOCK_TOKENS
-        return 2 * len(self.layers) * self.num_key_value_heads * token
-
     def shape(self, rows: int, blocks: int) -> tuple[int, int, int, int]:
         """Shape of one cache, u8."""
         return rows, self.num_key_value_heads, blocks, cache_block_bytes(self.cache_precision, self.head_dim)
@@ -76,7 +69,6 @@ class _Layer:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    scale: float
 
 
 def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> None:
@@ -238,8 +230,8 @@ def _match_cache(node: Node) -> tuple[Node, np.ndarray | None]:
 
 
 def _match_layer(attention: Node) -> _Layer:
-    if attention.get_input_size() < 4 or attention.get_attributes().get("causal"):
-        raise _Unrecognised(f"{attention.get_friendly_name()} has no explicit mask")
+    if attention.get_input_size() != 4 or attention.get_attributes().get("causal"):
+        raise _Unrecognised(f"{attention.get_friendly_name()} does not have a mask, and a scale of head_dim ** -0.5")
     query = _match_rotary(_source(attention, 0))
     key_states, key_prefix = _match_cache(_source(attention, 1))
     value_states, value_prefix = _match_cache(_source(attention, 2))
@@ -256,11 +248,8 @@ def _match_layer(attention: Node) -> _Layer:
         raise _Unrecognised(f"the heads of {attention.get_friendly_name()} are not merged")
     heads, head_dim = (attention.input(0).get_partial_shape()[i].get_length() for i in (1, 3))
     groups = key_states.output(0).get_partial_shape()[1].get_length()
-    if head_dim % 16 or head_dim > MAX_HEAD_DIM or heads % groups:
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         raise _Unrecognised(f"head_dim {head_dim} is not a multiple of 16 up to {MAX_HEAD_DIM}")
-    scale = head_dim**-0.5
-    if attention.get_input_size() > 4:
-        scale = float(_constant(_source(attention, 4)).ravel()[0])
     return _Layer(
         attention,
         merged[0],
@@ -273,7 +262,6 @@ def _match_layer(attention: Node) -> _Layer:
         heads,
         groups,
         head_dim,
-        scale,
     )
 
 
@@ -363,7 +351,7 @@ def _replace(
             layer.num_attention_heads,
             layer.num_key_value_heads,
             layer.head_dim,
-            layer.scale,
+            layer.head_dim**-0.5,
             cache_precision,
         )
         node.set_friendly_name(layer.attention.get_friendly_name())

@@ -32,8 +32,8 @@ class Shape:
         return self.head_dim**-0.5
 
 
-def attention_model(shape: Shape) -> ov.Model:
-    """A model that is the operation alone; inputs are named as in `INPUTS`."""
+def attention_model(shape: Shape, **other: list[int]) -> ov.Model:
+    """A model that is the operation alone; inputs are named as in `INPUTS`, `other` are shapes of some of them."""
     block = cache_block_bytes(shape.cache_precision, shape.head_dim)
     shapes = [[-1, -1, n * shape.head_dim] for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
     shapes += (
@@ -42,7 +42,7 @@ def attention_model(shape: Shape) -> ov.Model:
     types = [ov.Type.f32] * 5 + [ov.Type.u8] * 2 + [ov.Type.i32] * 4
     parameters = []
     for name, dims, element_type in zip(INPUTS, shapes, types):
-        parameter = ops.parameter(dims, element_type, name=name)
+        parameter = ops.parameter(other.get(name, dims), element_type, name=name)
         parameter.output(0).tensor.set_names({name})
         parameters.append(parameter)
     node = chatglm_attention(
@@ -56,11 +56,15 @@ def attention_model(shape: Shape) -> ov.Model:
     return ov.Model([node], parameters, "attention")
 
 
-def compile_attention(shape: Shape, precision: str = "f32", threads: int = 2) -> ov.CompiledModel:
+def compile_model(model: ov.Model, precision: str = "f32", threads: int = 2) -> ov.CompiledModel:
     core = ov.Core()
     load(core)
     config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    return core.compile_model(attention_model(shape), "CPU", config)
+    return core.compile_model(model, "CPU", config)
+
+
+def compile_attention(shape: Shape, precision: str = "f32", threads: int = 2) -> ov.CompiledModel:
+    return compile_model(attention_model(shape), precision, threads)
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@
 
 #include "kernel.hpp"
 #include "parallel.hpp"
+#include "vector.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -184,10 +185,7 @@ void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, i
         if (a.activation_type == ActivationType::f32) {
             static_cast<float*>(a.output)[output_offset + d] = value;
         } else {
-            uint32_t bits;
-            std::memcpy(&bits, &value, 4);
-            static_cast<uint16_t*>(a.output)[output_offset + d] =
-                value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+            static_cast<uint16_t*>(a.output)[output_offset + d] = to_bf16(value);
         }
     }
 }

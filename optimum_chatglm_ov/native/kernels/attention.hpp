@@ -3,7 +3,6 @@
 // flash-style attention. Nothing here knows OpenVINO, so the same sources build a stand-alone test driver.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace optimum_chatglm_ov {
@@ -22,7 +21,7 @@ enum class ActivationType { f32, bf16 };
 //   bf16 keys:   [2][head_dim / 2][16 tokens][2 channels]     values: [16][head_dim][2 tokens]
 //   i8 keys:     [2][head_dim / 4][16 tokens][4 channels]     values: [8][head_dim][4 tokens]
 //   i8 blocks end in 32 f32 scales, one for each token: value = scale * integer; keys are stored as integer + 128.
-constexpr int64_t cache_block_bytes(CachePrecision precision, int64_t head_dim) {
+static constexpr int64_t cache_block_bytes(CachePrecision precision, int64_t head_dim) {
     return precision == CachePrecision::f32    ? kBlockTokens * head_dim * 4
            : precision == CachePrecision::bf16 ? kBlockTokens * head_dim * 2
                                                : kBlockTokens * head_dim + kBlockTokens * 4;

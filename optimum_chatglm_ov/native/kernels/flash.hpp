@@ -31,9 +31,8 @@ inline void fill(float* begin, float* end, float value) {
     while (begin < end) *begin++ = value;
 }
 
-template <int kLevel>
 inline void prefetch(const uint8_t* address, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(address + i, 0, 4 - kLevel);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(address + i, 0, 3);
 }
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -546,7 +545,7 @@ private:
         const int64_t step = few && padded >= kStreamedRows ? kStreamedBlocks : count;
         for (int64_t b = 0; b < count; b += step) {
             for (int64_t next = b + step; next < lesser(b + 2 * step, count); next++)
-                prefetch<1>(panel.stored_values[next], bytes);
+                prefetch(panel.stored_values[next], bytes);
             Products::accumulate(session, scratch.weights + b * kBlockTokens, kPanelTokens, padded, scratch.factors,
                                  panel.values + b, lesser(step, count - b), head_dim,
                                  scratch.output + first * head_dim);

@@ -2,6 +2,8 @@
 // What the driver (attention.cpp) asks of the kernels of one instruction set.
 #pragma once
 
+#include <cstddef>
+
 #include "attention.hpp"
 
 namespace optimum_chatglm_ov {

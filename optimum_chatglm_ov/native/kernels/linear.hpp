@@ -4,7 +4,6 @@
 // Nothing here knows OpenVINO.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace optimum_chatglm_ov {

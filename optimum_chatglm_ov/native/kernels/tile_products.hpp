@@ -13,7 +13,6 @@ template <class Tiles>
 struct TileProducts {
     static constexpr CachePrecision kStored = CachePrecision::bf16;
     using Element = uint16_t;
-    static constexpr int kPair = 2;
     static constexpr int kPanelBlocks = 8;
     static constexpr int kRowMultiple = 16;  // buffers of rows are padded to whole tiles
 

@@ -112,6 +112,9 @@ bool ChatGLMAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVecto
     const size_t batch = query[0], length = query[1];
     outputs[0].set_shape(query);
     if (batch == 0 || length == 0) return true;
+    OPENVINO_ASSERT(cos.size() >= 3 && inputs[7].get_size() == 1,
+                    "ChatGLMAttention: cos must have 3 or 4 dimensions and past_length be one number, found ", cos,
+                    " and ", inputs[7].get_shape());
 
     AttentionArguments a{};
     a.batch = batch;

@@ -22,7 +22,8 @@ void ChatGLMRotary::validate_and_infer_types() {
     const int64_t pairs = inv_freq[0].get_length();
     ov::PartialShape output{ov::Dimension(), ov::Dimension(), 2 * pairs};
     if (positions.rank().is_static()) {
-        NODE_VALIDATION_CHECK(this, positions[0].is_static() && pairs % positions[0].get_length() == 0,
+        NODE_VALIDATION_CHECK(this, positions[0].is_static() && positions[0].get_length() > 0 &&
+                                        pairs % positions[0].get_length() == 0,
                               "the ", pairs, " frequencies must be shared evenly by the positions ", positions);
         output[0] = positions[1];
         output[1] = positions[2];
