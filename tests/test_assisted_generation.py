@@ -330,3 +330,14 @@ def test_first_generations_context_cannot_be_cropped(fused_model):
     assert past.get_seq_length() == begins
     with pytest.raises(ValueError, match="context of a chatglm-6b prompt"):
         past.crop(begins - 1)
+
+
+def test_padding_before_a_context_cannot_be_cropped(fused_model):
+    """Row 1 sees its context behind the padding, row 0 has tokens after its own there."""
+    model = fused_model("chatglm-6b-3layer-untied")
+    end = [model.config.gmask_token_id, model.config.bos_token_id]
+    ids = torch.tensor([[30, 31, *end, 32, 33, 34, 35], [3, 3, 3, 3, 30, 31, *end]])
+    past = model(ids, attention_mask=torch.tensor([[1] * 8, [0] * 4 + [1] * 4])).past_key_values
+    past.crop(7)
+    with pytest.raises(ValueError, match="the first 7 tokens are the context"):
+        past.crop(6)
