@@ -212,12 +212,12 @@ class InferenceMixin:
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
             check_input_ids(input_ids, self.config)
-            self._prepare_tensors(input_ids, settings, kwargs)
+            self._limit_length(input_ids.shape[1], settings, generation_config, kwargs)
         if (past := kwargs.get("past_key_values")) is not None:
             self._check_continuation(past, input_ids, settings)
-        if input_ids is not None:
-            self._limit_length(input_ids.shape[1], settings, generation_config, kwargs)
         try:
+            if input_ids is not None:
+                self._prepare_tensors(input_ids, settings, kwargs)
             output = super().generate(inputs, generation_config, **kwargs)
             if self._fused is not None and self._fused.past_length:  # what a search chose last
                 self._fused.reorder(self.next_beam_idx)

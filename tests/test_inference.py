@@ -127,6 +127,16 @@ def test_ways_of_generation_that_are_not_for_this_model(name, value, either_mode
         model.generate(torch.tensor([[5, 6, 7]]), **GREEDY, **{name: value})
 
 
+def test_a_refused_prompt_says_nothing_of_the_next(either_model):
+    """Its 2-D positions, which tell where a context ends."""
+    model = either_model("chatglm-6b-3layer-untied")
+    ids = prompts(model)
+    expected = model(ids).logits
+    with pytest.raises(ContextLengthError):
+        model.generate(ids, position_ids=ONES[:2, None, :10].expand(-1, 2, -1), max_new_tokens=100000)
+    np.testing.assert_array_equal(model(ids).logits.numpy(), expected.numpy())
+
+
 # Lengths -----------------------------------------------------------------------------------------------------------
 
 
