@@ -140,6 +140,7 @@ def test_a_refused_prompt_says_nothing_of_the_next(either_model):
 # Lengths -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`")
 @pytest.mark.parametrize("arguments", [{}, {"generation_config": GenerationConfig(do_sample=False)}])
 def test_without_a_length_twenty_tokens_are_generated(arguments, either_model):
     """As by any model of transformers."""
