@@ -404,7 +404,7 @@ class ChatMixin:
 
     def _generate_turn(self, prompt: torch.LongTensor, **settings: Any) -> torch.LongTensor:
         """`generate` of one prompt [1, L], which goes on from what the caches hold of it, and keeps them."""
-        with self._turn:
+        with self._turns(settings.get("assistant_model")):
             self.compile()
             prompt = prompt.to(self.device)
             settings["return_dict_in_generate"] = True

@@ -100,7 +100,7 @@ class CompilationMixin:
             self._fused_inputs = {name for port in model.inputs for name in port.names}
 
     def clear_requests(self) -> None:
-        """Gives the compiled model and its caches back; the next call compiles again."""
+        """Forgets the compiled model and its caches."""
         super().clear_requests()
         self._release_caches()
 

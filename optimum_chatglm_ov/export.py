@@ -30,7 +30,7 @@ from .native.operation import KV_CACHE_PRECISIONS
 from .native.transform import fuse_attention
 from .prefix import load_prefix
 from .prefix import tensor_shapes as prefix_shapes
-from .signals import signals_elsewhere
+from .signals import signals_elsewhere, signals_wait
 
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,8 @@ def _load_tokenizer(source: Path) -> Any | None:
     if not any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
         logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
         return None
-    return AutoTokenizer.from_pretrained(source)
+    with signals_wait():  # transformers 4 makes an ImportError of what interrupts it where there is no protobuf
+        return AutoTokenizer.from_pretrained(source)
 
 
 def _check_calibration(

@@ -43,12 +43,13 @@ def complete_folder(output: str | Path, replaces: Collection[str] = ()) -> Itera
         try:
             output.mkdir(parents=True, exist_ok=True)
             cleaning.enter_context(_locked(output))
-            folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, suffix=".partial", dir=output))
+            with signals_wait():  # once the folder is there, it is known where to clean up
+                folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, suffix=".partial", dir=output))
+                cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
         except OSError as error:
             raise ExportError(
                 f"{output}: cannot write to this folder ({error.strerror or error}). Choose one that you may write to."
             ) from error
-        cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
             yield folder
             with signals_wait():

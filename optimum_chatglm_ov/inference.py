@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,21 @@ class InferenceMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         self._turn = threading.RLock()
         super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def _turns(self, assistant: Any) -> Iterator[None]:
+        """The turn of this model and of the one that drafts for it, if that is of this class, too."""
+        models = {id(model): model for model in (self, assistant) if isinstance(model, InferenceMixin)}
+        with ExitStack() as turns:
+            for _, model in sorted(models.items()):  # by all threads in one order: two could wait for each other
+                turns.enter_context(model._turn)
+            yield
+
+    def clear_requests(self) -> None:
+        """Gives the compiled model and its caches back; the next call compiles again."""
+        with self._turn:
+            super().clear_requests()
+            self._past_length = 0
 
     def forward(
         self,
@@ -145,7 +161,8 @@ class InferenceMixin:
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     def _get_past_length(self, past_key_values: tuple | FusedCache | None = None) -> int:
-        if past_key_values is None or (self._fused is None and not isinstance(past_key_values, Cache)):
+        is_marker = self._fused is None and past_key_values == ((),) and self._past_length
+        if past_key_values is None or is_marker:
             return super()._get_past_length(past_key_values)
         if not isinstance(past_key_values, FusedCache) or not past_key_values.belongs_to(self._fused):
             raise ValueError(
@@ -203,7 +220,7 @@ class InferenceMixin:
                 `past_key_values` that are outdated or hold beams; `guidance_scale`, `penalty_alpha`, `dola_layers`,
                 `assistant_early_exit` or `prefill_chunk_size`, which are not for this model.
         """
-        with self._turn:
+        with self._turns(kwargs.get("assistant_model")):
             return self._generate(inputs, generation_config, **kwargs)
 
     def _generate(self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, **kwargs: Any):
@@ -257,14 +274,13 @@ class InferenceMixin:
         kwargs: dict[str, Any],
     ) -> None:
         """Checks lengths that were asked for, and keeps a checkpoint's own default within the context length."""
-        named = kwargs.get("max_length") or getattr(generation_config, "max_length", None)
         if settings.max_new_tokens is not None:
             self._check_context(prompt_length + settings.max_new_tokens)
             return
-        self._check_context(max(prompt_length, named or 0))
-        default = self.generation_config.max_length
-        if named is None and default not in (None, GenerationConfig().max_length):  # that one counts new tokens
-            kwargs["max_length"] = min(default, self.config.max_position_embeddings)
+        asked = kwargs.get("max_length") or getattr(generation_config, "max_length", None) or 0
+        self._check_context(max(prompt_length, asked))
+        if (settings.max_length or 0) > self.config.max_position_embeddings:
+            kwargs["max_length"] = self.config.max_position_embeddings
 
     def _check_settings(self, settings: GenerationConfig, assistant: Any) -> None:
         for name, (neutral, reason) in _UNSUPPORTED.items():

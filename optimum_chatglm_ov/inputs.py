@@ -24,7 +24,7 @@ def check_input_ids(input_ids: torch.LongTensor, config: ChatGLMConfig) -> None:
         if not 0 <= token < config.vocab_size:
             raise ValueError(
                 f"`input_ids` holds {token}, but the vocabulary of this model ends at {config.vocab_size - 1}. Take "
-                "the tokenizer of this model."
+                "the tokenizer of this model, and one of its ids as `pad_token_id`."
             )
 
 

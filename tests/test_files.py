@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 
 import pytest
 from conftest import in_child, let_others_read
@@ -223,3 +224,16 @@ def test_errors_of_the_output(output):
             (folder / "model.bin").mkdir()
             (folder / "model.bin").write_text("new")
     assert content(output) == EARLIER | FOREIGN and not hidden(output)
+
+
+def test_interrupted_as_soon_as_the_hidden_folder_is_there(tmp_path, monkeypatch):
+    def mkdtemp(**where):
+        folder = original(**where)
+        signal.raise_signal(signal.SIGINT)
+        return folder
+
+    original = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "new" / "output")
+    assert not list(tmp_path.iterdir())

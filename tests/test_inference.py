@@ -2,13 +2,14 @@
 """What a call refuses before anything is run, and what the calls around it compute all the same."""
 
 import copy
+import functools
 import threading
 
 import numpy as np
 import pytest
 import torch
 from conftest import EXACT, Golden
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
 
@@ -137,6 +138,22 @@ def test_a_refused_prompt_says_nothing_of_the_next(either_model):
     np.testing.assert_array_equal(model(ids).logits.numpy(), expected.numpy())
 
 
+def test_settings_that_mean_nothing(either_model):
+    model, ids = either_model("chatglm2-6b"), torch.tensor([[5, 6, 7]])
+    found = model.generate(ids, **GREEDY, guidance_scale=1.0, penalty_alpha=0.0)
+    np.testing.assert_array_equal(found.numpy(), model.generate(ids, **GREEDY).numpy())
+
+
+def test_several_answers_to_each_prompt_with_positions(either_model):
+    """Of a batch whose contexts are of different lengths, as chatglm-6b's own positions say."""
+    name = "chatglm-6b-3layer-untied"
+    model, inputs = either_model(name), Golden(name).inputs("batch")
+    assert inputs["position_ids"].dim() == 3
+    expected = model.generate(**inputs, **GREEDY).repeat_interleave(2, dim=0)
+    found = model.generate(**inputs, max_new_tokens=12, do_sample=True, top_k=1, num_return_sequences=2)
+    np.testing.assert_array_equal(found.numpy(), expected.numpy())
+
+
 # Lengths -----------------------------------------------------------------------------------------------------------
 
 
@@ -161,8 +178,10 @@ def test_default_length_of_a_checkpoint(either_model):
         model.generation_config.max_length = 100 * context
         long = torch.cat((torch.full((1, context - 12), 30), ids), dim=1)
         assert model.generate(long, eos_token_id=-1).shape == (1, context)
-        with pytest.raises(ContextLengthError, match=f"{context + 3} tokens"):
-            model.generate(ids, max_length=context + 3)
+        assert model.generate(long, GenerationConfig(do_sample=False, eos_token_id=-1)).shape == (1, context)
+        for asked in ({"max_length": context + 3}, {"generation_config": GenerationConfig(max_length=context + 3)}):
+            with pytest.raises(ContextLengthError, match=f"{context + 3} tokens"):
+                model.generate(ids, **asked)
     finally:
         model.generation_config = own
 
@@ -170,38 +189,100 @@ def test_default_length_of_a_checkpoint(either_model):
 # One instance, several callers -------------------------------------------------------------------------------------
 
 
-def test_threads_take_turns(either_model):
-    model = either_model("chatglm3-6b")
-    questions = [prompts(model, seed)[:1] for seed in range(4)]
-    expected = [model.generate(ids, **GREEDY).tolist() for ids in questions]
-    wrong = []
+def in_threads(*tasks):
+    """Runs the tasks at once and returns what they return, or raise."""
+    results = [None] * len(tasks)
 
-    def ask(which):
-        for _ in range(25):
-            found = model.generate(questions[which], **GREEDY).tolist()
-            if found != expected[which]:
-                wrong.append((which, found))
-
-    def ask_and_note(which):
+    def run(i):
         try:
-            ask(which)
+            results[i] = tasks[i]()
         except Exception as error:
-            wrong.append((which, error))
+            results[i] = error
 
-    threads = [threading.Thread(target=ask_and_note, args=(which,)) for which in range(4)]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(tasks))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
-    assert not wrong
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+    return results
 
 
-def test_cleared_requests_give_the_caches_back(exported):
+def repeated(task, times=20):
+    return lambda: [task() for _ in range(times)]
+
+
+def test_threads_take_turns(either_model):
+    model = either_model("chatglm3-6b")
+    questions = [prompts(model, seed)[:1] for seed in range(4)]
+    tasks = [functools.partial(lambda ids: model.generate(ids, **GREEDY).tolist(), ids) for ids in questions[:2]]
+    tasks += [functools.partial(lambda ids: model(ids).logits.tolist(), ids) for ids in questions[2:]]
+    expected = [[task()] * 20 for task in tasks]
+    assert in_threads(*map(repeated, tasks)) == expected
+
+
+def test_conversations_of_threads_take_turns(exported, either_model):
+    model, tok = either_model("chatglm3-6b"), AutoTokenizer.from_pretrained(exported("chatglm3-6b"))
+
+    def talk(query):
+        answer, history = model.chat(tok, query, do_sample=False, max_new_tokens=8)
+        return answer, model.chat(tok, "and then", history=history, do_sample=False, max_new_tokens=8)[0]
+
+    tasks = [functools.partial(talk, query) for query in ("one", "two two")]
+    expected = [[task()] * 20 for task in tasks]
+    assert in_threads(*map(repeated, tasks)) == expected
+
+
+def test_assistants_take_turns(exported, exact_model):
+    """Also two models that draft for each other."""
+    first = exact_model("chatglm3-6b", "fused")
+    second = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention="fused", ov_config=EXACT)
+    second.generation_config.do_sample = False
+    ids = prompts(first)[:1]
+    expected = [first.generate(ids, **GREEDY).tolist()] * 20
+    tasks = [
+        lambda: first.generate(ids, **GREEDY, assistant_model=second).tolist(),
+        lambda: second.generate(ids, **GREEDY, assistant_model=first).tolist(),
+        lambda: second.generate(ids, **GREEDY).tolist(),
+    ]
+    assert in_threads(*map(repeated, tasks)) == [expected] * 3
+
+
+@pytest.mark.parametrize("attention", ["fused", "sdpa"])
+def test_cleared_requests_wait_for_their_turn(attention, exported):
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention=attention, ov_config=EXACT)
+    ids = prompts(model)[:1]
+
+    def ask():
+        return model.generate(ids, **GREEDY).tolist()
+
+    expected = ask()
+    found, _ = in_threads(repeated(ask), repeated(model.clear_requests, 5))
+    assert found == [expected] * 20
+
+
+@pytest.mark.parametrize("give_back", ["clear_requests", "half"])
+def test_a_model_that_is_compiled_again_gives_the_caches_back(give_back, exported):
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention="fused", ov_config=EXACT)
     ids = Golden("chatglm3-6b").inputs("single")["input_ids"]
     output = model(ids)
     caches = model._fused
     assert caches.caches
-    model.clear_requests()
+    getattr(model, give_back)()
+    again = model(ids)
     assert not caches.caches and output.past_key_values.is_outdated
-    np.testing.assert_array_equal(model(ids).logits.numpy(), output.logits.numpy())
+    np.testing.assert_allclose(again.logits.numpy(), output.logits.numpy(), atol=0.05)
+
+
+@pytest.mark.parametrize("past", [(), ((torch.zeros(1, 2, 3, 4),) * 2,), ((),)])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_foreign_caches(name, past, exact_model):
+    """Neither are they taken for what the model holds, nor do they disturb it."""
+    model = exact_model(name)
+    ids = prompts(model)
+    expected = model(ids).logits
+    if past == ((),):
+        model.clear_requests()  # the marker of nothing
+    with pytest.raises(ValueError, match="`past_key_values` is a tuple that this model has not returned"):
+        model(ids[:, :1], past_key_values=past)
+    np.testing.assert_array_equal(model(ids).logits.numpy(), expected.numpy())

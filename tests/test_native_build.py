@@ -76,6 +76,10 @@ def test_built_ahead_it_needs_no_compiler(cache, pretend_compile, monkeypatch, t
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert extension_path() == path and len(pretend_compile) == 1
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(NativeBuildError, match="CXX is 'no-such-compiler'"):
+        extension_path()
+    monkeypatch.delenv("CXX")
     (cache / "native" / path.parents[1].name).rename(cache / "native" / "of-other-sources")
     with pytest.raises(NativeBuildError, match=r"no C\+\+ compiler found"):
         extension_path()

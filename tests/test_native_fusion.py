@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import openvino as ov
 import openvino.opset13 as ops
@@ -237,6 +240,38 @@ def test_fused_model_survives_saving(exported, tmp_path):
     again = FusedModel(tmp_path)  # fusing what is fused already changes nothing
     assert cache_layout(again.model) == cache_layout(model.model)
     np.testing.assert_allclose(again(golden["single_input_ids"]), golden["single_logits"], atol=1e-3)
+
+
+def test_memory_that_ran_out_while_the_caches_grew(exported, monkeypatch):
+    ids, new = np.arange(5, 25)[None], np.array([[7]])
+    expected = FusedModel(exported("chatglm3-6b"))
+    expected(ids)
+    model = FusedModel(exported("chatglm3-6b"))
+    model(ids)
+    given = []
+
+    def tensor(*arguments, **settings):
+        given.extend(arguments[:1] * (arguments[0] == ov.Type.u8))
+        if len(given) == 2:
+            raise MemoryError
+        return original(*arguments, **settings)
+
+    original = ov.Tensor
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(ov, "Tensor", tensor)
+        model(new.repeat(2, 0), beam_idx=[0, 0])
+    found = model(new.repeat(3, 0), beam_idx=[0, 1, 1])
+    np.testing.assert_array_equal(found, expected(new.repeat(3, 0), beam_idx=[0, 0, 0]))
+
+
+def test_released_caches_keep_nothing(exported):
+    model = FusedModel(exported("chatglm3-6b"))
+    model(np.arange(5, 25)[None])
+    request = weakref.ref(model.request)
+    model.state.release()
+    del model.request
+    gc.collect()
+    assert request() is None and not model.state.caches and model.state.past_length == 0
 
 
 def test_unknown_models_are_left_alone(exported):
