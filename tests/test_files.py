@@ -15,6 +15,7 @@ from conftest import in_child, let_others_read
 
 from optimum_chatglm_ov import ExportError
 from optimum_chatglm_ov.files import complete_folder
+from optimum_chatglm_ov.signals import termination_unwinds
 
 
 EARLIER = {"model.bin": "earlier", "model.xml": "earlier", "old.json": "earlier"}
@@ -226,14 +227,18 @@ def test_errors_of_the_output(output):
     assert content(output) == EARLIER | FOREIGN and not hidden(output)
 
 
-def test_interrupted_as_soon_as_the_hidden_folder_is_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_as_soon_as_the_hidden_folder_is_there(number, tmp_path, monkeypatch):
     def mkdtemp(**where):
         folder = original(**where)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         return folder
+
+    def interrupted():
+        with termination_unwinds():
+            write(tmp_path / "new" / "output")
 
     original = tempfile.mkdtemp
     monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "new" / "output")
+    assert in_child(interrupted) == ("KeyboardInterrupt" if number == signal.SIGINT else "SystemExit: 143")
     assert not list(tmp_path.iterdir())
