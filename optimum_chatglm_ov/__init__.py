@@ -31,8 +31,8 @@ from .tokenization import (  # noqa: E402
 )
 
 
-for auto_class in (AutoModelForCausalLM, AutoModel):  # the original repositories name their model for both
-    auto_class.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)
+AutoModel.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)  # the original repositories name it here, too
 
 __all__ = [
     "ChatGLM1Tokenizer",
