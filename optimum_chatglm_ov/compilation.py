@@ -24,7 +24,7 @@ from .native.transform import CacheLayout, cache_layout, fuse_attention
 logger = logging.getLogger(__name__)
 
 ATTENTIONS = ("sdpa", "fused", "auto")
-LINEARS = ("openvino", "fused", "auto")
+LINEARS = ("openvino", "fused", "fused-int8", "auto")
 LOGITS_TO_KEEP = "logits_to_keep"
 _GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
@@ -81,9 +81,9 @@ class CompilationMixin:
         group_size = self._activation_group_size()
         rounds = group_size >= DEFAULT_ACTIVATION_GROUP
         linear = "openvino" if self._linear == "auto" and not rounds else self._linear
-        if linear == "fused" and not rounds:
+        if linear.startswith("fused") and not rounds:
             raise ValueError(
-                "`linear='fused'` (or CHATGLM_OV_LINEAR=fused) rounds activations in groups of at least "
+                f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}) rounds activations in groups of at least "
                 f"{DEFAULT_ACTIVATION_GROUP}; found {_GROUP_SIZE} {group_size}. Leave one out."
             )
         if not self._loads_native(attention, linear, layout is not None):
@@ -111,12 +111,12 @@ class CompilationMixin:
 
     def _loads_native(self, attention: str, linear: str, holds_attention: bool) -> bool:
         """Whether the native operations are wanted, and are there."""
-        asked = [name for name, value in (("attention", attention), ("linear", linear)) if value == "fused"]
+        asked = [f"{name}={value!r}" for name, value in (("attention", attention), ("linear", linear)) if "fused" in value]
         if not asked and "auto" not in (attention, linear):
             return False
         if self._device != "CPU":
             if asked:
-                remedy = "Take a portable IR" if holds_attention else f"Leave out `{asked[0]}='fused'`"
+                remedy = "Take a portable IR" if holds_attention else f"Leave out `{asked[0]}`"
                 raise ValueError(f"The native operations run on CPU, not on {self._device}. {remedy}.")
             logger.info(f"OpenVINO's own operations are used on {self._device}.")
             return False
@@ -147,10 +147,10 @@ class CompilationMixin:
     def _fuse_linears(self, model: ov.Model, linear: str, group_size: int) -> bool:
         if linear == "openvino" or (linear == "auto" and not native.linear_is_fast()):
             return False
-        has_linears = fuse_linears(model, group_size) > 0
-        if linear == "fused" and not has_linears:
+        has_linears = fuse_linears(model, group_size, rounds_tokens=linear == "fused-int8") > 0
+        if linear.startswith("fused") and not has_linears:
             raise ValueError(
-                "`linear='fused'` (or CHATGLM_OV_LINEAR=fused): the model has no int8 or int4 linear layers that the "
+                f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}): the model has no int8 or int4 linear layers that the "
                 f"native operations take, with activations in groups of {group_size}. Leave it out."
             )
         return has_linears

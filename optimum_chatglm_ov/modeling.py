@@ -135,10 +135,11 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
                 warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto". An IR that was exported fused
                 has no other.
             linear: who computes linear layers with int8 and int4 weights: "fused" (the native operations of this
-                package; an error if they cannot), "openvino" or "auto" (the native operations on CPUs where they are
-                the faster, which multiply bytes (VNNI) and have no AMX; without `compile_only`). Both round
-                activations to 8 bits in groups of `DYNAMIC_QUANTIZATION_GROUP_SIZE`; where that property is 0, or
-                `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves them to OpenVINO. Unset: `CHATGLM_OV_LINEAR`, else
+                package; an error if they cannot), "fused-int8" (the same, on CPUs with AMX with long prompts in 8
+                bits, one scale a token), "openvino" or "auto" (the native operations on CPUs where they are the
+                faster, which multiply bytes: VNNI, AMX; without `compile_only`). With VNNI they round activations
+                to 8 bits in groups of `DYNAMIC_QUANTIZATION_GROUP_SIZE`, as OpenVINO does, with AMX to 16 bits; where
+                that property is 0, or `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves them to OpenVINO. Unset: `CHATGLM_OV_LINEAR`, else
                 "openvino" with `attention="sdpa"` and "auto" with others.
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
@@ -160,10 +161,10 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
         linear = choice("linear", linear, LINEARS, "CHATGLM_OV_LINEAR", own)
         if compile_only:
             for argument, chosen in (("attention", attention), ("linear", linear)):
-                if chosen == "fused":
+                if chosen.startswith("fused"):
                     raise ValueError(
-                        f'`compile_only` compiles the IR as it is; `{argument}="fused"` (or CHATGLM_OV_'
-                        f"{argument.upper()}=fused) changes it. Leave one out."
+                        f'`compile_only` compiles the IR as it is; `{argument}="{chosen}"` (or CHATGLM_OV_'
+                        f"{argument.upper()}={chosen}) changes it. Leave one out."
                     )
             attention, linear = "sdpa", "openvino"
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import openvino as ov
@@ -57,14 +57,19 @@ class _MLP:
     down: _Linear
 
 
-def fuse_linears(model: ov.Model, activation_group_size: int = DEFAULT_ACTIVATION_GROUP) -> int:
+def fuse_linears(
+    model: ov.Model, activation_group_size: int = DEFAULT_ACTIVATION_GROUP, rounds_tokens: bool = False
+) -> int:
     """Replaces the linear layers of `model` whose weights are 8- or 4-bit integers, in place.
 
     Args:
         model: any model; layers that are built otherwise than in this package stay as they are.
         activation_group_size: input features of a token that are rounded to 8 bits with one scale. Layers whose
             features, or groups of weights, are not multiples of it stay as they are, as do all unless it is a
-            multiple of 32: OpenVINO rounds them in groups of its own, or not.
+            multiple of 32: OpenVINO rounds them in groups of its own, or not. Kernels of CPUs with AMX round less
+            (linear.hpp).
+        rounds_tokens: whether long prompts are rounded to 8 bits with one scale a token, where that is faster (AMX) and
+            weights have 8 bits and one scale a row; but for the last layer of an MLP, whose inputs have outliers.
 
     Returns:
         The number of layers replaced.
@@ -82,6 +87,11 @@ def fuse_linears(model: ov.Model, activation_group_size: int = DEFAULT_ACTIVATIO
             if not layers & inside:
                 mlps.append(mlp)
                 inside |= layers
+    if rounds_tokens:
+        last_layers = {id(mlp.down) for mlp in mlps}
+        for linear in found:
+            if linear.format.group_size == linear.format.in_features and id(linear) not in last_layers:
+                linear.format = replace(linear.format, activation_group_size=linear.format.in_features)
     together: dict[tuple, list[_Linear]] = {}
     for linear in found:
         if id(linear) not in inside:

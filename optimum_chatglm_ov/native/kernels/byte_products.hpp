@@ -4,6 +4,7 @@
 //   Vector  the f32 vectors of as many lanes
 #pragma once
 
+#include "activation.hpp"
 #include "linear_kernel.hpp"
 #include "vector.hpp"
 
@@ -22,17 +23,12 @@ struct ByteProducts {
 
     static void quantize(const LinearFormat& f, const ActivationSource& source, const ActivationPanel& panel,
                          void* scratch) {
+        if (panel.digits == 2) return quantize_wide(f, source, panel, scratch);
         float* activated = static_cast<float*>(scratch);
         int8_t* integers = reinterpret_cast<int8_t*>(activated + f.in_features);
         const int64_t segment = segment_size(f), groups_of_segment = segment / f.activation_group_size;
         for (int64_t r = 0; r < panel.rows; r++) {
-            const float* row = source.input + r * source.stride;
-            if (source.kind != Source::plain) {
-                const float* up = source.up ? source.up + r * source.stride : nullptr;
-                for (int64_t k = 0; k < f.in_features; k += kLanes)
-                    activate(source.kind, row + k, up ? up + k : nullptr).store(activated + k);
-                row = activated;
-            }
+            const float* row = activated_row(f, source, r, activated);
             float sum = 0;
             for (int64_t g = 0; g < f.in_features / f.activation_group_size; g++) {
                 const int64_t k = g * f.activation_group_size;
@@ -47,47 +43,76 @@ struct ByteProducts {
         }
     }
 
+    // Rows of 16 bits as two of 8, the high and the low bytes, which have one scale and sum.
+    static void quantize_wide(const LinearFormat& f, const ActivationSource& source, const ActivationPanel& panel,
+                              void* scratch) {
+        float* activated = static_cast<float*>(scratch);
+        const int64_t segment = segment_size(f), size = f.activation_group_size;
+        for (int64_t r = 0; r < panel.rows; r += 2) {
+            const float* row = activated_row(f, source, r / 2, activated);
+            Vector largest = Vector::all(0.0f), none = largest;
+            for (int64_t k = 0; k < f.in_features; k += kLanes) observe(Vector::load(row + k), largest, none);
+            const float max = largest.max_lane(), steps = 32639.0f;  // 127 * 256 + 127
+            const float inverse = max > kTiny ? steps / max : 0.0f;
+            const float scale = (max > kTiny ? max / steps : 0.0f) + none.sum_lanes();
+            for (int64_t k = 0; k < f.in_features; k += size) {
+                panel.scales[k / size * panel.rows + r] = scale * 256.0f;
+                panel.scales[k / size * panel.rows + r + 1] = scale;
+            }
+            for (int64_t first = 0; first < f.in_features; first += segment) {
+                int64_t sum = 0;
+                for (int64_t k = first; k < first + segment && k < f.in_features; k++) {
+                    const float scaled = row[k] * inverse + 12582912.0f;  // the integer is in the low bits
+                    const int32_t whole = static_cast<int32_t>(as_bits(scaled) - 0x4b400000u);
+                    int8_t* place = panel.integers + k / 4 * 4 * panel.rows + r * 4 + k % 4;
+                    place[0] = static_cast<int8_t>((whole + 128) >> 8), place[4] = static_cast<int8_t>(whole);
+                    sum += whole;
+                }
+                panel.sums[first / segment * (panel.rows / 2) + r / 2] = scale * static_cast<float>(sum);
+            }
+        }
+    }
+
     // Weights x activations ----------------------------------------------------------------------------------------
 
     static void multiply(const LinearTask& task) {
-        if (task.format->bits == 8)
-            rows<kRows, 8>(task);
+        if (task.activations.digits == 2)
+            task.format->bits == 8 ? rows<kRows / 2 * 2, 8, 2>(task) : rows<kRows / 2 * 2, 4, 2>(task);
         else
-            rows<kRows, 4>(task);
+            task.format->bits == 8 ? rows<kRows, 8, 1>(task) : rows<kRows, 4, 1>(task);
     }
 
 private:
     static constexpr int64_t kAheadBytes = 4096;
     static constexpr float kTiny = 1e-30f;  // 127 / max must be finite
 
-    // x * sigmoid(x), times another layer's output; or gelu in its tanh form, which is x * sigmoid of a cubic.
     static Vector activate(Source kind, const float* input, const float* up) {
         const Vector x = Vector::load(input);
-        Vector t = x;
-        if (kind == Source::gelu) {
-            const Vector squared = Vector::multiply(x, x);
-            t = Vector::multiply(x, Vector::multiply_add(squared, Vector::all(0.0713548162726f),
-                                                         Vector::all(1.59576912161f)));  // 2 sqrt(2 / pi)
-        }
-        // exp2 takes what is not positive: with e = exp(-|t|), sigmoid is 1 / (1 + e) or e / (1 + e).
-        float values[kLanes], exponents[kLanes], e[kLanes];
-        t.store(values);
-        for (int i = 0; i < kLanes; i++) exponents[i] = -__builtin_fabsf(values[i]) * 1.44269504089f;
-        Vector::template exp2<Exp2<true>>(Vector::load(exponents)).store(e);
-        for (int i = 0; i < kLanes; i++) e[i] = (values[i] < 0 ? e[i] : 1.0f) / (1.0f + e[i]);
-        const Vector y = Vector::multiply(x, Vector::load(e));
-        return kind == Source::silu ? Vector::multiply(y, Vector::load(up)) : y;
+        return kind == Source::gelu ? gelu(x) : Vector::multiply(silu(x), Vector::load(up));
+    }
+
+    // A row of the source, which may have to be put together in `activated`.
+    static const float* activated_row(const LinearFormat& f, const ActivationSource& source, int64_t r,
+                                      float* activated) {
+        const float* row = source.input + r * source.stride;
+        if (source.kind == Source::plain) return row;
+        const float* up = source.up ? source.up + r * source.stride : nullptr;
+        for (int64_t k = 0; k < f.in_features; k += kLanes)
+            activate(source.kind, row + k, up ? up + k : nullptr).store(activated + k);
+        return activated;
+    }
+
+    // The largest magnitude of each lane, and NaN where a number is NaN or infinite.
+    static void observe(Vector v, Vector& largest, Vector& none) {
+        largest = Vector::maximum(largest, Vector::maximum(v, Vector::multiply(v, Vector::all(-1.0f))));
+        none = Vector::multiply_add(v, Vector::all(0.0f), none);
     }
 
     // Integers -127 .. 127 of a group, their sum, and the scale: NaN if one of the numbers is none.
     static float quantize_group(const float* x, int64_t size, int8_t* integers, float& total) {
-        const Vector zero = Vector::all(0.0f), minus_one = Vector::all(-1.0f);
+        const Vector zero = Vector::all(0.0f);
         Vector largest = zero, none = zero;
-        for (int64_t i = 0; i < size; i += kLanes) {
-            const Vector v = Vector::load(x + i);
-            largest = Vector::maximum(largest, Vector::maximum(v, Vector::multiply(v, minus_one)));
-            none = Vector::multiply_add(v, zero, none);
-        }
+        for (int64_t i = 0; i < size; i += kLanes) observe(Vector::load(x + i), largest, none);
         const float max = largest.max_lane();
         const Vector inverse = Vector::all(max > kTiny ? 127.0f / max : 0.0f);
         Vector sum = zero;
@@ -100,25 +125,27 @@ private:
         return (max > kTiny ? max / 127.0f : 0.0f) + none.sum_lanes();
     }
 
-    template <int kTaken, int kBits>
+    template <int kTaken, int kBits, int kDigits>
     static void rows(const LinearTask& task) {
         if (task.activations.rows == kTaken) {
             for (int64_t column = 0; column < kPanelColumns; column += kVectors * kLanes)
-                tile<kTaken, kBits>(task, column);
-        } else if constexpr (kTaken > 1) {
-            rows<kTaken - 1, kBits>(task);
+                tile<kTaken, kBits, kDigits>(task, column);
+        } else if constexpr (kTaken > kDigits) {
+            rows<kTaken - kDigits, kBits, kDigits>(task);
         }
     }
 
-    template <int kTaken, int kBits>
+    template <int kTaken, int kBits, int kDigits>
     static void tile(const LinearTask& task, int64_t column) {
+        constexpr int kResults = kTaken / kDigits;
         constexpr int64_t kGroupBytes = kActivationGroup * kPanelColumns * kBits / 8;
         const LinearFormat& f = *task.format;
         const int64_t groups = f.in_features / f.group_size, segment = segment_size(f);
         const int64_t first = task.first_segment * segment, group_size = f.activation_group_size;
         const float* bias = reinterpret_cast<const float*>(task.weights) + column;
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(task.weights + kPanelColumns * 4) + column;
-        const uint8_t* zero_points = task.weights + kPanelColumns * (4 + groups * 2) + column;
+        const float* multipliers = bias + kPanelColumns;
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(task.weights + kPanelColumns * 8) + column;
+        const uint8_t* zero_points = task.weights + kPanelColumns * (8 + groups * 2) + column;
         const uint8_t* integers =
             task.weights + panel_header_bytes(f) + first * kPanelColumns * kBits / 8 + column * 4;
         const int8_t* activations = task.activations.integers + first * kTaken;
@@ -127,7 +154,7 @@ private:
         for (int64_t s = task.first_segment; s < task.last_segment; s++) {
             const int64_t features = segment < left ? segment : left;
             left -= features;
-            Vector sums[kTaken][kVectors];
+            Vector sums[kResults][kVectors];
             for (auto& row : sums)
                 for (Vector& sum : row) sum = Vector::all(0.0f);
             for (int64_t k = 0; k < features; k += group_size) {
@@ -145,18 +172,20 @@ private:
                 for (int r = 0; r < kTaken; r++) {
                     const Vector factor = Vector::all(*factors++);
                     for (int v = 0; v < kVectors; v++)
-                        sums[r][v] = Vector::multiply_add(Bytes::to_float(products[r][v]), factor, sums[r][v]);
+                        sums[r / kDigits][v] =
+                            Vector::multiply_add(Bytes::to_float(products[r][v]), factor, sums[r / kDigits][v]);
                 }
             }
             const int64_t g = segment == f.group_size ? s * kPanelColumns : 0;  // else one group for each row
             for (int v = 0; v < kVectors; v++) {
-                const Vector scale = Bytes::from_half(scales + g + v * kLanes);
+                const Vector scale = Vector::multiply(Bytes::from_half(scales + g + v * kLanes),
+                                                      Vector::load(multipliers + v * kLanes));
                 const Vector minus_zero =
                     Vector::multiply(Bytes::from_bytes(zero_points + g + v * kLanes), Vector::all(-1.0f));
-                for (int r = 0; r < kTaken; r++) {
+                for (int r = 0; r < kResults; r++) {
                     float* output = task.output + r * task.stride + column + v * kLanes;
                     const Vector sum = Vector::multiply_add(
-                        minus_zero, Vector::all(task.activations.sums[s * kTaken + r]), sums[r][v]);
+                        minus_zero, Vector::all(task.activations.sums[s * kResults + r]), sums[r][v]);
                     const Vector before = Vector::load(s ? output : bias + v * kLanes);
                     Vector::multiply_add(scale, sum, before).store(output);
                 }
@@ -200,7 +229,8 @@ private:
 template <class Bytes>
 const LinearKernels* make_linear_kernels(const char* name) {
     using Products = ByteProducts<Bytes>;
-    static const LinearKernels kernels = {name, Products::kRows, Products::quantize, Products::multiply};
+    static const ByteKernels bytes = {Products::kRows, Bytes::kWideRows, Products::quantize, Products::multiply};
+    static const LinearKernels kernels = {name, &bytes, nullptr};
     return &kernels;
 }
 

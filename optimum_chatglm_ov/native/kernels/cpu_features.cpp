@@ -60,7 +60,8 @@ CpuFeatures detect() {
     f.avx2_vnni = f.avx2 && bit(seven_one.eax, 4);
     f.avx512_vnni = f.avx512 && bit(seven.ecx, 11);
     f.avx512_bf16 = f.avx512 && bit(seven_one.eax, 5);
-    f.amx = f.avx512_bf16 && tiles && bit(seven.edx, 22) && bit(seven.edx, 24) && request_tiles();  // BF16, TILE
+    f.avx512_fp16 = f.avx512 && bit(seven.edx, 23);
+    f.amx = f.avx512_bf16 && tiles && bit(seven.edx, 22) && bit(seven.edx, 24) && bit(seven.edx, 25) && request_tiles();  // BF16, TILE, INT8
     f.bf16_dot_is_fast = f.avx512_bf16 && time_bf16_dot() < 0.8 * time_f32_fma();
 #endif
     return f;

@@ -249,6 +249,7 @@ struct Int8Dot {
     static constexpr int kValueVectors = 2;
     static constexpr int kValueRows = 8;
     static constexpr int kLinearRows = 6;
+    static constexpr int kWideRows = 2;
     static constexpr int kLinearVectors = 2;
 
     static Operand zero() { return _mm512_setzero_si512(); }
@@ -277,6 +278,7 @@ struct Int8Dot {
     static constexpr int kValueVectors = 2;
     static constexpr int kValueRows = 6;
     static constexpr int kLinearRows = 3;
+    static constexpr int kWideRows = 1;
     static constexpr int kLinearVectors = 2;
 
     static Operand zero() { return _mm256_setzero_si256(); }

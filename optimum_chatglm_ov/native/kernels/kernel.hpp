@@ -48,7 +48,7 @@ const Kernels* amx_kernels();
 const Kernels* amx_model_kernels();
 
 struct CpuFeatures {
-    bool avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, amx;
+    bool avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, avx512_fp16, amx;
     bool bf16_dot_is_fast;  // vdpbf16ps measured to beat f32 FMA
     int64_t l2_bytes;
 };

@@ -2,6 +2,7 @@
 #include "byte_products.hpp"
 #include "dot_products.hpp"
 #include "flash.hpp"
+#include "tile_kernels.hpp"
 #include "tile_products.hpp"
 
 namespace optimum_chatglm_ov {
@@ -14,6 +15,7 @@ struct PortableBytes {
         int32_t lane[Vector::kLanes];
     };
     static constexpr int kLinearRows = 2;
+    static constexpr int kWideRows = 1;
     static constexpr int kLinearVectors = 1;
 
     static Operand load(const uint8_t* p) {
@@ -46,22 +48,8 @@ struct PortableBytes {
         for (int i = 0; i < Vector::kLanes; i++) r.lane[i] = static_cast<float>(v.lane[i]);
         return r;
     }
-    static Vector from_half(const uint16_t* p) {
-        Vector r;
-        for (int i = 0; i < Vector::kLanes; i++) {
-            const uint32_t sign = static_cast<uint32_t>(p[i] & 0x8000u) << 16, rest = p[i] & 0x7fffu;
-            const bool is_denormal = rest < 0x400;  // as an f32 it would be one too, which the CPU may take for 0
-            const float magnitude =
-                is_denormal ? static_cast<float>(rest) * 0x1p-24f : as_float((rest << 13) + (112u << 23));
-            r.lane[i] = as_float(sign | as_bits(magnitude));
-        }
-        return r;
-    }
-    static Vector from_bytes(const uint8_t* p) {
-        Vector r;
-        for (int i = 0; i < Vector::kLanes; i++) r.lane[i] = static_cast<float>(p[i]);
-        return r;
-    }
+    static Vector from_half(const uint16_t* p) { return PortableLines::from_half(p); }
+    static Vector from_bytes(const uint8_t* p) { return PortableLines::from_bytes(p); }
 };
 
 }  // namespace
@@ -76,6 +64,10 @@ const LinearKernels* portable_linear_kernels() {
 
 const Kernels* amx_model_kernels() {
     return make_kernels<TileProducts<TileModel>, PortableVector>("amx-model");
+}
+
+const LinearKernels* amx_model_linear_kernels() {
+    return make_tile_linear_kernels<TileModel, PortableLines>("amx-model", portable_linear_kernels());
 }
 
 }  // namespace optimum_chatglm_ov

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Linear layers with 8- or 4-bit weights on raw pointers. Activations are rounded to 8 bits, each group of a row with
-// a scale of its own (dynamic quantisation), and multiplied as bytes; sums are exact within a group and f32 across.
-// Nothing here knows OpenVINO.
+// Linear layers with 8- or 4-bit weights on raw pointers. On byte products, activations are rounded to 8 bits, each
+// group of a row with a scale of its own (dynamic quantisation); sums are exact within a group and f32 across. On
+// tiles, activations are rounded to bf16, weights of several groups a row, too; sums are f32. Nothing here knows
+// OpenVINO.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +24,13 @@ struct LinearFormat {
 };
 
 // Packed weights, panels of 32 output features:
-//   bias f32 [32], scales f16 [groups, 32], zero points u8 [groups, 32], zeros up to a multiple of 64 bytes,
+//   bias f32 [32], multipliers f32 [32], scales f16 [groups, 32], zero points u8 [groups, 32], zeros up to a multiple
+//   of 64 bytes; a scale is that of the format divided by its column's multiplier, a power of two, so that the largest
+//   of a column is at least 1 and less than 2,
 //   integers [in_features / 4, 32, 4]; of 4 bits [in_features / 8, 32, 4], the first 4 of 8 input features in the low
 //   halves of the bytes.
 static constexpr int64_t panel_header_bytes(const LinearFormat& f) {
-    return (kPanelColumns * (4 + f.in_features / f.group_size * 3) + 63) / 64 * 64;
+    return (kPanelColumns * (8 + f.in_features / f.group_size * 3) + 63) / 64 * 64;
 }
 static constexpr int64_t panel_bytes(const LinearFormat& f) {
     return panel_header_bytes(f) + kPanelColumns * f.in_features * f.bits / 8;
@@ -65,7 +68,7 @@ void mlp(const LinearFormat& first_format, const LinearWeights* first, Activatio
 // variable CHATGLM_OV_ISA names another of them.
 const char* linear_instruction_sets();
 
-// Whether these kernels are the fastest way on this CPU: it multiplies bytes, and has no tiles.
+// Whether these kernels are the fastest way on this CPU: it multiplies bytes.
 bool linear_is_fast();
 
 }  // namespace optimum_chatglm_ov

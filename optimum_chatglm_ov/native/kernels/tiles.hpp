@@ -54,6 +54,12 @@ public:
             std::memcpy(tiles_[T][r], static_cast<const uint8_t*>(base) + r * stride, configuration_.row_bytes[T]);
     }
 
+    // For what will not be read again soon: it does not displace what the first-level cache holds.
+    template <int T>
+    void load_streamed(const void* base, int64_t stride) {
+        load<T>(base, stride);
+    }
+
     template <int T>
     void zero() {
         check(T);
@@ -97,6 +103,30 @@ public:
         for (int m = k.rows[C]; m < kRows; m++) std::memset(tiles_[C][m], 0, kRowBytes);
     }
 
+    // Signed bytes of A times unsigned ones of B, in fours; sums wrap around.
+    template <int C, int A, int B>
+    void dot_bytes() {
+        static_assert(C != A && C != B && A != B, "tdpbsud needs three different tiles");
+        check(A), check(B), check(C);
+        const auto& k = configuration_;
+        require(k.row_bytes[A] % 4 == 0 && k.row_bytes[B] % 4 == 0 && k.row_bytes[C] % 4 == 0, "bytes of a row");
+        require(k.rows[C] == k.rows[A] && k.row_bytes[C] == k.row_bytes[B] && k.row_bytes[A] / 4 == k.rows[B],
+                "shapes do not match");
+        for (int m = 0; m < k.rows[C]; m++)
+            for (int n = 0; n < k.row_bytes[C] / 4; n++) {
+                uint32_t sum;
+                std::memcpy(&sum, tiles_[C][m] + 4 * n, 4);
+                for (int i = 0; i < k.row_bytes[A]; i++)
+                    sum += static_cast<uint32_t>(static_cast<int8_t>(tiles_[A][m][i]) *
+                                                 tiles_[B][i / 4][4 * n + i % 4]);
+                std::memcpy(tiles_[C][m] + 4 * n, &sum, 4);
+            }
+        for (int m = 0; m < kRows; m++) {
+            const int bytes = m < k.rows[C] ? k.row_bytes[C] : 0;
+            std::memset(tiles_[C][m] + bytes, 0, kRowBytes - bytes);
+        }
+    }
+
 private:
     static constexpr int kTiles = 8, kRows = 16, kRowBytes = 64;
 
@@ -132,6 +162,10 @@ public:
         asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(stride), "i"(T) : "memory");
     }
     template <int T>
+    void load_streamed(const void* base, int64_t stride) {
+        asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(stride), "i"(T) : "memory");
+    }
+    template <int T>
     void zero() {
         asm volatile("tilezero %%tmm%c0" ::"i"(T));
     }
@@ -142,6 +176,10 @@ public:
     template <int C, int A, int B>
     void dot() {
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    }
+    template <int C, int A, int B>
+    void dot_bytes() {
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
 };
 #endif

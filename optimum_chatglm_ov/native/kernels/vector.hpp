@@ -86,6 +86,14 @@ struct PortableVector {
         for (int i = 0; i < kLanes; i++) a.lane[i] = a.lane[i] < b.lane[i] ? b.lane[i] : a.lane[i];
         return a;
     }
+    static PortableVector minimum(PortableVector a, PortableVector b) {
+        for (int i = 0; i < kLanes; i++) a.lane[i] = b.lane[i] < a.lane[i] ? b.lane[i] : a.lane[i];
+        return a;
+    }
+    static PortableVector divide(PortableVector a, PortableVector b) {
+        for (int i = 0; i < kLanes; i++) a.lane[i] /= b.lane[i];
+        return a;
+    }
     float max_lane() const {
         float m = lane[0];
         for (float v : lane) m = m < v ? v : m;
@@ -137,6 +145,8 @@ struct Avx2Vector {
         return {_mm256_fmadd_ps(a.v, b.v, c.v)};
     }
     static Avx2Vector maximum(Avx2Vector a, Avx2Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
+    static Avx2Vector minimum(Avx2Vector a, Avx2Vector b) { return {_mm256_min_ps(b.v, a.v)}; }  // a NaN in a stays
+    static Avx2Vector divide(Avx2Vector a, Avx2Vector b) { return {_mm256_div_ps(a.v, b.v)}; }
     float max_lane() const {
         __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -195,6 +205,8 @@ struct Avx512Vector {
         return {_mm512_fmadd_ps(a.v, b.v, c.v)};
     }
     static Avx512Vector maximum(Avx512Vector a, Avx512Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
+    static Avx512Vector minimum(Avx512Vector a, Avx512Vector b) { return {_mm512_min_ps(b.v, a.v)}; }  // a NaN stays
+    static Avx512Vector divide(Avx512Vector a, Avx512Vector b) { return {_mm512_div_ps(a.v, b.v)}; }
     float max_lane() const { return _mm512_reduce_max_ps(v); }
     float sum_lanes() const { return _mm512_reduce_add_ps(v); }
     template <class Polynomial>
