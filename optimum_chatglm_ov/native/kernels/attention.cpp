@@ -140,11 +140,11 @@ struct Division {
     int64_t queries, query_parts, key_parts, blocks_per_part;
 };
 
-Division divide(const AttentionArguments& a, int64_t blocks, int64_t concurrency) {
+Division divide(const AttentionArguments& a, const Kernels& kernels, int64_t blocks, int64_t concurrency) {
     const int64_t group = a.num_attention_heads / a.num_key_value_heads;
     // A task's queries and sums take a quarter of the second-level cache, beside a panel of keys and values.
     const int64_t cached_rows = cpu_features().l2_bytes / 4 / (a.head_dim * 6);
-    const int64_t rows = std::min<int64_t>(std::max<int64_t>(cached_rows / 32 * 32, 32), 256);
+    const int64_t rows = std::min<int64_t>(std::max<int64_t>(cached_rows / 32 * 32, 32), kernels.max_rows);
     const int64_t heads = a.batch * a.num_key_value_heads, wanted = 4 * concurrency;
     Division d;
     d.queries = std::max<int64_t>(rows / group, 1);
@@ -193,7 +193,7 @@ void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, i
 void attend(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {
     const int64_t blocks = ceil_divide(a.past_length + a.query_length, kBlockTokens);
     const std::vector<BlockView> views = view_blocks(a, blocks);
-    const Division d = divide(a, blocks, executor.concurrency());
+    const Division d = divide(a, kernels, blocks, executor.concurrency());
     const int64_t group = a.num_attention_heads / a.num_key_value_heads, rows = d.queries * group;
     const int64_t units = a.batch * a.num_key_value_heads * d.query_parts;
     const size_t scratch_bytes = kernels.scratch_bytes(a, rows);

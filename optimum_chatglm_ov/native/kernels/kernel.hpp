@@ -35,6 +35,7 @@ struct Kernels {
     size_t (*scratch_bytes)(const AttentionArguments&, int64_t rows);
     void (*attend)(const AttentionArguments&, const AttendTask&, void* scratch);
     bool (*accepts)(int64_t head_dim, CachePrecision);
+    int64_t max_rows;  // of a task; more would gain nothing
 };
 
 // Null where the build's target has no such instructions; whether the CPU has them is the caller's check.

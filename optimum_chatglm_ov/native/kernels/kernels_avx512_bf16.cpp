@@ -4,7 +4,7 @@
 
 #include "dot_products.hpp"
 #include "flash.hpp"
-#include "tile_products.hpp"
+#include "tile_flash.hpp"
 
 namespace optimum_chatglm_ov {
 
@@ -39,7 +39,7 @@ const Kernels* avx512_bf16_kernels() {
     return make_kernels<DotProducts<Bf16Dot>, Avx512Vector>("avx512-bf16");
 }
 const Kernels* amx_kernels() {
-    return make_kernels<TileProducts<TileInstructions>, Avx512Vector>("amx");
+    return make_tile_kernels<TileInstructions, Avx512Vector>("amx");
 }
 double time_bf16_dot() {
     return time_multiply_adds<Bf16Dot>();

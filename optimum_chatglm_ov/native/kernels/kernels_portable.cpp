@@ -2,7 +2,7 @@
 #include "byte_products.hpp"
 #include "dot_products.hpp"
 #include "flash.hpp"
-#include "tile_products.hpp"
+#include "tile_flash.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -75,7 +75,7 @@ const LinearKernels* portable_linear_kernels() {
 }
 
 const Kernels* amx_model_kernels() {
-    return make_kernels<TileProducts<TileModel>, PortableVector>("amx-model");
+    return make_tile_kernels<TileModel, PortableVector>("amx-model");
 }
 
 }  // namespace optimum_chatglm_ov

@@ -96,11 +96,16 @@ struct PortableVector {
         for (float v : lane) s += v;
         return s;
     }
-    // 2^x for x <= 0; exactly 0 below -126.5.
+    bool all_below(float limit) const {
+        bool all = true;
+        for (float v : lane) all = all && v < limit;
+        return all;
+    }
+    // 2^x, exactly 0 below -126.5, infinite from 128 on. The one for AVX2 is for x <= 0.
     template <class Polynomial>
     static PortableVector exp2(PortableVector x) {
         for (float& v : x.lane) {
-            const float clamped = v < -127.0f ? -127.0f : v;
+            const float clamped = v < -127.0f ? -127.0f : v > 128.0f ? 128.0f : v;
             const float whole = clamped == clamped ? std::nearbyint(clamped) : 0.0f;
             const float f = clamped - whole;
             float p = Polynomial::kTerms[Polynomial::kDegree];
@@ -197,6 +202,9 @@ struct Avx512Vector {
     static Avx512Vector maximum(Avx512Vector a, Avx512Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
     float max_lane() const { return _mm512_reduce_max_ps(v); }
     float sum_lanes() const { return _mm512_reduce_add_ps(v); }
+    bool all_below(float limit) const {  // not so if one is a NaN
+        return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_NLT_UQ) == 0;
+    }
     template <class Polynomial>
     static Avx512Vector exp2(Avx512Vector x) {
         // Below -126.5 to zero, as on the other instruction sets: no denormal weights. A NaN stays.
@@ -221,6 +229,9 @@ struct Avx512Vector {
 #    if defined(__AVX512BF16__)
     void store_bf16(uint16_t* p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+    static void store_bf16(uint16_t* p, Avx512Vector first, Avx512Vector second) {
+        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
     }
 #    endif
 };
