@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <sstream>
@@ -96,7 +97,7 @@ double tile_peak(const Executor& executor) {
 }
 
 struct Layer {
-    std::vector<uint8_t> keys, values;
+    Buffer keys, values;
 };
 
 // Everything of one call, and its caches; each call takes the next layer's.
@@ -105,7 +106,7 @@ struct Problem {
     std::vector<float> query, key, value, cos, sin, output;
     std::vector<int32_t> beam_table, mask;
     std::vector<Layer> layers;
-    size_t next = 0;
+    size_t bytes, next = 0;  // bytes of one cache
 
     Problem(int64_t kv_heads, int64_t tokens, int64_t past, CachePrecision precision) {
         std::mt19937 generator;
@@ -129,11 +130,18 @@ struct Problem {
         a.cache_blocks = (past + tokens + kBlockTokens - 1) / kBlockTokens;
         a.beam_table = beam_table.data(), a.beam_table_stride = past;
         a.attention_mask = mask.data(), a.attention_mask_stride = past + tokens;
-        const size_t bytes = kv_heads * a.cache_blocks * cache_block_bytes(precision, kHeadDim);
+        bytes = kv_heads * a.cache_blocks * cache_block_bytes(precision, kHeadDim);
         for (int64_t i = 0; i < (past ? kDecodeLayers : 1); i++) {
-            layers.push_back({std::vector<uint8_t>(bytes), std::vector<uint8_t>(bytes)});
-            if (past) append(random(past * a.key_stride), layers.back());
+            layers.emplace_back();
+            std::memset(layers[i].keys.reserve(bytes), 0, bytes);
+            std::memset(layers[i].values.reserve(bytes), 0, bytes);
+            if (past) append(random(past * a.key_stride), layers[i]);
         }
+    }
+
+    void use(AttentionArguments& arguments, Layer& layer) const {
+        arguments.key_cache = static_cast<uint8_t*>(layer.keys.reserve(bytes));
+        arguments.value_cache = static_cast<uint8_t*>(layer.values.reserve(bytes));
     }
 
     // Keys and values of the past.
@@ -141,12 +149,12 @@ struct Problem {
         AttentionArguments before = a;
         before.query_length = a.past_length, before.past_length = 0, before.rotary_dim = 0;
         before.key = before.value = numbers.data();
-        before.key_cache = layer.keys.data(), before.value_cache = layer.values.data();
+        use(before, layer);
         append_to_cache(before, Pool(1));
     }
 
     double seconds(const Executor& executor, const char* instruction_set) {
-        a.key_cache = layers[next].keys.data(), a.value_cache = layers[next].values.data();
+        use(a, layers[next]);
         next = (next + 1) % layers.size();
         return seconds_of([&] { fused_attention(a, executor, instruction_set); });
     }
@@ -155,7 +163,7 @@ struct Problem {
         const double n = a.query_length, pairs = n * a.past_length + n * (n + 1) / 2;
         return 4 * pairs * kHeads * kHeadDim;
     }
-    double cache_bytes() const { return layers[0].keys.size() * 2.0; }
+    double cache_bytes() const { return bytes * 2.0; }
 };
 
 struct Row {

@@ -90,13 +90,13 @@ public:
     }
 
 private:
-    static constexpr int64_t kGroupRows = 32, kTileRows = 16;
+    static constexpr int64_t kGroupRows = 32, kTileRows = 16, kSliceRows = 4;
     static constexpr int64_t kTileFloats = 256, kTileElements = 512;
     static constexpr int64_t kPanelBlocks = 8;
     static constexpr int64_t kFirstBlocks = 2;  // of the first panel, whose softmax nothing overlaps
     static constexpr int64_t kPanels = 3;       // that items in flight may be of
     static constexpr int64_t kItems = 8;        // at most in flight
-    static constexpr int64_t kRing = 4;         // blocks of scores that wait for their softmax
+    static constexpr int64_t kRing = 3;         // blocks of scores that wait for their softmax
     static constexpr int64_t kBlockScores = kGroupRows * kBlockTokens;
     static constexpr int64_t kFewRows = 64;  // tasks of so few would wait for memory
     static constexpr int64_t kBlocksAhead = 2;
@@ -167,7 +167,7 @@ private:
           rows_((task.last_query - task.first_query) * heads_),
           context_length_(a.context_length ? a.context_length[task.batch] : 0),
           steps_(a.head_dim / 32),
-          slice_rows_(greater<int64_t>(512 / a.head_dim, 1)),
+          slices_((128 + a.head_dim - 1) / a.head_dim),
           scale_(a.scale * 1.44269504f),  // the softmax runs on powers of two
           scratch_(a, round_up(rows_, kGroupRows), memory) {
         TileConfiguration c;
@@ -235,7 +235,7 @@ private:
         for (int64_t b = 0; b < count; b++) {
             while (scored_ - weighed_ >= kRing) press_on();
             Waiting& waiting = waiting_[scored_ % kRing];
-            waiting = {&item, b, is_masked(item, b)};
+            waiting = {&item, b};
             score_block(item, b, scratch_.ring + scored_ % kRing * kBlockScores);
             scored_++;
             settle();
@@ -249,23 +249,45 @@ private:
         }
     }
 
-    // Rows of scores become weights, if any wait and there is room for them. Between tile products: leaves tiles alone.
+    // A few rows of scores become weights, if any wait. Between tile products: leaves tiles alone.
     __attribute__((always_inline)) void weigh_slice() {
-        if (weighed_ == scored_ || has_huge_sums_) return;
+        for (int64_t i = 0; i < slices_; i++) {
+            if (slice_.rows == 0 && !begin_block()) return;
+            weigh_rows(slice_, scale_);
+            if (slice_.rows == 0) finish_block();
+        }
+    }
+
+    // False if no block of scores waits, or there is no room for its weights.
+    __attribute__((noinline)) bool begin_block() {
+        if (weighed_ == scored_ || has_huge_sums_) return false;
         const Waiting& waiting = waiting_[weighed_ % kRing];
+        if (waiting.item->number - valued_items_ >= 2) return false;  // its weights are still an earlier item's
+        begin_block(*waiting.item, waiting.block, scratch_.ring + weighed_ % kRing * kBlockScores);
+        return true;
+    }
+
+    void begin_block(const Item& item, int64_t b, float* scores) {
+        if (is_masked(item, b))
+            for (int64_t r = 0; r < item.rows; r++) mask(item, b, r, scores + row_offset(r, 2 * kTileFloats));
+        const int64_t row = item.group * kGroupRows;
+        const int second = scratch_.state[item.group] & kSecondSums;
+        slice_ = {item.rows,
+                  scores,
+                  scratch_.weights + (item.number % 2 * kPanelBlocks + b) * kBlockScores,
+                  scratch_.sums[b == 0 ? second : !second] + row * 16,
+                  scratch_.sums[!second] + row * 16,
+                  scratch_.shift + row};
+    }
+
+    __attribute__((noinline)) void finish_block() {
+        const Waiting& waiting = waiting_[weighed_++ % kRing];
         const Item& item = *waiting.item;
-        if (item.number - valued_items_ >= 2) return;  // its weights are still those of an earlier item
-        const int64_t last = lesser(row_ + slice_rows_, item.rows);
-        weigh(item, waiting.block, waiting.is_masked, scratch_.ring + weighed_ % kRing * kBlockScores, row_, last);
-        row_ = last;
-        if (row_ < item.rows) return;
-        row_ = 0;
-        weighed_++;
         if (waiting.block < item.count - 1) return;
-        if (found_huge_)
-            has_huge_sums_ = true;
-        else
-            finish_item(item);
+        const float* sums = scratch_.sums[!(scratch_.state[item.group] & kSecondSums)] + item.group * kGroupRows * 16;
+        for (int64_t i = 0; i < item.rows * 16; i += Vector::kLanes)
+            has_huge_sums_ = has_huge_sums_ || !Vector::load(sums + i).all_below(kHuge);
+        if (!has_huge_sums_) finish_item(item);
     }
 
     void finish_item(const Item& item) {
@@ -327,10 +349,12 @@ private:
                 Vector::multiply(Vector::load(output), factor).store(output);
             }
         }
-        for (int64_t b = 0; b < item.count; b++)
-            weigh(item, b, false, scratch_.scores + b * kBlockScores, 0, item.rows);
+        for (int64_t b = 0; b < item.count; b++) {
+            begin_block(item, b, scratch_.scores + b * kBlockScores);
+            while (slice_.rows) weigh_rows(slice_, scale_);
+        }
         if (has_references) scratch_.state[item.group] |= kHasReferences;
-        has_huge_sums_ = found_huge_ = false;
+        has_huge_sums_ = false;
         finish_item(item);
     }
 
@@ -353,36 +377,46 @@ private:
         }
     }
 
-    __attribute__((always_inline)) void weigh(const Item& item, int64_t b, bool is_masked, float* scores,
-                                              int64_t first, int64_t last) {
-        const int64_t rows = item.group * kGroupRows;
-        const int second = scratch_.state[item.group] & kSecondSums;
-        const float* __restrict before = scratch_.sums[b == 0 ? second : !second] + rows * 16;
-        float* __restrict after = scratch_.sums[!second] + rows * 16;
-        const float* shifts = scratch_.shift + rows;
-        uint16_t* weights = scratch_.weights + (item.number % 2 * kPanelBlocks + b) * kBlockScores;
-        const Vector factor = Vector::all(scale_);
-        const auto weight = [&](const float* score, Vector shift) {
-            return Vector::template exp2<Exp2<false>>(Vector::multiply_add(Vector::load(score), factor, shift));
-        };
-        for (int64_t r = first; r < last; r++) {
-            float* row = scores + row_offset(r, 2 * kTileFloats);
-            if (__builtin_expect(is_masked, 0)) mask(item, b, r, row);
-            uint16_t* target = weights + r * 32;
-            const Vector shift = Vector::all(shifts[r]);
+    // What is left of a block of scores: rows, and where the next one's parts are.
+    struct Slice {
+        int64_t rows;
+        const float* scores;
+        uint16_t* weights;
+        const float* before;  // sums
+        float* after;
+        const float* shift;
+    };
+
+    __attribute__((always_inline)) static void weigh_rows(Slice& slice, float scale) {
+        const Vector factor = Vector::all(scale);
+        const float* const scores = slice.scores;
+        uint16_t* const weights = slice.weights;
+        const float* const before = slice.before;
+        float* const after = slice.after;
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kSliceRows; r++) {
+            const Vector shift = Vector::all(slice.shift[r]);
+            const auto weight = [&](int64_t j) {
+                return Vector::weight(Vector::multiply_add(Vector::load(scores + r * 16 + j), factor, shift));
+            };
+#pragma GCC unroll 2
             for (int64_t j = 0; j < 16; j += Vector::kLanes) {
-                const Vector left = weight(row + j, shift), right = weight(row + kTileFloats + j, shift);
-                const Vector sum = Vector::add(Vector::load(before + r * 16 + j), Vector::add(left, right));
-                sum.store(after + r * 16 + j);
+                const Vector left = weight(j), right = weight(kTileFloats + j);
+                Vector::add(Vector::load(before + r * 16 + j), Vector::add(left, right)).store(after + r * 16 + j);
                 if constexpr (Vector::kLanes == 16) {
-                    Vector::store_bf16(target, left, right);
+                    Vector::store_bf16(weights + r * 32, left, right);
                 } else {
-                    left.store_bf16(target + j);
-                    right.store_bf16(target + 16 + j);
+                    left.store_bf16(weights + r * 32 + j);
+                    right.store_bf16(weights + r * 32 + 16 + j);
                 }
-                if (b == item.count - 1 && !sum.all_below(kHuge)) found_huge_ = true;
             }
         }
+        slice.rows -= kSliceRows;
+        slice.scores += kSliceRows * 16 + (slice.rows == kTileRows ? kTileFloats : 0);
+        slice.weights += kSliceRows * 32;
+        slice.before += kSliceRows * 16;
+        slice.after += kSliceRows * 16;
+        slice.shift += kSliceRows;
     }
 
     // ---- products. Tiles 0..3: sums [row tile][column tile]; 4, 5: left operand; 6, 7: right operand.
@@ -520,37 +554,43 @@ private:
             Vector sums = Vector::load(lanes);
             for (int64_t j = Vector::kLanes; j < 16; j += Vector::kLanes) sums = Vector::add(sums, Vector::load(lanes + j));
             const float sum = sums.sum_lanes();
-            const Vector factor = Vector::all(task_.partial_output ? 1.0f : sum > 0 ? 1.0f / sum : sum);
-            if (task_.partial_output) {
-                task_.partial_max[r] = scratch_.reference[r];
-                task_.partial_sum[r] = sum;
-            }
+            const float* source = output_at(r, 0);
+            const Vector one = Vector::all(1.0f), factor = Vector::all(sum > 0 ? 1.0f / sum : sum);
             const int64_t token = task_.first_query + r / heads_, head = task_.kv_head * heads_ + r % heads_;
             const int64_t offset =
                 ((task_.batch * a_.query_length + token) * a_.num_attention_heads + head) * head_dim_;
-            for (int64_t d = 0; d < head_dim_; d += Vector::kLanes) {
-                const Vector result = Vector::multiply(Vector::load(output_at(r, d)), factor);
-                if (task_.partial_output)
-                    result.store(task_.partial_output + r * head_dim_ + d);
-                else if (a_.activation_type == ActivationType::f32)
-                    result.store(static_cast<float*>(a_.output) + offset + d);
-                else
-                    result.store_bf16(static_cast<uint16_t*>(a_.output) + offset + d);
+            if (task_.partial_output) {
+                task_.partial_max[r] = scratch_.reference[r];
+                task_.partial_sum[r] = sum;
+                write_row(source, one, [&](Vector v, int64_t d) { v.store(task_.partial_output + r * head_dim_ + d); });
+            } else if (a_.activation_type == ActivationType::f32) {
+                float* target = static_cast<float*>(a_.output) + offset;
+                write_row(source, factor, [&](Vector v, int64_t d) { v.store(target + d); });
+            } else {
+                uint16_t* target = static_cast<uint16_t*>(a_.output) + offset;
+                write_row(source, factor, [&](Vector v, int64_t d) { v.store_bf16(target + d); });
             }
         }
+    }
+
+    // A row of outputs, times `factor`.
+    template <class Write>
+    __attribute__((always_inline)) void write_row(const float* source, Vector factor, const Write& write) {
+        for (int64_t d = 0; d < head_dim_; d += 16, source += kTileFloats)
+            for (int64_t j = 0; j < 16; j += Vector::kLanes)
+                write(Vector::multiply(Vector::load(source + j), factor), d + j);
     }
 
     struct Waiting {
         const Item* item;
         int64_t block;
-        bool is_masked;
     };
 
     const AttentionArguments& a_;
     const AttendTask& task_;
     const int64_t head_dim_, heads_, rows_, context_length_;
     const int64_t steps_;       // of four products, of a block's scores
-    const int64_t slice_rows_;  // so many after each step keep pace with the products
+    const int64_t slices_;  // that keep pace with the products, after each step
     const float scale_;
     const Scratch scratch_;
     Tiles tiles_;
@@ -559,10 +599,9 @@ private:
     Waiting waiting_[kRing];
     int64_t scored_items_ = 0, weighed_items_ = 0, valued_items_ = 0;
     int64_t scored_ = 0, weighed_ = 0;  // blocks
-    int64_t row_ = 0;                   // of the block that is being weighed
+    Slice slice_{};                     // of the first of them that waits
     int64_t channel_ = 0;               // of the item whose values are being added up
     int64_t owed_ = 0;                  // steps of such products
-    bool found_huge_ = false;           // in the item that is being weighed
     bool has_huge_sums_ = false;        // the item just weighed must be done again
 };
 
