@@ -103,7 +103,8 @@ struct InstructionSet {
     }
 
     double tolerance(const AttentionArguments& a) const {
-        if (a.cache_precision == CachePrecision::i8) return name.find("vnni") != std::string::npos ? 3e-2 : 2e-2;
+        const bool multiplies_bytes = name.find("vnni") != std::string::npos || name.find("amx") != std::string::npos;
+        if (a.cache_precision == CachePrecision::i8) return multiplies_bytes ? 3e-2 : 2e-2;
         if (a.cache_precision == CachePrecision::bf16 || name.find("bf16") != std::string::npos) return 1e-2;
         return a.activation_type == ActivationType::bf16 ? 5e-3 : 2e-5;
     }

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "flash.hpp"
+#include "tile_products.hpp"
 #include "tiles.hpp"
 
 namespace optimum_chatglm_ov {
@@ -76,17 +77,25 @@ class TileFlash {
 public:
     static constexpr int64_t kMaxRows = 512;  // of a task, beyond which longer ones gain nothing
 
-    // An int8 cache is converted panel by panel, its scales included.
+    // An int8 cache is converted panel by panel, its scales included; for few queries that would take longer than the
+    // rest, and bytes are multiplied.
+    using FewQueries = Flash<ByteTileProducts<Tiles, Vector>, Vector>;
+
     static bool accepts(int64_t head_dim, CachePrecision precision) {
         return head_dim % 32 == 0 && precision != CachePrecision::f32;
     }
 
     static size_t scratch_bytes(const AttentionArguments& a, int64_t rows) {
-        return Scratch(a, round_up(rows, kGroupRows), nullptr).bytes;
+        const size_t bytes = Scratch(a, round_up(rows, kGroupRows), nullptr).bytes;
+        return greater(bytes, FewQueries::scratch_bytes(a, lesser(rows, kFewRows)));
     }
 
     static void attend(const AttentionArguments& a, const AttendTask& task, void* memory) {
-        TileFlash(a, task, memory).run();
+        const int64_t rows = (task.last_query - task.first_query) * (a.num_attention_heads / a.num_key_value_heads);
+        if (a.cache_precision == CachePrecision::i8 && rows <= kFewRows)
+            FewQueries::attend(a, task, memory);
+        else
+            TileFlash(a, task, memory).run();
     }
 
 private:

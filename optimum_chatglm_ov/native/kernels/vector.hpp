@@ -78,6 +78,10 @@ struct PortableVector {
         for (int i = 0; i < kLanes; i++) a.lane[i] += b.lane[i];
         return a;
     }
+    static PortableVector subtract(PortableVector a, PortableVector b) {
+        for (int i = 0; i < kLanes; i++) a.lane[i] -= b.lane[i];
+        return a;
+    }
     static PortableVector multiply_add(PortableVector a, PortableVector b, PortableVector c) {
         for (int i = 0; i < kLanes; i++) c.lane[i] += a.lane[i] * b.lane[i];
         return c;
@@ -121,6 +125,16 @@ struct PortableVector {
     static PortableVector round(PortableVector x) {
         for (float& v : x.lane) v = std::nearbyint(v);
         return x;
+    }
+    static PortableVector load_integers(const float* p) {
+        PortableVector r;
+        for (int i = 0; i < kLanes; i++) r.lane[i] = static_cast<float>(static_cast<int32_t>(as_bits(p[i])));
+        return r;
+    }
+    // Whole numbers as bytes, the nearest of 0 .. 255; of a NaN some byte.
+    void store_bytes(uint8_t* p) const {
+        for (int i = 0; i < kLanes; i++)
+            p[i] = lane[i] > 0.0f ? static_cast<uint8_t>(lane[i] < 255.0f ? lane[i] : 255.0f) : 0;
     }
     // Whole numbers -128 .. 127; of others some byte.
     void store_signed_bytes(int8_t* p) const {
