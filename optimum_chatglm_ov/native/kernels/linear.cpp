@@ -29,11 +29,14 @@ const std::vector<const LinearKernels*>& all_kernels() {
     return kernels;
 }
 
+// The best, or the one that was asked for. A name that only attention knows asks for nothing here.
 const LinearKernels& choose_kernels(const char* name) {
-    if (!name) name = std::getenv("CHATGLM_OV_ISA");
+    if (!name || !*name) name = std::getenv("CHATGLM_OV_ISA");
+    if (!name || !*name) return *all_kernels().front();
     for (const LinearKernels* k : all_kernels())
-        if (name && std::strcmp(name, k->name) == 0) return *k;
-    return *all_kernels().front();  // other names are those of attention kernels
+        if (std::strcmp(name, k->name) == 0) return *k;
+    require_known_instruction_set(name);
+    return *all_kernels().front();
 }
 
 // Of each thread that runs inferences: fresh memory would be cleared by the system, again for each layer.
