@@ -22,10 +22,9 @@ namespace {
 // Four bytes of each of 16 lanes, times scales of their own -> two lines of bf16 pairs.
 inline void convert_fours(const uint8_t* source, __m512i flip, const __m512* scales, uint16_t* first,
                           uint16_t* second) {
-    const __m512i order =
-        _mm512_or_si512(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                        _mm512_slli_epi32(_mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16),
-                                          16));
+    alignas(64) static constexpr uint16_t kInTurns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_load_si512(kInTurns);
     const __m512i fours = _mm512_xor_si512(_mm512_loadu_si512(source), flip);
     const auto scaled = [&](__m512i integers, int i) { return _mm512_mul_ps(_mm512_cvtepi32_ps(integers), scales[i]); };
     const __m512 a = scaled(_mm512_srai_epi32(_mm512_slli_epi32(fours, 24), 24), 0);
@@ -107,8 +106,7 @@ private:
     static constexpr int64_t kItems = 8;        // at most in flight
     static constexpr int64_t kRing = 3;         // blocks of scores that wait for their softmax
     static constexpr int64_t kBlockScores = kGroupRows * kBlockTokens;
-    static constexpr int64_t kFewRows = 64;  // tasks of so few would wait for memory
-    static constexpr int64_t kBlocksAhead = 2;
+    static constexpr int64_t kFewRows = 64;
     static constexpr float kHuge = 0x1p64f;  // sums below it leave room for values in f32
 
     struct Panel {
@@ -432,17 +430,23 @@ private:
 
     void score_block(const Item& item, int64_t b, float* scores) {
         const uint16_t* keys = item.panel->keys[b];
-        if (rows_ <= kFewRows && a_.cache_precision == CachePrecision::bf16) {
-            const int64_t bytes = kBlockTokens * head_dim_ * 2;
-            for (int64_t at = 0; at < bytes; at += 64) {
-                __builtin_prefetch(reinterpret_cast<const uint8_t*>(keys) + kBlocksAhead * bytes + at, 0, 2);
-                __builtin_prefetch(reinterpret_cast<const uint8_t*>(item.panel->values[b]) + at, 0, 2);
-            }
+        if (a_.cache_precision == CachePrecision::bf16) {
+            prefetch_share(keys, item.group);
+            prefetch_share(item.panel->values[b], item.group);
         }
         if (item.rows > kTileRows)
             score_tiles<2>(item.group, keys, scores);
         else
             score_tiles<1>(item.group, keys, scores);
+    }
+
+    // The group's share of the block that most likely takes this one's place in the next panel.
+    void prefetch_share(const uint16_t* block, int64_t group) const {
+        const int64_t lines = kBlockTokens * head_dim_ * 2 / 64, groups = (rows_ + kGroupRows - 1) / kGroupRows;
+        const int64_t share = (lines + groups - 1) / groups;
+        const uint8_t* next = reinterpret_cast<const uint8_t*>(block) + kPanelBlocks * lines * 64;
+        for (int64_t i = group * share; i < lesser((group + 1) * share, lines); i++)
+            __builtin_prefetch(next + i * 64, 0, 2);
     }
 
     template <int kRowTiles>
@@ -561,7 +565,8 @@ private:
         for (int64_t r = 0; r < rows_; r++) {
             const float* lanes = scratch_.sums[scratch_.state[r / kGroupRows] & kSecondSums] + r * 16;
             Vector sums = Vector::load(lanes);
-            for (int64_t j = Vector::kLanes; j < 16; j += Vector::kLanes) sums = Vector::add(sums, Vector::load(lanes + j));
+            for (int64_t j = Vector::kLanes; j < 16; j += Vector::kLanes)
+                sums = Vector::add(sums, Vector::load(lanes + j));
             const float sum = sums.sum_lanes();
             const float* source = output_at(r, 0);
             const Vector one = Vector::all(1.0f), factor = Vector::all(sum > 0 ? 1.0f / sum : sum);
