@@ -111,7 +111,8 @@ class CompilationMixin:
 
     def _loads_native(self, attention: str, linear: str, holds_attention: bool) -> bool:
         """Whether the native operations are wanted, and are there."""
-        asked = [f"{name}={value!r}" for name, value in (("attention", attention), ("linear", linear)) if "fused" in value]
+        chosen = {"attention": attention, "linear": linear}
+        asked = [f"{name}={value!r}" for name, value in chosen.items() if value.startswith("fused")]
         if not asked and "auto" not in (attention, linear):
             return False
         if self._device != "CPU":
@@ -150,8 +151,8 @@ class CompilationMixin:
         has_linears = fuse_linears(model, group_size, rounds_tokens=linear == "fused-int8") > 0
         if linear.startswith("fused") and not has_linears:
             raise ValueError(
-                f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}): the model has no int8 or int4 linear layers that the "
-                f"native operations take, with activations in groups of {group_size}. Leave it out."
+                f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}): the model has no int8 or int4 linear layers "
+                f"that the native operations take, with activations in groups of {group_size}. Leave it out."
             )
         return has_linears
 

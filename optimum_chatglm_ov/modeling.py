@@ -139,8 +139,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
                 bits, one scale a token), "openvino" or "auto" (the native operations on CPUs where they are the
                 faster, which multiply bytes: VNNI, AMX; without `compile_only`). With VNNI they round activations
                 to 8 bits in groups of `DYNAMIC_QUANTIZATION_GROUP_SIZE`, as OpenVINO does, with AMX to 16 bits; where
-                that property is 0, or `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves them to OpenVINO. Unset: `CHATGLM_OV_LINEAR`, else
-                "openvino" with `attention="sdpa"` and "auto" with others.
+                that property is 0, or `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves them to OpenVINO. Unset:
+                `CHATGLM_OV_LINEAR`, else "openvino" with `attention="sdpa"` and "auto" with others.
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 

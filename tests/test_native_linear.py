@@ -59,7 +59,7 @@ def layer(rows: int, columns: int, kind: str, group_size: int = 0, zero_point: s
 
 
 ROUNDING = 1.5e-2
-"""More than the error of activations of 8 bits in groups of 32. How kernels round, tests/native/fuzz_linear.cpp knows."""
+"""More than the error of activations of 8 bits in groups of 32. What each kernel rounds, fuzz_linear.cpp knows."""
 
 
 def types(model: ov.Model) -> list[str]:

@@ -68,7 +68,7 @@ def fuse_linears(
             features, or groups of weights, are not multiples of it stay as they are, as do all unless it is a
             multiple of 32: OpenVINO rounds them in groups of its own, or not. Kernels of CPUs with AMX round less
             (linear.hpp).
-        rounds_tokens: whether long prompts are rounded to 8 bits with one scale a token, where that is faster (AMX) and
+        rounds_tokens: whether prompts are rounded to 8 bits with one scale a token, where that is faster (AMX) and
             weights have 8 bits and one scale a row; but for the last layer of an MLP, whose inputs have outliers.
 
     Returns:

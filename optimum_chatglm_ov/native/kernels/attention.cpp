@@ -7,11 +7,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernel.hpp"
+#include "linear.hpp"
 #include "parallel.hpp"
 #include "vector.hpp"
 
@@ -45,14 +47,19 @@ void check_shapes(const AttentionArguments& a) {
 }
 
 void check_beam_table(const AttentionArguments& a) {
-    for (int64_t b = 0; b < a.batch; b++)
-        for (int64_t t = 0; t < a.past_length; t++) {
-            const int32_t row = a.beam_table[b * a.beam_table_stride + t];
-            if (row < 0 || row >= a.cache_rows)
-                require(false, "beam_table[" + std::to_string(b) + ", " + std::to_string(t) + "] is " +
-                                   std::to_string(row) + ", the cache has rows 0 to " +
-                                   std::to_string(a.cache_rows - 1));
-        }
+    // Negative where an entry is, or is beyond the last row; without a branch, for vectors.
+    constexpr int32_t kLargest = std::numeric_limits<int32_t>::max();
+    const int32_t last = static_cast<int32_t>(a.cache_rows - 1);
+    for (int64_t b = 0; b < a.batch; b++) {
+        const int32_t* rows = a.beam_table + b * a.beam_table_stride;
+        int32_t signs = 0;
+        for (int64_t t = 0; t < a.past_length; t++) signs |= rows[t] | (last - (rows[t] & kLargest));
+        if (signs >= 0) continue;
+        int64_t t = 0;
+        while (rows[t] >= 0 && rows[t] <= last) t++;
+        require(false, "beam_table[" + std::to_string(b) + ", " + std::to_string(t) + "] is " +
+                           std::to_string(rows[t]) + ", the cache has rows 0 to " + std::to_string(last));
+    }
 }
 
 std::vector<const Kernels*> usable_kernels() {
@@ -78,24 +85,40 @@ const std::vector<const Kernels*>& all_kernels() {
     return kernels;
 }
 
+const char* name_of(CachePrecision precision) {
+    return precision == CachePrecision::f32 ? "f32" : precision == CachePrecision::bf16 ? "bf16" : "i8";
+}
+
+// The best, or the one that was asked for. A name that only linear layers know asks for nothing here.
 const Kernels& choose_kernels(const AttentionArguments& a, const char* name) {
     if (!name || !*name) name = std::getenv("CHATGLM_OV_ISA");
-    const bool forced = name && *name;
+    const bool asked = name && *name;
+    if (asked) require_known_instruction_set(name);
+    const Kernels* best = nullptr;
     for (const Kernels* k : all_kernels()) {
-        if (forced && std::strcmp(name, k->name) != 0) continue;
-        if (k->accepts(a.head_dim, a.cache_precision)) return *k;
-        if (forced)
-            require(false, std::string("instruction set ") + name + " does not take head_dim " +
-                               std::to_string(a.head_dim) + " with this cache precision");
+        const bool accepts = k->accepts(a.head_dim, a.cache_precision);
+        if (asked && std::strcmp(name, k->name) == 0) {
+            if (accepts) return *k;
+            std::string others;
+            for (const Kernels* other : all_kernels())
+                if (other->accepts(a.head_dim, a.cache_precision)) others += std::string(" ") + other->name;
+            require(false, std::string("CHATGLM_OV_ISA: instruction set ") + name + " does not take head_dim " +
+                               std::to_string(a.head_dim) + " with a cache of " + name_of(a.cache_precision) +
+                               "; these do:" + others);
+        }
+        if (accepts && !best) best = k;
     }
-    require(false, std::string("CHATGLM_OV_ISA: ") + name + " is not one of " + instruction_sets());
-    return *portable_kernels();
+    return *best;
 }
 
 // One for each thread.
 Buffer& thread_buffer() {
     thread_local Buffer buffer;
     return buffer;
+}
+
+bool is_constant(const int32_t* numbers, int64_t count) {
+    return std::memcmp(numbers, numbers + 1, (count - 1) * sizeof(*numbers)) == 0;
 }
 
 // What each batch row sees of each cache block.
@@ -110,11 +133,13 @@ std::vector<BlockView> view_blocks(const AttentionArguments& a, int64_t blocks) 
             const int64_t count = std::min(kBlockTokens, total - first);
             const int64_t past = std::min(std::max<int64_t>(a.past_length - first, 0), kBlockTokens);
             uint32_t visible = 0;
-            for (int64_t j = 0; j < count; j++) visible |= static_cast<uint32_t>(mask[first + j] != 0) << j;
+            if (count == kBlockTokens && is_constant(mask + first, count))
+                visible = mask[first] ? ~0u : 0u;
+            else
+                for (int64_t j = 0; j < count; j++) visible |= static_cast<uint32_t>(mask[first + j] != 0) << j;
             const int32_t row = past > 0 ? rows[first] : static_cast<int32_t>(b);
-            int32_t differs = past < count ? row ^ static_cast<int32_t>(b) : 0;
-            for (int64_t j = 0; j < past; j++) differs |= rows[first + j] ^ row;
-            views[b * blocks + block] = {visible, differs ? -1 : row};
+            const bool in_one_row = (past == count || row == b) && (past == 0 || is_constant(rows + first, past));
+            views[b * blocks + block] = {visible, in_one_row ? row : -1};
         }
     }
     return views;
@@ -140,11 +165,11 @@ struct Division {
     int64_t queries, query_parts, key_parts, blocks_per_part;
 };
 
-Division divide(const AttentionArguments& a, int64_t blocks, int64_t concurrency) {
+Division divide(const AttentionArguments& a, const Kernels& kernels, int64_t blocks, int64_t concurrency) {
     const int64_t group = a.num_attention_heads / a.num_key_value_heads;
     // A task's queries and sums take a quarter of the second-level cache, beside a panel of keys and values.
     const int64_t cached_rows = cpu_features().l2_bytes / 4 / (a.head_dim * 6);
-    const int64_t rows = std::min<int64_t>(std::max<int64_t>(cached_rows / 32 * 32, 32), 256);
+    const int64_t rows = std::min<int64_t>(std::max<int64_t>(cached_rows / 32 * 32, 32), kernels.max_rows);
     const int64_t heads = a.batch * a.num_key_value_heads, wanted = 4 * concurrency;
     Division d;
     d.queries = std::max<int64_t>(rows / group, 1);
@@ -173,7 +198,7 @@ void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, i
     for (const Partial& p : parts) max = std::max(max, p.max[row]);
     float merged[kMaxHeadDim] = {};
     for (const Partial& p : parts) {
-        if (p.max[row] == -std::numeric_limits<float>::infinity()) continue;
+        if (p.max[row] == -std::numeric_limits<float>::infinity() && p.sum[row] == 0) continue;  // saw nothing
         const float factor = std::exp2(p.max[row] - max);
         const float* output = p.output + row * a.head_dim;
         for (int64_t d = 0; d < a.head_dim; d++) merged[d] += factor * output[d];
@@ -193,7 +218,7 @@ void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, i
 void attend(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {
     const int64_t blocks = ceil_divide(a.past_length + a.query_length, kBlockTokens);
     const std::vector<BlockView> views = view_blocks(a, blocks);
-    const Division d = divide(a, blocks, executor.concurrency());
+    const Division d = divide(a, kernels, blocks, executor.concurrency());
     const int64_t group = a.num_attention_heads / a.num_key_value_heads, rows = d.queries * group;
     const int64_t units = a.batch * a.num_key_value_heads * d.query_parts;
     const size_t scratch_bytes = kernels.scratch_bytes(a, rows);
@@ -248,6 +273,17 @@ const char* instruction_sets() {
         return joined;
     }();
     return names.c_str();
+}
+
+void require_known_instruction_set(const char* name) {
+    std::string known = instruction_sets();
+    const auto has = [&](const std::string& found) {
+        return ("," + known + ",").find("," + found + ",") != std::string::npos;
+    };
+    std::stringstream others(linear_instruction_sets());
+    for (std::string other; std::getline(others, other, ',');)
+        if (!has(other)) known += "," + other;
+    if (!has(name)) throw std::invalid_argument(std::string("CHATGLM_OV_ISA: ") + name + " is not one of " + known);
 }
 
 bool takes(const char* instruction_set, int64_t head_dim, CachePrecision precision) {

@@ -72,7 +72,8 @@ void fused_attention(const AttentionArguments& arguments, const Executor& execut
 void append_to_cache(const AttentionArguments& arguments, const Executor& executor);
 
 // Comma-separated names of the kernels that this CPU can run, best first; the software model of AMX is the last. The
-// first that takes the head_dim and cache precision is used, unless the environment variable CHATGLM_OV_ISA names one.
+// first that takes the head_dim and cache precision is used, unless the environment variable CHATGLM_OV_ISA names one;
+// a name that only linear layers know changes nothing here, one that neither knows is an error in both.
 const char* instruction_sets();
 
 // Whether the kernels of this name take the shape.

@@ -30,6 +30,11 @@ uint64_t enabled_states() {
     return static_cast<uint64_t>(high) << 32 | low;
 }
 
+bool is_amd() {
+    const Registers r = cpuid(0, 0);
+    return r.ebx == 0x68747541 && r.edx == 0x69746e65 && r.ecx == 0x444d4163;  // "Auth", "enti", "cAMD"
+}
+
 // The kernel grants a process the use of tile data on request, once for all its threads.
 bool request_tiles() {
 #    if defined(__linux__)
@@ -61,8 +66,9 @@ CpuFeatures detect() {
     f.avx512_vnni = f.avx512 && bit(seven.ecx, 11);
     f.avx512_bf16 = f.avx512 && bit(seven_one.eax, 5);
     f.avx512_fp16 = f.avx512 && bit(seven.edx, 23);
-    f.amx = f.avx512_bf16 && tiles && bit(seven.edx, 22) && bit(seven.edx, 24) && bit(seven.edx, 25) && request_tiles();  // BF16, TILE, INT8
-    f.bf16_dot_is_fast = f.avx512_bf16 && time_bf16_dot() < 0.8 * time_f32_fma();
+    f.amx = f.avx512_bf16 && tiles && bit(seven.edx, 22) && bit(seven.edx, 24) && bit(seven.edx, 25) &&  // BF16, TILE,
+            request_tiles();                                                                         // INT8
+    f.bf16_dot_is_fast = f.avx512_bf16 && is_amd();
 #endif
     return f;
 }

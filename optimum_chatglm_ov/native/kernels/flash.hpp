@@ -216,6 +216,31 @@ void gather_tokens(const AttentionArguments& a, uint8_t* cache, int64_t batch, i
     }
 }
 
+inline void gather_block(const AttentionArguments& a, const AttendTask& task, int64_t block, bool is_key,
+                         uint8_t* target) {
+    uint8_t* cache = is_key ? a.key_cache : a.value_cache;
+    if (a.cache_precision == CachePrecision::f32)
+        is_key ? gather_tokens<float, true>(a, cache, task.batch, task.kv_head, block, target)
+               : gather_tokens<float, false>(a, cache, task.batch, task.kv_head, block, target);
+    else if (a.cache_precision == CachePrecision::bf16)
+        is_key ? gather_tokens<uint16_t, true>(a, cache, task.batch, task.kv_head, block, target)
+               : gather_tokens<uint16_t, false>(a, cache, task.batch, task.kv_head, block, target);
+    else
+        is_key ? gather_tokens<uint8_t, true>(a, cache, task.batch, task.kv_head, block, target)
+               : gather_tokens<uint8_t, false>(a, cache, task.batch, task.kv_head, block, target);
+}
+
+// Bit j: token j of a block that begins at first_token is seen by a query that sees the keys before `limit`.
+inline uint32_t visible_before(uint32_t visible, int64_t first_token, int64_t limit) {
+    const int64_t before = lesser<int64_t>(greater<int64_t>(limit - first_token, 0), kBlockTokens);
+    return visible & (before == kBlockTokens ? ~0u : (static_cast<uint32_t>(1) << before) - 1);
+}
+
+// First key that query `position` (counted from the start of the cache) does not see.
+inline int64_t key_limit(int64_t context_length, int64_t position) {
+    return greater(context_length, position + 1);
+}
+
 inline float to_float(uint16_t value) {
     return from_bf16(value);
 }
@@ -316,10 +341,8 @@ struct Flash {
         const float* key_scales[kPanelBlocks];
         const float* value_scales[kPanelBlocks];
 
-        // Bit j: token j of block b is seen by a query that sees the keys before `limit`.
         uint32_t visible_before(int64_t b, int64_t limit) const {
-            const int64_t before = lesser<int64_t>(greater<int64_t>(limit - first_token[b], 0), kBlockTokens);
-            return visible[b] & (before == kBlockTokens ? ~0u : (static_cast<uint32_t>(1) << before) - 1);
+            return optimum_chatglm_ov::visible_before(visible[b], first_token[b], limit);
         }
     };
 
@@ -332,15 +355,7 @@ struct Flash {
             data = cache_block(a, cache, row, task.kv_head, block);
         } else {
             data = scratch.gathered + index * cache_block_bytes(a.cache_precision, a.head_dim);
-            if (a.cache_precision == Stored::f32)
-                is_key ? gather_tokens<float, true>(a, cache, task.batch, task.kv_head, block, data)
-                       : gather_tokens<float, false>(a, cache, task.batch, task.kv_head, block, data);
-            else if (a.cache_precision == Stored::bf16)
-                is_key ? gather_tokens<uint16_t, true>(a, cache, task.batch, task.kv_head, block, data)
-                       : gather_tokens<uint16_t, false>(a, cache, task.batch, task.kv_head, block, data);
-            else
-                is_key ? gather_tokens<uint8_t, true>(a, cache, task.batch, task.kv_head, block, data)
-                       : gather_tokens<uint8_t, false>(a, cache, task.batch, task.kv_head, block, data);
+            gather_block(a, task, block, is_key, data);
         }
         *scales = a.cache_precision == Stored::i8 ? block_scales(data, a.head_dim) : nullptr;
         Element* target = scratch.converted + index * kBlockTokens * a.head_dim;
@@ -365,11 +380,6 @@ struct Flash {
 
     // The cache holds what the products read.
     static bool reads_directly(const AttentionArguments& a) { return a.cache_precision == Products::kStored; }
-
-    // First key that query `position` (counted from the start of the cache) does not see.
-    static int64_t key_limit(int64_t context_length, int64_t position) {
-        return greater(context_length, position + 1);
-    }
 
     static void store_elements(Element* target, Vector elements) {
         if constexpr (kF32)
@@ -624,7 +634,7 @@ private:
 template <class Products, class Vector>
 const Kernels* make_kernels(const char* name) {
     using F = Flash<Products, Vector>;
-    static const Kernels kernels{name, append_tokens, F::scratch_bytes, F::attend, F::accepts};
+    static const Kernels kernels{name, append_tokens, F::scratch_bytes, F::attend, F::accepts, 256};
     return &kernels;
 }
 

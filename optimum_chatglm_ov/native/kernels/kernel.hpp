@@ -35,6 +35,7 @@ struct Kernels {
     size_t (*scratch_bytes)(const AttentionArguments&, int64_t rows);
     void (*attend)(const AttentionArguments&, const AttendTask&, void* scratch);
     bool (*accepts)(int64_t head_dim, CachePrecision);
+    int64_t max_rows;  // of a task; more would gain nothing
 };
 
 // Null where the build's target has no such instructions; whether the CPU has them is the caller's check.
@@ -49,13 +50,13 @@ const Kernels* amx_model_kernels();
 
 struct CpuFeatures {
     bool avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, avx512_fp16, amx;
-    bool bf16_dot_is_fast;  // vdpbf16ps measured to beat f32 FMA
+    bool bf16_dot_is_fast;  // AMD's cores start vdpbf16ps as often as an f32 FMA, Intel's half as often or less
     int64_t l2_bytes;
 };
 const CpuFeatures& cpu_features();
 
-// Seconds for the same number of multiply-adds; only where the instructions exist.
-double time_bf16_dot();
-double time_f32_fma();
+// Throws std::invalid_argument, with the names there are, if neither attention nor linear layers have kernels of this
+// name that the CPU can run.
+void require_known_instruction_set(const char* name);
 
 }  // namespace optimum_chatglm_ov

@@ -2,8 +2,8 @@
 #include "byte_products.hpp"
 #include "dot_products.hpp"
 #include "flash.hpp"
+#include "tile_flash.hpp"
 #include "tile_kernels.hpp"
-#include "tile_products.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -63,7 +63,7 @@ const LinearKernels* portable_linear_kernels() {
 }
 
 const Kernels* amx_model_kernels() {
-    return make_kernels<TileProducts<TileModel>, PortableVector>("amx-model");
+    return make_tile_kernels<TileModel, PortableVector>("amx-model");
 }
 
 const LinearKernels* amx_model_linear_kernels() {

@@ -30,11 +30,14 @@ const std::vector<const LinearKernels*>& all_kernels() {
     return kernels;
 }
 
+// The best, or the one that was asked for. A name that only attention knows asks for nothing here.
 const LinearKernels& choose_kernels(const char* name) {
-    if (!name) name = std::getenv("CHATGLM_OV_ISA");
+    if (!name || !*name) name = std::getenv("CHATGLM_OV_ISA");
+    if (!name || !*name) return *all_kernels().front();
     for (const LinearKernels* k : all_kernels())
-        if (name && std::strcmp(name, k->name) == 0) return *k;
-    return *all_kernels().front();  // other names are those of attention kernels
+        if (std::strcmp(name, k->name) == 0) return *k;
+    require_known_instruction_set(name);
+    return *all_kernels().front();
 }
 
 // Converting weights to bf16 takes longer than reading them from memory; byte products of a row or two do not.

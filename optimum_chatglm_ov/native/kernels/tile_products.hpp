@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two matrix products of attention on bf16 tiles. The cache layouts are tile layouts already: 16 rows of 64 bytes
-// hold 32 channels of 16 keys, or 32 keys of 16 channels.
+// The two matrix products of attention on byte tiles, for few queries after an int8 cache: blocks are read as they are.
+// A tile of keys is 64 channels of 16 keys, or the last 32; a tile of values is the block's 32 keys of 16 channels.
 #pragma once
 
 #include "kernel.hpp"
@@ -9,21 +9,23 @@
 namespace optimum_chatglm_ov {
 namespace {
 
-template <class Tiles>
-struct TileProducts {
-    static constexpr CachePrecision kStored = CachePrecision::bf16;
-    using Element = uint16_t;
+template <class Tiles, class Vector>
+struct ByteTileProducts {
+    static constexpr CachePrecision kStored = CachePrecision::i8;
+    using Element = uint8_t;
     static constexpr int kPanelBlocks = 8;
     static constexpr int kRowMultiple = 16;  // buffers of rows are padded to whole tiles
 
     static bool accepts(int64_t head_dim) { return head_dim % 32 == 0; }
 
+    // Tiles 0..3: sums; 4, 6: operands of 64 channels; 5, 7: of 32 channels or keys.
     struct Session {
         Tiles tiles;
         Session() {
             TileConfiguration c;
             c.palette = 1;
             for (int t = 0; t < 8; t++) c.rows[t] = 16, c.row_bytes[t] = 64;
+            c.row_bytes[5] = 32, c.rows[7] = 8;
             tiles.configure(c);
         }
         ~Session() { tiles.release(); }
@@ -32,15 +34,10 @@ struct TileProducts {
 
     static void scores(Session& session, const Element* query, int64_t rows, const Element* const* keys,
                        int64_t blocks, int64_t head_dim, float* scores, int64_t stride) {
-        for (int64_t r = 0; r < rows; r += 32)
-            for (int64_t b = 0; b < blocks; b++) {
-                const Element* q = query + r * head_dim;
-                float* s = scores + r * stride + b * kBlockTokens;
-                if (rows - r > 16)
-                    score_tiles<2>(session.tiles, q, keys[b], head_dim, s, stride);
-                else
-                    score_tiles<1>(session.tiles, q, keys[b], head_dim, s, stride);
-            }
+        for (int64_t r = 0; r < rows; r += 16)
+            for (int64_t b = 0; b < blocks; b++)
+                score_tiles(session.tiles, query + r * head_dim, keys[b], head_dim,
+                            scores + r * stride + b * kBlockTokens, stride);
     }
 
     static void scores_ahead(Session& session, const Element* query, int64_t rows, const Element* const* keys,
@@ -52,76 +49,85 @@ struct TileProducts {
     }
 
     static void accumulate(Session& session, const Element* weights, int64_t weights_stride, int64_t rows,
-                           const float*, const Element* const* values, int64_t blocks, int64_t head_dim,
+                           const float* factors, const Element* const* values, int64_t blocks, int64_t head_dim,
                            float* output) {
-        for (int64_t r = 0; r < rows; r += 32)
-            for (int64_t c = 0; c < head_dim; c += 32) {
-                const Element* w = weights + r * weights_stride;
-                float* o = output + r * head_dim + c;
-                if (rows - r > 16)
-                    value_tiles<2>(session.tiles, w, weights_stride, values, blocks, head_dim, c, o);
-                else
-                    value_tiles<1>(session.tiles, w, weights_stride, values, blocks, head_dim, c, o);
-            }
+        for (int64_t r = 0; r < rows; r += 16) {
+            const int64_t count = rows - r < 16 ? rows - r : 16;
+            const Element* w = weights + r * weights_stride;
+            int64_t c = 0;
+            for (; c + 64 <= head_dim; c += 64)
+                value_tiles<4>(session.tiles, w, weights_stride, factors + r, values, blocks, head_dim, c, count,
+                               output + r * head_dim + c);
+            if (c < head_dim)
+                value_tiles<2>(session.tiles, w, weights_stride, factors + r, values, blocks, head_dim, c, count,
+                               output + r * head_dim + c);
+        }
     }
 
 private:
-    // Tiles 0..3: sums [row tile][column tile]; 4, 5: left operand; 6, 7: right operand.
-    template <int kRowTiles>
     static void score_tiles(Tiles& tiles, const Element* query, const Element* keys, int64_t head_dim, float* scores,
                             int64_t stride) {
         tiles.template zero<0>();
         tiles.template zero<1>();
-        if constexpr (kRowTiles == 2) {
-            tiles.template zero<2>();
-            tiles.template zero<3>();
-        }
-        for (int64_t d = 0; d < head_dim; d += 32) {
-            tiles.template load<4>(query + d, head_dim * 2);
+        int64_t d = 0;
+        for (; d + 64 <= head_dim; d += 64) {
+            tiles.template load<4>(query + d, head_dim);
             tiles.template load<6>(keys + d * 16, 64);
-            tiles.template dot<0, 4, 6>();
+            tiles.template dot_signed_unsigned<0, 4, 6>();
+            tiles.template load<6>(keys + (head_dim + d) * 16, 64);
+            tiles.template dot_signed_unsigned<1, 4, 6>();
+        }
+        if (d < head_dim) {
+            tiles.template load<5>(query + d, head_dim);
+            tiles.template load<7>(keys + d * 16, 64);
+            tiles.template dot_signed_unsigned<0, 5, 7>();
             tiles.template load<7>(keys + (head_dim + d) * 16, 64);
-            tiles.template dot<1, 4, 7>();
-            if constexpr (kRowTiles == 2) {
-                tiles.template load<5>(query + 16 * head_dim + d, head_dim * 2);
-                tiles.template dot<2, 5, 6>();
-                tiles.template dot<3, 5, 7>();
-            }
+            tiles.template dot_signed_unsigned<1, 5, 7>();
         }
         tiles.template store<0>(scores, stride * 4);
         tiles.template store<1>(scores + 16, stride * 4);
-        if constexpr (kRowTiles == 2) {
-            tiles.template store<2>(scores + 16 * stride, stride * 4);
-            tiles.template store<3>(scores + 16 * stride + 16, stride * 4);
-        }
     }
 
-    template <int kRowTiles>
-    static void value_tiles(Tiles& tiles, const Element* weights, int64_t weights_stride,
-                            const Element* const* values, int64_t blocks, int64_t head_dim, int64_t c, float* output) {
-        tiles.template load<0>(output, head_dim * 4);
-        tiles.template load<1>(output + 16, head_dim * 4);
-        if constexpr (kRowTiles == 2) {
-            tiles.template load<2>(output + 16 * head_dim, head_dim * 4);
-            tiles.template load<3>(output + 16 * head_dim + 16, head_dim * 4);
+    // 16 channels for each of kTiles tiles; of the 16 rows of weights the first `rows` count.
+    template <int kTiles>
+    static void value_tiles(Tiles& tiles, const Element* weights, int64_t weights_stride, const float* factors,
+                            const Element* const* values, int64_t blocks, int64_t head_dim, int64_t c, int64_t rows,
+                            float* output) {
+        tiles.template zero<0>();
+        tiles.template zero<1>();
+        if constexpr (kTiles == 4) {
+            tiles.template zero<2>();
+            tiles.template zero<3>();
         }
         for (int64_t b = 0; b < blocks; b++) {
-            tiles.template load<4>(weights + b * kBlockTokens, weights_stride * 2);
-            tiles.template load<6>(values[b] + c * 2, head_dim * 4);
-            tiles.template dot<0, 4, 6>();
-            tiles.template load<7>(values[b] + (c + 16) * 2, head_dim * 4);
-            tiles.template dot<1, 4, 7>();
-            if constexpr (kRowTiles == 2) {
-                tiles.template load<5>(weights + 16 * weights_stride + b * kBlockTokens, weights_stride * 2);
-                tiles.template dot<2, 5, 6>();
-                tiles.template dot<3, 5, 7>();
+            const Element* value = values[b] + c * 4;
+            tiles.template load<5>(weights + b * kBlockTokens, weights_stride);
+            tiles.template load<7>(value, head_dim * 4);
+            tiles.template dot_unsigned_signed<0, 5, 7>();
+            tiles.template load<7>(value + 64, head_dim * 4);
+            tiles.template dot_unsigned_signed<1, 5, 7>();
+            if constexpr (kTiles == 4) {
+                tiles.template load<7>(value + 128, head_dim * 4);
+                tiles.template dot_unsigned_signed<2, 5, 7>();
+                tiles.template load<7>(value + 192, head_dim * 4);
+                tiles.template dot_unsigned_signed<3, 5, 7>();
             }
         }
-        tiles.template store<0>(output, head_dim * 4);
-        tiles.template store<1>(output + 16, head_dim * 4);
-        if constexpr (kRowTiles == 2) {
-            tiles.template store<2>(output + 16 * head_dim, head_dim * 4);
-            tiles.template store<3>(output + 16 * head_dim + 16, head_dim * 4);
+        constexpr int64_t kColumns = 16 * kTiles;
+        alignas(64) float sums[16 * kColumns];
+        tiles.template store<0>(sums, kColumns * 4);
+        tiles.template store<1>(sums + 16, kColumns * 4);
+        if constexpr (kTiles == 4) {
+            tiles.template store<2>(sums + 32, kColumns * 4);
+            tiles.template store<3>(sums + 48, kColumns * 4);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const Vector factor = Vector::all(factors[r]);
+            for (int64_t j = 0; j < kColumns; j += Vector::kLanes) {
+                float* target = output + r * head_dim + j;
+                Vector::multiply_add(Vector::load_integers(sums + r * kColumns + j), factor, Vector::load(target))
+                    .store(target);
+            }
         }
     }
 };

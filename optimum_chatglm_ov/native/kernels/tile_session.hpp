@@ -94,7 +94,7 @@ private:
     template <int C, int A, int B, bool kBytes>
     void dot() {
         if constexpr (kBytes)
-            tiles_.template dot_bytes<C, A, B>();
+            tiles_.template dot_signed_unsigned<C, A, B>();
         else
             tiles_.template dot<C, A, B>();
     }

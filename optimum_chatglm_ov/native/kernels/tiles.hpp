@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The thin tile interface of the AMX kernel and its two back ends. A back end has configure(), load<T>(), zero<T>(),
-// dot<C, A, B>() (tdpbf16ps), store<T>() and release(); T, A, B, C are tile numbers.
+// The thin tile interface of the AMX kernels and its two back ends. A back end has configure(), load<T>(),
+// load_streamed<T>() (what is read once leaves the first-level cache to the rest), zero<T>(), store<T>(), release() and
+// the products dot<C, A, B>() (tdpbf16ps), dot_signed_unsigned<C, A, B>() (tdpbsud) and dot_unsigned_signed<C, A, B>()
+// (tdpbusd); T, A, B, C are tile numbers.
 #pragma once
 
 #include <cmath>
@@ -77,12 +79,8 @@ public:
     // Denormal inputs and results count as zero, rounding is to nearest even whatever MXCSR says.
     template <int C, int A, int B>
     void dot() {
-        static_assert(C != A && C != B && A != B, "tdpbf16ps needs three different tiles");
-        check(A), check(B), check(C);
+        check_product<C, A, B>();
         const auto& k = configuration_;
-        require(k.row_bytes[A] % 4 == 0 && k.row_bytes[B] % 4 == 0 && k.row_bytes[C] % 4 == 0, "bytes of a row");
-        require(k.rows[C] == k.rows[A] && k.row_bytes[C] == k.row_bytes[B] && k.row_bytes[A] / 4 == k.rows[B],
-                "shapes do not match");
         const int columns = k.row_bytes[C] / 4;
         for (int m = 0; m < k.rows[C]; m++) {
             float sums[2 * kRows] = {};
@@ -103,28 +101,13 @@ public:
         for (int m = k.rows[C]; m < kRows; m++) std::memset(tiles_[C][m], 0, kRowBytes);
     }
 
-    // Signed bytes of A times unsigned ones of B, in fours; sums wrap around.
     template <int C, int A, int B>
-    void dot_bytes() {
-        static_assert(C != A && C != B && A != B, "tdpbsud needs three different tiles");
-        check(A), check(B), check(C);
-        const auto& k = configuration_;
-        require(k.row_bytes[A] % 4 == 0 && k.row_bytes[B] % 4 == 0 && k.row_bytes[C] % 4 == 0, "bytes of a row");
-        require(k.rows[C] == k.rows[A] && k.row_bytes[C] == k.row_bytes[B] && k.row_bytes[A] / 4 == k.rows[B],
-                "shapes do not match");
-        for (int m = 0; m < k.rows[C]; m++)
-            for (int n = 0; n < k.row_bytes[C] / 4; n++) {
-                uint32_t sum;
-                std::memcpy(&sum, tiles_[C][m] + 4 * n, 4);
-                for (int i = 0; i < k.row_bytes[A]; i++)
-                    sum += static_cast<uint32_t>(static_cast<int8_t>(tiles_[A][m][i]) *
-                                                 tiles_[B][i / 4][4 * n + i % 4]);
-                std::memcpy(tiles_[C][m] + 4 * n, &sum, 4);
-            }
-        for (int m = 0; m < kRows; m++) {
-            const int bytes = m < k.rows[C] ? k.row_bytes[C] : 0;
-            std::memset(tiles_[C][m] + bytes, 0, kRowBytes - bytes);
-        }
+    void dot_signed_unsigned() {
+        dot_bytes<C, A, B, int8_t, uint8_t>();
+    }
+    template <int C, int A, int B>
+    void dot_unsigned_signed() {
+        dot_bytes<C, A, B, uint8_t, int8_t>();
     }
 
 private:
@@ -137,6 +120,36 @@ private:
         require(configuration_.palette == 1, "tiles are not configured");
         require(configuration_.rows[tile] > 0, "tile is not configured");
     }
+    template <int C, int A, int B>
+    void check_product() const {
+        static_assert(C != A && C != B && A != B, "a product needs three different tiles");
+        check(A), check(B), check(C);
+        const auto& k = configuration_;
+        require(k.row_bytes[A] % 4 == 0 && k.row_bytes[B] % 4 == 0 && k.row_bytes[C] % 4 == 0, "bytes of a row");
+        require(k.rows[C] == k.rows[A] && k.row_bytes[C] == k.row_bytes[B] && k.row_bytes[A] / 4 == k.rows[B],
+                "shapes do not match");
+    }
+
+    // Sums of four products of bytes are added to i32 that wrap around.
+    template <int C, int A, int B, class Left, class Right>
+    void dot_bytes() {
+        check_product<C, A, B>();
+        const auto& k = configuration_;
+        const int columns = k.row_bytes[C] / 4;
+        for (int m = 0; m < k.rows[C]; m++) {
+            for (int n = 0; n < columns; n++) {
+                uint32_t c;
+                std::memcpy(&c, tiles_[C][m] + 4 * n, 4);
+                for (int i = 0; i < k.row_bytes[A]; i++)
+                    c += static_cast<uint32_t>(static_cast<Left>(tiles_[A][m][i]) *
+                                               static_cast<Right>(tiles_[B][i / 4][4 * n + i % 4]));
+                std::memcpy(tiles_[C][m] + 4 * n, &c, 4);
+            }
+            std::memset(tiles_[C][m] + 4 * columns, 0, kRowBytes - 4 * columns);
+        }
+        for (int m = k.rows[C]; m < kRows; m++) std::memset(tiles_[C][m], 0, kRowBytes);
+    }
+
     uint16_t element(int tile, int row, int column) const {
         uint16_t value;
         std::memcpy(&value, tiles_[tile][row] + 2 * column, 2);
@@ -178,8 +191,12 @@ public:
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
     template <int C, int A, int B>
-    void dot_bytes() {
+    void dot_signed_unsigned() {
         asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    }
+    template <int C, int A, int B>
+    void dot_unsigned_signed() {
+        asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
 };
 #endif

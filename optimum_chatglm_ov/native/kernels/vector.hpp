@@ -78,6 +78,10 @@ struct PortableVector {
         for (int i = 0; i < kLanes; i++) a.lane[i] += b.lane[i];
         return a;
     }
+    static PortableVector subtract(PortableVector a, PortableVector b) {
+        for (int i = 0; i < kLanes; i++) a.lane[i] -= b.lane[i];
+        return a;
+    }
     static PortableVector multiply_add(PortableVector a, PortableVector b, PortableVector c) {
         for (int i = 0; i < kLanes; i++) c.lane[i] += a.lane[i] * b.lane[i];
         return c;
@@ -104,11 +108,16 @@ struct PortableVector {
         for (float v : lane) s += v;
         return s;
     }
-    // 2^x for x <= 0; exactly 0 below -126.5.
+    bool all_below(float limit) const {
+        bool all = true;
+        for (float v : lane) all = all && v < limit;
+        return all;
+    }
+    // 2^x, exactly 0 below -126.5, infinite from 128 on. The one for AVX2 is for x <= 0.
     template <class Polynomial>
     static PortableVector exp2(PortableVector x) {
         for (float& v : x.lane) {
-            const float clamped = v < -127.0f ? -127.0f : v;
+            const float clamped = v < -127.0f ? -127.0f : v > 128.0f ? 128.0f : v;
             const float whole = clamped == clamped ? std::nearbyint(clamped) : 0.0f;
             const float f = clamped - whole;
             float p = Polynomial::kTerms[Polynomial::kDegree];
@@ -117,12 +126,23 @@ struct PortableVector {
         }
         return x;
     }
+    static PortableVector weight(PortableVector x) { return exp2<Exp2<false>>(x); }
     void store_bf16(uint16_t* p) const {
         for (int i = 0; i < kLanes; i++) p[i] = to_bf16(lane[i]);
     }
     static PortableVector round(PortableVector x) {
         for (float& v : x.lane) v = std::nearbyint(v);
         return x;
+    }
+    static PortableVector load_integers(const float* p) {
+        PortableVector r;
+        for (int i = 0; i < kLanes; i++) r.lane[i] = static_cast<float>(static_cast<int32_t>(as_bits(p[i])));
+        return r;
+    }
+    // Whole numbers as bytes, the nearest of 0 .. 255; of a NaN some byte.
+    void store_bytes(uint8_t* p) const {
+        for (int i = 0; i < kLanes; i++)
+            p[i] = lane[i] > 0.0f ? static_cast<uint8_t>(lane[i] < 255.0f ? lane[i] : 255.0f) : 0;
     }
     // Whole numbers -128 .. 127; of others some byte.
     void store_signed_bytes(int8_t* p) const {
@@ -209,6 +229,9 @@ struct Avx512Vector {
     static Avx512Vector divide(Avx512Vector a, Avx512Vector b) { return {_mm512_div_ps(a.v, b.v)}; }
     float max_lane() const { return _mm512_reduce_max_ps(v); }
     float sum_lanes() const { return _mm512_reduce_add_ps(v); }
+    bool all_below(float limit) const {  // not so if one is a NaN
+        return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_NLT_UQ) == 0;
+    }
     template <class Polynomial>
     static Avx512Vector exp2(Avx512Vector x) {
         // Below -126.5 to zero, as on the other instruction sets: no denormal weights. A NaN stays.
@@ -218,6 +241,16 @@ struct Avx512Vector {
         for (int i = Polynomial::kDegree - 1; i >= 0; i--)
             p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(Polynomial::kTerms[i]));
         return {_mm512_maskz_scalef_ps(counts, p, whole)};
+    }
+    // 2^x to 7e-5 for any x, by the least relative error for 2^f, 0 <= f < 1: two instructions fewer than exp2, but
+    // small ones end in denormals.
+    static Avx512Vector weight(Avx512Vector x) {
+        const __m512 f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        __m512 p = _mm512_set1_ps(0.0780245244f);
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.226067157f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.695833537f));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999925219f));
+        return {_mm512_scalef_ps(p, x.v)};
     }
     static Avx512Vector load_integers(const float* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
     static Avx512Vector round(Avx512Vector x) {
@@ -233,6 +266,9 @@ struct Avx512Vector {
 #    if defined(__AVX512BF16__)
     void store_bf16(uint16_t* p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+    }
+    static void store_bf16(uint16_t* p, Avx512Vector first, Avx512Vector second) {
+        _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
     }
 #    endif
 };
