@@ -94,7 +94,7 @@ class CompilationMixin:
         if not (self._fuse_linears(model, linear, group_size) or has_attention):
             super().compile()
             return
-        self.request = core.compile_model(model, self._device, self.ov_config).create_infer_request()
+        self.request = core.compile_model(model, self._device, self._native_config()).create_infer_request()
         if has_attention:
             self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
             self._fused_inputs = {name for port in model.inputs for name in port.names}
@@ -155,6 +155,16 @@ class CompilationMixin:
                 f"that the native operations take, with activations in groups of {group_size}. Leave it out."
             )
         return has_linears
+
+    def _native_config(self) -> dict:
+        """`ov_config` for a model with native operations.
+
+        For f16 OpenVINO would turn all numbers of the model to f16, those too that the operations take as f32: rotary
+        angles of a long text would be wrong. bf16 is what it takes for f16 on CPUs that have no f16 arithmetic.
+        """
+        chosen = self.ov_config.get("INFERENCE_PRECISION_HINT")
+        name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
+        return self.ov_config | ({"INFERENCE_PRECISION_HINT": "bf16"} if name == "f16" else {})
 
     def _activation_group_size(self) -> int:
         """What OpenVINO would take: the property, or the execution mode's, or the IR's, or its default."""

@@ -162,7 +162,7 @@ def test_bidirectional_prefix(name, use):
         assert relative_error(*sequence.step(request, length, mask, context)) <= TOLERANCE[shape.cache_precision]
 
 
-@pytest.mark.parametrize("precision", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_inference_precisions_of_the_plugin(precision):
     shape = Shape(32, 2, 128, 64)
     request = compile_attention(shape, precision).create_infer_request()

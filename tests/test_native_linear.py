@@ -434,6 +434,18 @@ def test_a_model_says_the_same(architecture, weight_format, attention, dtype, qu
     assert "ChatGLMLinear" not in types(model.model)  # the model that would be saved
 
 
+@pytest.mark.parametrize("precision", ["f16", ov.Type.f16])
+def test_f16_is_computed_as_bf16(precision, quantized):
+    """For f16 OpenVINO would hand the operations f16 numbers, on CPUs that compute with them."""
+    folder = quantized("chatglm2", "int8")
+    ids = torch.from_numpy(RANDOM.integers(5, 300, (2, 40)))
+    exact = OVChatGLMForCausalLM.from_pretrained(folder, attention="sdpa", ov_config=EXACT)
+    config = {"INFERENCE_PRECISION_HINT": precision}
+    model = OVChatGLMForCausalLM.from_pretrained(folder, linear="fused", ov_config=config)
+    assert model.request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT") != ov.Type.f16
+    assert error(logits_of(model, ids), logits_of(exact, ids)) < 0.05
+
+
 @pytest.mark.parametrize("name", ["chatglm2-6b-int8", "chatglm2-6b-int4", "chatglm-6b-int8", "chatglm-6b-int4"])
 def test_checkpoints_quantised_by_their_authors(name, exported):
     golden = Golden(name)
