@@ -101,6 +101,11 @@ WIDTHS: dict[str, tuple[str, str, Mapping[str, str]]] = {
         )
         for size in ("32", "64", "128")
     },
+    "native linear layers, prompts in 8 bits a token on AMX": (
+        "sdpa",
+        "fused-int8",
+        {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"},
+    ),
     **{
         f"all of OpenVINO's defaults, {kind} linear layers and attention": (attention, linear, DEFAULTS)
         for kind, attention, linear in (("its own", "sdpa", "openvino"), ("native", "fused", "fused"))

@@ -78,8 +78,10 @@ struct PortableLines {
     // Bytes of features 0 .. 3 and 4 .. 7, minus 128.
     static void convert_bytes(const uint8_t* low, const uint8_t* high, uint16_t* target) {
         for (int column = 0; column < 16; column++)
-            for (int k = 0; k < 8; k++)
-                put(static_cast<float>((k < 4 ? low : high)[column * 4 + k % 4] - 128), k, column, target);
+            for (int k = 0; k < 8; k++) {
+                const uint8_t* bytes = k < 4 ? low : high;
+                put(static_cast<float>(bytes[column * 4 + k % 4] - 128), k, column, target);
+            }
     }
     // Half bytes of features 0 .. 3 (low) and 4 .. 7 (high), minus 8.
     static void convert_halves(const uint8_t* stored, uint16_t* target) {
@@ -91,10 +93,11 @@ struct PortableLines {
     static void convert_scaled_bytes(const uint8_t* low, const uint8_t* high, const uint16_t* scales,
                                      const uint8_t* zero_points, uint16_t* target) {
         for (int column = 0; column < 16; column++)
-            for (int k = 0; k < 8; k++)
-                put(static_cast<float>((k < 4 ? low : high)[column * 4 + k % 4] - zero_points[column]) *
-                        half(scales[column]),
-                    k, column, target);
+            for (int k = 0; k < 8; k++) {
+                const uint8_t* bytes = k < 4 ? low : high;
+                put(static_cast<float>(bytes[column * 4 + k % 4] - zero_points[column]) * half(scales[column]), k,
+                    column, target);
+            }
     }
     static void convert_scaled_halves(const uint8_t* stored, const uint16_t* scales, const uint8_t* zero_points,
                                       uint16_t* target) {
