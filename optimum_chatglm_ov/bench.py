@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,19 @@ def stream_bandwidth(threads: int = 0) -> float:
     finally:
         torch.set_num_threads(before)
     return _STREAM_BYTES / best / 1e9
+
+
+def machine_peaks(threads: int = 0) -> dict[str, float]:
+    """What the machine reaches at most with so many threads (0 = as many as OpenVINO takes), measured now.
+
+    "stream", the 10^9 bytes a second of `stream_bandwidth`, and 10^12 operations a second for each kind of products
+    in `native.PEAKS` that the CPU has; none of them where the native library is not there and cannot be built.
+    """
+    peaks = {"stream": stream_bandwidth(threads)}
+    with suppress(native.NativeBuildError):
+        for kind in native.PEAKS:
+            peaks[kind] = native.peak_operations(kind, threads or _physical_threads()) / 1e12
+    return {kind: peak for kind, peak in peaks.items() if peak}
 
 
 def cpu_description() -> str:

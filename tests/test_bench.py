@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 
 import openvino as ov
 import openvino_genai
@@ -14,6 +15,7 @@ from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.bench import WAYS, measure, random_prompt
 from optimum_chatglm_ov.cli.main import main
 from optimum_chatglm_ov.export import load_config
+from optimum_chatglm_ov.native import bench_linear
 
 
 SMALL = ["--prompt-tokens", "8", "40", "--new-tokens", "3", "--repetitions", "1"]
@@ -78,7 +80,7 @@ def test_table_json_and_plot(folder, tmp_path, capsys):
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
     assert main(["bench", str(folder), *SMALL, "--attention", "sdpa", "fused", *files]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert "OpenVINO" in printed[0]
+    assert "OpenVINO" in printed[0] and re.search(r", stream [\d.]+ GB/s, .*f32 [\d.]+ TFLOP/s", printed[0])
     table = [line for line in printed if line.startswith("|")]
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
     written = json.loads((tmp_path / "out.json").read_text())
@@ -142,6 +144,33 @@ def test_attention_alone(tmp_path, capsys):
     assert {"fused", "fused-int8", "sdpa", "paged", "torch-bf16", "torch-f32"} == {m["way"] for m in written}
 
 
+def test_linear_layers_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_linear, "CHATGLM3", bench_linear.LinearShape(128, 160, 192, 320))
+    arguments = ["--rows", "1", "40", "--repetitions", "1", "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(bench_linear, "_STACK_BYTES", 1 << 16)
+    assert main(["bench", "--linear-only", "chatglm3", *arguments]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert re.search(r", stream [\d.]+ GB/s, .*f32 [\d.]+ TFLOP/s$", printed[0])
+    table = [line for line in printed if line.startswith("|")]
+    assert len(table) == 2 + 4 * 2 * 2 * 2 and table[2].startswith("| qkv | int8 | 1 | fused |")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert {(m["layer"], m["weights"], m["rows"], m["way"]) for m in written["measurements"]} == {
+        (layer, weights, rows, way)
+        for layer in bench_linear.LAYERS
+        for weights in ("int8", "int4")
+        for rows in (1, 40)
+        for way in ("fused", "openvino")
+    }
+    assert written["peaks"]["stream"] > 0 and written["peaks"]["f32"] > 0
+
+
+def test_unknown_dimensions_are_refused(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", "--linear-only", "chatglm5"])
+    assert exit.value.code == 2
+    assert "argument --linear-only: invalid choice: 'chatglm5'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
@@ -150,6 +179,11 @@ def test_attention_alone(tmp_path, capsys):
         (["--attention-only", "chatglm3", "--inference-precision", "f32"], 2, "at their default precisions"),
         (["--attention-only", "chatglm3", "--linear", "fused"], 2, "measures no linear layers"),
         (["--attention-only", "chatglm3", "--new-tokens", "7"], 2, "and one new token"),
+        (["--linear-only", "chatglm3", "some/folder"], 2, "takes no models"),
+        (["--linear-only", "chatglm3", "--attention-only", "chatglm3"], 2, "measures no attention"),
+        (["--linear-only", "chatglm3", "--inference-precision", "f32"], 2, "at their default precisions"),
+        (["--linear-only", "chatglm3", "--linear", "fused"], 2, "measures every --linear"),
+        (["--rows", "1"], 2, "--rows goes with --linear-only"),
         (["--plot", "out.doc"], 2, "out.doc: the name must end in one of"),
         (["no/such/folder"], 1, "no/such/folder"),
         (["{folder}", "--prompt-tokens", "5000"], 1, "5000 tokens and 32 new ones do not fit the context"),

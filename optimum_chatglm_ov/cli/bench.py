@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the first token and the tokens after it, and says what share of the memory's bandwidth they use; without a
-model, of the tiny one that comes with the package. With --attention-only, the attention of one layer alone."""
+model, of the tiny one that comes with the package. With --attention-only, the attention of one layer alone,
+with --linear-only its linear layers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..bench import WAYS, Measurement, cpu_description, measure, stream_bandwidth
+from ..bench import WAYS, Measurement, cpu_description, machine_peaks, measure, stream_bandwidth
 from ..compilation import LINEARS
 from ..errors import ExportError
 from .arguments import (
@@ -27,6 +28,7 @@ from .embedded import embedded_model
 
 
 _NEW_TOKENS = 32
+_ROWS = (1, 16, 64, 1024)
 _SHORT_REPETITIONS = 10  # as many more where one takes milliseconds
 
 
@@ -69,6 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one attention layer with these dimensions instead of models: --prompt-tokens new ones at once, and one "
         "token after as many",
     )
+    parser.add_argument(
+        "--linear-only",
+        choices=("chatglm3", "chatglm"),
+        help="the linear layers of one block, and the output layer, with these dimensions instead of models",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        type=positive_integer,
+        metavar="N",
+        help=f"tokens at once with --linear-only (default: {' '.join(map(str, _ROWS))})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,20 +95,35 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("--attention-only measures no linear layers, and one new token; leave those options out")
         if properties:
             raise UsageError("--attention-only compares ways at their default precisions; leave out others")
+    if args.linear_only:
+        if args.models or args.plot or args.attention or args.attention_only:
+            raise UsageError("--linear-only takes no models, measures no attention and draws no plot")
+        if args.linear or args.new_tokens:
+            raise UsageError("--linear-only measures every --linear, and --rows at once; leave those options out")
+        if properties:
+            raise UsageError("--linear-only compares ways at their default precisions; leave out others")
+    elif args.rows:
+        raise UsageError("--rows goes with --linear-only; prompts have --prompt-tokens")
     if args.plot:
         _check_plot(args.plot)
     for file in filter(None, (args.json, args.plot)):
         check_writable(file)
-    print(", ".join([cpu_description(), *(f"{name}={value}" for name, value in properties.items())]) + "\n")
+    peaks = machine_peaks(args.threads)
+    header = [cpu_description(), *_peak_texts(peaks), *(f"{name}={value}" for name, value in properties.items())]
+    print(", ".join(header) + "\n")
     rows: list[dict[str, Any]] = []
-    for row in _attention_only(args) if args.attention_only else _models(args):
+    if args.linear_only:
+        found = _linear_only(args, peaks)
+    else:
+        found = _attention_only(args) if args.attention_only else _models(args)
+    for row in found:
         if not rows:
             print(f"| {' | '.join(row.cells)} |\n|{'---|' * len(row.cells)}")
         print(f"| {' | '.join(row.cells.values())} |", flush=True)
         rows.append(row.values)
     try:
         if args.json:
-            written = {"cpu": cpu_description(), "properties": properties, "measurements": rows}
+            written = {"cpu": cpu_description(), "peaks": peaks, "properties": properties, "measurements": rows}
             args.json.write_text(json.dumps(written, indent=2) + "\n")
         if args.plot:
             plot(rows, args.plot)
@@ -164,6 +193,37 @@ def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
                     "times fused": f"{m.seconds / found[0].seconds:.2f}",
                 }
                 yield _Row(asdict(m), cells)
+
+
+def _peak_texts(peaks: dict[str, float]) -> list[str]:
+    """The peaks of the machine as the header has them."""
+    units = {"stream": "GB/s"}
+    return [f"{kind} {peak:.{1 if peak >= 10 else 2}f} {units.get(kind, 'TFLOP/s')}" for kind, peak in peaks.items()]
+
+
+def _linear_only(args: argparse.Namespace, peaks: dict[str, float]) -> Iterator[_Row]:
+    from ..native.bench_linear import CHATGLM3, CHATGLM_6B, WAYS, measure_linear
+
+    shape = {"chatglm3": CHATGLM3, "chatglm": CHATGLM_6B}[args.linear_only]
+    # what the native operations compute with
+    kind = next((kind for kind in ("tile-bf16", "vnni-int8", "f32") if kind in peaks), None)
+    fused = None
+    for m in measure_linear(shape, args.rows or _ROWS, repetitions=args.repetitions, threads=args.threads):
+        if m.way == WAYS[0]:
+            fused = m
+        cells = {
+            "layer": m.layer,
+            "weights": m.weights,
+            "rows": f"{m.rows}",
+            "linear": m.way,
+            "time of a layer (ms)": f"{m.seconds * 1e3:.3f}",
+            "TFLOP/s": f"{m.teraflops:.2f}",
+            f"of {kind}": f"{100 * m.teraflops / peaks[kind]:.0f} %" if kind else "",
+            "read (GB/s)": f"{m.gigabytes:.1f}",
+            "of a stream": f"{100 * m.gigabytes / peaks['stream']:.0f} %",
+            "times fused": f"{m.seconds / fused.seconds:.2f}",
+        }
+        yield _Row(asdict(m), cells)
 
 
 def _check_plot(file: Path) -> None:

@@ -20,7 +20,11 @@ __all__ = [
     "linear_instruction_sets",
     "linear_is_fast",
     "load",
+    "peak_operations",
 ]
+
+PEAKS = ("tile-bf16", "tile-int8", "vnni-int8", "f32")
+"""Kinds of products that `peak_operations` counts, those of AMX tiles and those of vectors."""
 
 
 def load(core: ov.Core) -> None:
@@ -49,3 +53,16 @@ def linear_instruction_sets() -> list[str]:
 def linear_is_fast() -> bool:
     """Whether the native linear layers are meant for this CPU: it multiplies bytes (VNNI) and has no AMX."""
     return bool(library().chatglm_linear_is_fast())
+
+
+def peak_operations(kind: str, threads: int) -> float:
+    """Operations a second, 2 for a multiply-add, of products that stay in registers, on so many threads.
+
+    `kind` is one of `PEAKS`; 0 where this CPU has no such instructions. Raises `ValueError` for another kind or no
+    thread, `NativeBuildError` without the native library.
+    """
+    if kind not in PEAKS:
+        raise ValueError(f"`kind` is {kind!r}; expected one of {', '.join(PEAKS)}.")
+    if threads < 1:
+        raise ValueError(f"`threads` is {threads}; expected at least 1.")
+    return library().chatglm_peak_operations(kind.encode(), threads)

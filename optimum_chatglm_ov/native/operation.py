@@ -55,6 +55,8 @@ def library() -> ctypes.CDLL:
     functions.chatglm_linear_pack.restype = None
     functions.chatglm_linear_pack.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_uint8]
     functions.chatglm_linear_pack.argtypes += [ctypes.c_void_p] * 4
+    functions.chatglm_peak_operations.restype = ctypes.c_double
+    functions.chatglm_peak_operations.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     return functions
 
 

@@ -19,7 +19,7 @@
 #include "attention.hpp"
 #include "kernel.hpp"
 #include "parallel.hpp"
-#include "tiles.hpp"
+#include "peaks.hpp"
 
 using namespace optimum_chatglm_ov;
 
@@ -67,33 +67,6 @@ double seconds_of(const std::function<void()>& call) {
     const auto start = std::chrono::steady_clock::now();
     call();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-// 10^12 multiplications and additions a second of bf16 tiles that stay in registers.
-double tile_peak(const Executor& executor) {
-#if defined(__x86_64__)
-    if (!cpu_features().amx) return 0;
-    constexpr int64_t kSteps = 200000;
-    const auto multiply = [&](int64_t) {
-        TileInstructions tiles;
-        TileConfiguration c;
-        c.palette = 1;
-        for (int t = 0; t < 8; t++) c.rows[t] = 16, c.row_bytes[t] = 64;
-        tiles.configure(c);
-        for (int64_t i = 0; i < kSteps; i++) {
-            tiles.dot<0, 4, 6>();
-            tiles.dot<1, 4, 7>();
-            tiles.dot<2, 5, 6>();
-            tiles.dot<3, 5, 7>();
-        }
-        tiles.release();
-    };
-    const int64_t threads = executor.concurrency();
-    const double seconds = seconds_of([&] { parallel_for(executor, threads, threads, multiply); });
-    return 4.0 * kSteps * threads * 2 * 16 * 16 * 32 / seconds * 1e-12;
-#else
-    return 0;
-#endif
 }
 
 struct Layer {
@@ -204,7 +177,7 @@ int main(int argc, char** argv) {
     double peak = 0;
     const auto start = std::chrono::steady_clock::now();
     do {
-        peak = std::max(peak, tile_peak(pool));
+        peak = std::max(peak, peak_operations("tile-bf16", pool) * 1e-12);
         for (Row& row : rows) {
             if (row.best < 1e9 && row.best > kSlow) continue;
             for (size_t i = 0; i <= row.problem->layers.size(); i++)  // the first warms up

@@ -15,6 +15,7 @@
 
 #include "fuzzing.hpp"
 #include "linear.hpp"
+#include "peaks.hpp"
 #include "timing.hpp"
 
 using namespace optimum_chatglm_ov;
@@ -45,7 +46,7 @@ int main(int argc, char** argv) {
         std::vector<float> input(rows * in);
         for (float& v : input) v = float(int64_t(generator()) - (1ll << 31)) / float(1ll << 31);
         output.resize(rows * out);
-        const double peak = tile_peak(pool), stream = stream_rate(pool, memory, layers * bytes);
+        const double peak = peak_operations("tile-bf16", pool), stream = stream_rate(pool, memory, layers * bytes);
         std::stringstream names(linear_instruction_sets());
         for (std::string name; std::getline(names, name, ',');) {
             if (only ? name != only : name == "portable" || name == "amx-model") continue;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the native benchmarks share: threads that wait without sleeping, peaks of the machine, the best of some runs.
+// What the native benchmarks share: threads that wait without sleeping, the rate of reading memory, the best of some runs.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,13 +10,8 @@
 #include <cstdlib>
 #include <thread>
 #include <vector>
-#if defined(__AVX512F__)
-#    include <immintrin.h>
-#endif
 
-#include "kernel.hpp"
 #include "parallel.hpp"
-#include "tiles.hpp"
 
 namespace optimum_chatglm_ov {
 
@@ -93,27 +88,6 @@ inline double stream_rate(const Executor& executor, const uint8_t* memory, int64
         });
     });
     return double(part * parts) / seconds;
-}
-
-// bf16 operations a second (2 for a multiply-add) of tile products without memory; 0 where there are no tiles.
-inline double tile_peak(const Executor& executor) {
-    if (!cpu_features().amx) return 0;
-    constexpr int64_t kProducts = 40000;
-    const double seconds = best_seconds(0.1, [&] {
-        parallel_for(executor, executor.concurrency(), executor.concurrency(), [&](int64_t) {
-            alignas(64) uint8_t zeros[1024] = {};
-            TileInstructions tiles;
-            TileConfiguration c;
-            c.palette = 1;
-            for (int t = 0; t < 8; t++) c.rows[t] = 16, c.row_bytes[t] = 64;
-            tiles.configure(c);
-            tiles.load<4>(zeros, 64), tiles.load<5>(zeros, 64), tiles.load<6>(zeros, 64), tiles.load<7>(zeros, 64);
-            for (int64_t i = 0; i < kProducts; i += 4)
-                tiles.dot<0, 4, 6>(), tiles.dot<1, 4, 7>(), tiles.dot<2, 5, 6>(), tiles.dot<3, 5, 7>();
-            tiles.release();
-        });
-    });
-    return 2.0 * 16 * 16 * 32 * double(kProducts * executor.concurrency()) / seconds;
 }
 
 }  // namespace optimum_chatglm_ov

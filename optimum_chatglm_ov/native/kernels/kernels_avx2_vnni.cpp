@@ -3,6 +3,7 @@
 #include "byte_products.hpp"
 #include "dot_products.hpp"
 #include "flash.hpp"
+#include "peaks.hpp"
 
 namespace optimum_chatglm_ov {
 
@@ -17,6 +18,14 @@ const Kernels* avx2_vnni_kernels() {
 const LinearKernels* avx2_vnni_linear_kernels() {
 #if defined(__AVXVNNI__)
     return make_linear_kernels<Int8Dot>("avx2-vnni");
+#else
+    return nullptr;
+#endif
+}
+
+PeakLoop avx2_vnni_peak_loop() {
+#if defined(__AVXVNNI__)
+    return [](int64_t steps) { CHATGLM_PEAK_PRODUCTS(steps, "%{vex%} vpdpbusd", "ymm"); };
 #else
     return nullptr;
 #endif

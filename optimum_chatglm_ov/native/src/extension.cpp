@@ -2,11 +2,15 @@
 // What OpenVINO and Python find in the library.
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
+#include <thread>
+#include <vector>
 
 #include "attention.hpp"
 #include "attention_op.hpp"
 #include "linear.hpp"
 #include "linear_op.hpp"
+#include "parallel.hpp"
+#include "peaks.hpp"
 #include "rotary_op.hpp"
 
 // The inner parentheses make the list one argument of the macro.
@@ -44,4 +48,29 @@ CHATGLM_EXPORT void chatglm_linear_pack(int64_t in_features, int64_t out_feature
                                         const uint8_t* zero_points, const float* bias, uint8_t* packed) {
     optimum_chatglm_ov::pack_linear({in_features, bits, group_size, optimum_chatglm_ov::kActivationGroup},
                                     out_features, integers, flip, scales, zero_points, bias, packed);
+}
+
+namespace {
+
+// New threads for each run: outside an inference OpenVINO's are not to be had.
+class NewThreads final : public optimum_chatglm_ov::Executor {
+public:
+    explicit NewThreads(int64_t count) : count_(count) {}
+    int64_t concurrency() const override { return count_; }
+    void run(int64_t workers, void (*body)(void*), void* context) const override {
+        std::vector<std::thread> threads;
+        for (int64_t i = 1; i < workers; i++) threads.emplace_back(body, context);
+        body(context);
+        for (std::thread& thread : threads) thread.join();
+    }
+
+private:
+    int64_t count_;
+};
+
+}  // namespace
+
+// See peak_operations; on `threads` threads.
+CHATGLM_EXPORT double chatglm_peak_operations(const char* kind, int64_t threads) {
+    return optimum_chatglm_ov::peak_operations(kind, NewThreads(threads));
 }
