@@ -100,7 +100,9 @@ class ChatGLMConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(self, **kwargs: Any):
-        kwargs.pop("auto_map", None)  # points at remote code, which is never used
+        for key in ("auto_map", "custom_pipelines"):  # point at remote code, which is never used
+            kwargs.pop(key, None)
+        kwargs.pop("model_type", None)  # null in some files
         for key in ("rope_scaling", "rope_theta"):
             if kwargs.get(key) is not None:
                 raise ValueError(

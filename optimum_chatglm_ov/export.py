@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -17,20 +16,21 @@ from xml.etree import ElementTree
 import openvino as ov
 import torch
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from . import graph, native, quantization
 from .adapters import merge_adapters
 from .checkpoint import WEIGHT_FILES, Checkpoint, Derived, Scratch, Weight
+from .choices import KV_CACHE_PRECISIONS
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
 from .files import complete_folder
 from .hub import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
-from .native.operation import KV_CACHE_PRECISIONS
 from .native.transform import fuse_attention
 from .prefix import load_prefix
 from .prefix import tensor_shapes as prefix_shapes
-from .signals import signals_elsewhere, signals_wait
+from .remote_code import load_tokenizer, read_config
+from .signals import signals_elsewhere
 
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def export_model(
             export=True,
         )
         _check_original(source)
+        read_config(source)
         tokenizer = _load_tokenizer(source)
         config = load_config(source, rope_ratio_type, tokenizer)
         quantization_config = quantization.resolve_config(
@@ -206,21 +207,7 @@ def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any
     Raises:
         CheckpointError: config.json is missing, not JSON or of another model type.
     """
-    file = source / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file}: not found; expected the config.json of a ChatGLM checkpoint. Check the folder or Hub id."
-        ) from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}). Download it again.") from error
-    model_type = found.get("model_type", "chatglm") if isinstance(found, dict) else None
-    if model_type != ChatGLMConfig.model_type:
-        raise CheckpointError(
-            f"{file}: model_type is {model_type!r}, expected 'chatglm'. This package exports original ChatGLM "
-            "checkpoints; use optimum-intel for other models."
-        )
+    read_config(source)
     config = ChatGLMConfig.from_pretrained(source, **({"rope_ratio_type": rope_ratio_type} if rope_ratio_type else {}))
     if config.architecture == "chatglm2" and config.rope_ratio_type is None:
         # role tokens came with ChatGLM3, and every model since multiplies the base
@@ -236,8 +223,7 @@ def _load_tokenizer(source: Path) -> Any | None:
     if not any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
         logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
         return None
-    with signals_wait():  # transformers 4 makes an ImportError of what interrupts it where there is no protobuf
-        return AutoTokenizer.from_pretrained(source)
+    return load_tokenizer(source)
 
 
 def _check_calibration(

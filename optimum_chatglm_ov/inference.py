@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -208,7 +209,7 @@ class InferenceMixin:
             )
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
-        """As in transformers; see `GenerationMixin.generate`.
+        """As in transformers; see `GenerationMixin.generate`. `trust_remote_code` has no effect.
 
         With fused attention also `assistant_model` (another instance of this class, loaded so too),
         `prompt_lookup_num_tokens`, and `past_key_values` of an earlier output of this model, with the whole sequence
@@ -217,13 +218,20 @@ class InferenceMixin:
         Raises:
             ContextLengthError: the prompt and the tokens to generate are more than the context length; nothing is run.
             ValueError: see `forward`; assisted generation with a cache that cannot take tokens back;
-                `past_key_values` that are outdated or hold beams; `guidance_scale`, `penalty_alpha`, `dola_layers`,
+                `past_key_values` that are outdated or hold beams; a folder or repository as `custom_generate`;
+                `guidance_scale`, `penalty_alpha`, `dola_layers`,
                 `assistant_early_exit` or `prefill_chunk_size`, which are not for this model.
         """
         with self._turns(kwargs.get("assistant_model")):
             return self._generate(inputs, generation_config, **kwargs)
 
     def _generate(self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, **kwargs: Any):
+        if isinstance(kwargs.get("custom_generate"), (str, os.PathLike)):
+            raise ValueError(
+                f"`custom_generate` is {str(kwargs['custom_generate'])!r}: no code of a folder or repository is ever "
+                "run. Give a function of your own."
+            )
+        kwargs.pop("trust_remote_code", None)  # some ways of generation are on the Hub by now
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         self._check_settings(settings, kwargs.get("assistant_model"))
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")

@@ -15,17 +15,19 @@ import torch
 from optimum.intel.openvino import OVModelForCausalLM
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
 from optimum.intel.openvino.modeling_base import core
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from . import native, quantization
 from .chat import ChatMixin
-from .compilation import ATTENTIONS, LINEARS, CompilationMixin, choice
+from .choices import ATTENTIONS, FLOATING_FORMATS, LINEARS
+from .compilation import CompilationMixin, choice
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
 from .export import MODEL_FILE, export_model, load_config, model_folder
 from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .inference import InferenceMixin
 from .native import NativeBuildError
+from .remote_code import load_tokenizer, read_config, warn_once
 
 
 logger = logging.getLogger(__name__)
@@ -173,6 +175,9 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
             rope_ratio_type = rope_ratio_type or getattr(config, "rope_ratio_type", None)
         weight_format = _weight_format(kwargs.pop("torch_dtype", dtype))
         source = resolve_checkpoint(model_id, subfolder=subfolder, export=bool(export), **hub_arguments)
+        read_config(source)
+        if trust_remote_code:
+            warn_once(str(model_id))
         has_ir = has_openvino_model(source)
         if export is False and not has_ir:
             raise FileNotFoundError(
@@ -296,12 +301,12 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
 
     def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
         precision = quantization.weight_precision(self.model)
-        if precision not in quantization.FLOATING_FORMATS:
+        if precision not in FLOATING_FORMATS:
             raise ValueError(
                 f"{folder}: the weights are {precision} already and cannot be quantised again. Leave out "
                 "`load_in_8bit` and `quantization_config`, or export the original checkpoint with them."
             )
-        tokenizer = None if quantization_config.dataset is None else AutoTokenizer.from_pretrained(folder)
+        tokenizer = None if quantization_config.dataset is None else load_tokenizer(folder)
         quantization.compress(self.model, quantization_config, tokenizer)
         self._openvino_config = OVConfig(quantization_config=quantization.for_saving(quantization_config))
 
@@ -320,7 +325,7 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
             super().save_pretrained(folder)
             source = Path(self.model_save_dir)
             if any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
-                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+                load_tokenizer(source).save_pretrained(folder)
             if not has_own_card(save_directory):
                 self.save_model_card(folder)
         if push_to_hub:

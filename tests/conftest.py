@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch  # noqa: E402
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model  # noqa: E402
 
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / "data"
 # Every number as the weights say it: no reduced precision of activations, cache or dynamic quantisation.
 EXACT = {
@@ -92,6 +95,17 @@ def in_child(function: Callable[[], object], as_nobody: bool = False) -> str | i
         raised = pipe.read()
     _, status = os.waitpid(child, 0)
     return os.WTERMSIG(status) or raised or None
+
+
+def python_path(folder: Path) -> list[str]:
+    """`PYTHONPATH` of a process that finds this package and its command of optimum-cli, which may go to `folder`."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if importlib.util.find_spec("optimum.commands.register.register_chatglm_ov") is None:  # not installed
+        register = folder / "optimum" / "commands" / "register"
+        register.mkdir(parents=True)
+        shutil.copy(ROOT / "optimum_chatglm_ov/commands/register/register_chatglm_ov.py", register)
+        paths.append(str(folder))
+    return paths
 
 
 def let_others_read(path: Path) -> None:
