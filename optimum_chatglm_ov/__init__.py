@@ -5,7 +5,7 @@ Importing it makes `AutoConfig`, `AutoTokenizer`, `AutoModelForCausalLM`, `AutoM
 checkpoints, original and exported, without remote code.
 """
 
-import importlib
+import importlib.util
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ def _is_command() -> bool:
 
 def __getattr__(name: str) -> Any:
     """In the process of `chatglm-ov`: the first public name that is asked for imports and registers everything."""
-    if not name.startswith("__"):
+    # `from . import module` asks for a module's name here before it imports it
+    if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is None:
         registration = importlib.import_module(".registration", __name__)
         if name in registration.__all__:
             return getattr(registration, name)

@@ -99,8 +99,8 @@ def check_model_type(config: Mapping[str, Any], name: str) -> None:
     if is_own:
         advice = f'if this is a ChatGLM checkpoint, set "model_type": "{ChatGLMConfig.model_type}" in config.json.'
     raise CheckpointError(
-        f"{Path(name) / 'config.json'}: model_type is {found}; supported is {ChatGLMConfig.model_type!r} alone. No "
-        f"code of a repository is ever run; {advice}"
+        f"{Path(name) / 'config.json'}: model_type is {found}, expected {ChatGLMConfig.model_type!r}, the only one "
+        f"that is supported. No code of a repository is ever run; {advice}"
     )
 
 

@@ -113,6 +113,7 @@ class _Row:
 
 
 def _models(args: argparse.Namespace) -> Iterator[_Row]:
+    from .. import registration  # noqa: F401  before any file is read
     from ..bench import measure
     from .embedded import embedded_model
 

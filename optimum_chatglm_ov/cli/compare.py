@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Compares, prints and returns the exit status."""
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
+    from .. import registration  # noqa: F401  before any file is read
     from ..compare import compare
 
     measured = compare(
