@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
@@ -38,6 +40,20 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "openvino_model.xml"
 # What an export may write: none of it is left over from an earlier one in the same folder.
 _EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
+# Settings of a generation that count in one mode alone.
+_OF_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+_OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
+_OF_RETURNED_DICT = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
+_OF_OTHER_CACHES = ("cache_implementation", "cache_config", "return_legacy_cache")
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Progress = Callable[[str, int, int], None]
@@ -146,6 +162,7 @@ def export_model(
         ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
         _check_size(folder / MODEL_FILE)
         config.quantization_bit = 0
+        config.use_cache = True
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
         if tokenizer is not None:
@@ -249,15 +266,64 @@ def _check_calibration(
 
 
 def _generation_config(source: Path, config: ChatGLMConfig) -> GenerationConfig:
-    if (source / "generation_config.json").is_file():
-        generation_config = GenerationConfig.from_pretrained(source)
-        if not generation_config.do_sample:  # transformers refuses to save sampling settings that have no effect
-            for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50)):
-                if getattr(generation_config, name, None) is not None:
-                    setattr(generation_config, name, neutral)
-        return generation_config
-    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GenerationConfig(**ids)
+    """The defaults of `generate` in folder `source`, without what has no effect or would spoil every generation.
+
+    Raises:
+        CheckpointError: generation_config.json cannot be read, or asks for what transformers refuses.
+    """
+    file = source / "generation_config.json"
+    if not file.is_file():
+        if not config.use_cache:
+            _log_ignored_cache(source / "config.json")
+        ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return GenerationConfig(**ids)
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        without_effect = _without_effect(settings)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not a JSON object ({error}). Download it again.") from error
+    if settings.pop("use_cache", True) is False or not config.use_cache:
+        _log_ignored_cache(file if config.use_cache else source / "config.json")
+    if without_effect:
+        logger.info(f"{file}: without effect and left out: {', '.join(without_effect)}.")
+    try:
+        generation_config = GenerationConfig.from_dict(
+            {name: value for name, value in settings.items() if name not in without_effect}
+        )
+        with TemporaryDirectory(prefix="optimum_chatglm_ov-") as folder:
+            generation_config.save_pretrained(folder)  # strict, as when the model is written
+    except ValueError as error:
+        raise CheckpointError(f"{file}: transformers refuses it. Mend or remove the file. {error}") from error
+    return generation_config
+
+
+def _without_effect(settings: Mapping[str, Any]) -> list[str]:
+    """Names of settings of a generation that only count in a mode which the others do not choose.
+
+    transformers does not save those, and some versions do not even read them.
+    """
+    names = set(_OF_OTHER_CACHES)  # keys and values stay inside this model
+    has_beams = (settings.get("num_beams") or 1) > 1
+    if not settings.get("do_sample"):
+        names |= set(_OF_SAMPLING)
+    if not has_beams:
+        names |= set(_OF_BEAMS)
+        if settings.get("num_beams") is None:
+            names.add("num_beams")
+    if not (settings.get("do_sample") or has_beams) or settings.get("num_return_sequences") is None:
+        names.add("num_return_sequences")
+    if not settings.get("return_dict_in_generate"):
+        names |= set(_OF_RETURNED_DICT)
+    if (settings.get("pad_token_id") or 0) < 0:
+        names.add("pad_token_id")
+    return sorted(names & settings.keys())
+
+
+def _log_ignored_cache(file: Path) -> None:
+    logger.warning(
+        f'{file}: "use_cache": false, as training leaves it, is ignored: every token would cost a pass over the whole '
+        "text. Load the model with `use_cache=False` if that is meant."
+    )
 
 
 def _parameters(config: ChatGLMConfig) -> int:
