@@ -99,9 +99,9 @@ def export_model(
             model itself generates.
         revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers' `from_pretrained`.
         rope_ratio_type: what `rope_ratio` means, "linear" or "theta" (see `ChatGLMConfig`).
-        adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight.
+        adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight; `modules_to_save` as well.
         prefix_encoder: folder or file with the `prefix_encoder` of a P-Tuning v2 training, if it is not part of the
-            checkpoint.
+            checkpoint, or a folder of PEFT's PREFIX_TUNING.
         attention: "sdpa", a portable IR, which `from_pretrained` fuses where it can; or "fused", an IR that holds the
             native operation of this package: for CPU, and only for what this package loads.
         kv_cache_precision: of the caches of `attention="fused"`: "bf16" (default; "f16" means it, too), "u8" or "f32".

@@ -111,7 +111,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=tuple(KV_CACHE_PRECISIONS),
         help="of the caches of --attention fused, whose f16 is bf16 (default: bf16)",
     )
-    model.add_argument("--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training")
+    model.add_argument(
+        "--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training, or of PEFT's PREFIX_TUNING"
+    )
     model.add_argument(
         "--rope-ratio-type",
         choices=("linear", "theta"),
