@@ -27,6 +27,7 @@ from .export import MODEL_FILE, export_model, load_config, model_folder
 from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .inference import InferenceMixin
 from .native import NativeBuildError
+from .originals import OriginalsMixin
 from .remote_code import load_tokenizer, read_config, warn_once
 
 
@@ -64,7 +65,7 @@ class _AutoModelForCausalLM(AutoModelForCausalLM):
         pass
 
 
-class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin, OVModelForCausalLM):
+class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, CompilationMixin, OVModelForCausalLM):
     r"""A ChatGLM model of any generation, run by OpenVINO.
 
     ```python
