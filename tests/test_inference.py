@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXACT, Golden
+from optimum.intel.openvino import OVModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
@@ -291,14 +292,14 @@ def test_cleared_requests_wait_for_their_turn(attention, exported):
     assert found == [expected] * 20
 
 
-@pytest.mark.parametrize("give_back", ["clear_requests", "half"])
+@pytest.mark.parametrize("give_back", [OVChatGLMForCausalLM.clear_requests, OVModelForCausalLM.half])
 def test_a_model_that_is_compiled_again_gives_the_caches_back(give_back, exported):
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention="fused", ov_config=EXACT)
     ids = Golden("chatglm3-6b").inputs("single")["input_ids"]
     output = model(ids)
     caches = model._fused
     assert caches.caches
-    getattr(model, give_back)()
+    give_back(model)
     again = model(ids)
     assert not caches.caches and output.past_key_values.is_outdated
     np.testing.assert_allclose(again.logits.numpy(), output.logits.numpy(), atol=0.05)
