@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .cache import FusedCache
 from .errors import ChatGLMError
+from .families import family_of_generation
 from .token_stream import TokenStream
 
 
@@ -124,7 +125,6 @@ class ChatRules:
     """What one generation does in its own way.
 
     Args:
-        max_length, top_p, temperature: defaults of sampling; `max_length` counts prompt and answer.
         invalid_score_token_id: see [`InvalidScoreLogitsProcessor`].
         process_text: text of an answer -> response, where a conversation is pairs; else `None`.
         read_parameters: content of a call -> its arguments, where a conversation is messages; else `None`.
@@ -134,9 +134,6 @@ class ChatRules:
         has_past_key_values: `stream_chat()` can go on from `past_key_values`.
     """
 
-    max_length: int
-    top_p: float
-    temperature: float
     invalid_score_token_id: int = 5
     process_text: Callable[[str], str] | None = None
     read_parameters: Callable[[str], dict[str, Any]] | None = None
@@ -179,45 +176,31 @@ class ChatRules:
         return response, new_history
 
 
-_AFTER_CHATGLM2 = dict(top_p=0.8, temperature=0.8, max_length=8192)
 _RULES = {
     "chatglm": ChatRules(
-        max_length=2048,
-        top_p=0.7,
-        temperature=0.95,
         process_text=_process_chatglm,
         stream_withholds_last_token=True,
         stream_shows_every_token=True,
         has_past_key_values=False,
     ),
-    "chatglm2": ChatRules(**_AFTER_CHATGLM2, process_text=_process_chatglm2),
-    "chatglm2-32k": ChatRules(**{**_AFTER_CHATGLM2, "max_length": 32768}, process_text=_process_chatglm2),
+    "chatglm2": ChatRules(process_text=_process_chatglm2),
     "chatglm3": ChatRules(
-        **_AFTER_CHATGLM2,
-        read_parameters=_parameters_of_python,
-        stop_tokens=("<|user|>", "<|observation|>"),
-        stream_withholds_last_token=True,
-    ),
-    "chatglm3-128k": ChatRules(
-        max_length=131072,
-        top_p=0.7,
-        temperature=0.95,
         read_parameters=_parameters_of_python,
         stop_tokens=("<|user|>", "<|observation|>"),
         stream_withholds_last_token=True,
     ),
     "glm4": ChatRules(
-        **_AFTER_CHATGLM2,
         invalid_score_token_id=198,
         read_parameters=_parameters_of_json,
         stop_tokens=("<|user|>", "<|observation|>"),
         stream_withholds_last_token=True,
     ),
 }
+_RULES["codegeex4"] = _RULES["glm4"]
 
 
-def chat_rules(tokenizer: Any, config: Any) -> ChatRules:
-    """Rules for the tokenizer's generation; chatglm2-6b-32k and chatglm3-6b-128k have other defaults of sampling.
+def chat_rules(tokenizer: Any) -> ChatRules:
+    """Rules for the tokenizer's generation.
 
     Raises:
         ValueError: `tokenizer` is not one of this package's.
@@ -228,10 +211,6 @@ def chat_rules(tokenizer: Any, config: Any) -> ChatRules:
             f"`tokenizer` is a {type(tokenizer).__name__}; expected a ChatGLM tokenizer. Load it with "
             "`AutoTokenizer.from_pretrained(...)` after `import optimum_chatglm_ov`."
         )
-    if generation == "chatglm2" and config.rope_ratio not in (None, 1):
-        generation = "chatglm2-32k"
-    if generation == "chatglm3" and config.max_position_embeddings > 32768:
-        generation = "chatglm3-128k"
     return _RULES[generation]
 
 
@@ -296,7 +275,7 @@ class ChatMixin:
             ValueError: `tokenizer` is not a ChatGLM tokenizer, or its generation has no such `role`.
         """
         history = [] if history is None else history
-        rules = chat_rules(tokenizer, self.config)
+        rules = chat_rules(tokenizer)
         prompt = tokenizer.build_chat_input(query, history=history, role=role)["input_ids"]
         settings = self._chat_settings(
             rules, tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs
@@ -341,7 +320,7 @@ class ChatMixin:
             ValueError: see [`chat`]; or ChatGLM was given `past_key_values`.
         """
         history = [] if history is None else history
-        rules = chat_rules(tokenizer, self.config)
+        rules = chat_rules(tokenizer)
         if not rules.has_past_key_values and (past_key_values is not None or return_past_key_values):
             raise ValueError("ChatGLM-6B streams without `past_key_values`; pass `history` alone.")
         if past_key_values is None:
@@ -381,17 +360,20 @@ class ChatMixin:
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments of `generate` beside the prompt."""
+        family = family_of_generation(
+            tokenizer.chatglm_generation, getattr(self.config, "rope_ratio", None), self.config.max_position_embeddings
+        )
         settings: dict[str, Any] = {
             "do_sample": do_sample,
             # Without sampling: the values that change nothing, as transformers warns of any other.
-            "top_p": (rules.top_p if top_p is None else top_p) if do_sample else 1.0,
-            "temperature": (rules.temperature if temperature is None else temperature) if do_sample else 1.0,
+            "top_p": (family.top_p if top_p is None else top_p) if do_sample else 1.0,
+            "temperature": (family.temperature if temperature is None else temperature) if do_sample else 1.0,
             "logits_processor": LogitsProcessorList(
                 [*(logits_processor or ()), InvalidScoreLogitsProcessor(rules.invalid_score_token_id)]
             ),
         }
         if max_length is not None or kwargs.get("max_new_tokens") is None:
-            limit = min(rules.max_length, self.config.max_position_embeddings)
+            limit = min(family.max_length, self.config.max_position_embeddings)
             settings["max_length"] = limit if max_length is None else max_length
         if rules.stop_tokens:
             settings["eos_token_id"] = [

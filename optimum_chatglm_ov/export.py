@@ -24,6 +24,7 @@ from .adapters import merge_adapters
 from .checkpoint import WEIGHT_FILES, Checkpoint, Derived, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
+from .families import GENERATIONS_OF_RANKS, rope_ratio_type_of_generation
 from .files import complete_folder
 from .hub import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
 from .native.operation import KV_CACHE_PRECISIONS
@@ -201,10 +202,11 @@ def model_folder(output: str | Path) -> AbstractContextManager[Path]:
 
 
 def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:
-    """The configuration in folder `source`; the meaning of `rope_ratio`, if open, is decided by the tokenizer.
+    """The configuration in folder `source`, where the tokenizer, too, tells what `rope_ratio` means.
 
     Raises:
         CheckpointError: config.json is missing, not JSON or of another model type.
+        ValueError: nothing tells what `rope_ratio` means, or the configuration and the tokenizer contradict.
     """
     file = source / "config.json"
     try:
@@ -222,14 +224,35 @@ def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any
             "checkpoints; use optimum-intel for other models."
         )
     config = ChatGLMConfig.from_pretrained(source, **({"rope_ratio_type": rope_ratio_type} if rope_ratio_type else {}))
-    if config.architecture == "chatglm2" and config.rope_ratio_type is None:
-        # role tokens came with ChatGLM3, and every model since multiplies the base
-        if getattr(tokenizer, "chatglm_generation", None) in ("chatglm3", "glm4"):
-            config.rope_ratio_type = "theta"
-            logger.info(f"rope_ratio={config.rope_ratio} is read as 'theta', from the tokenizer's role tokens.")
-        else:
-            config.rope_theta  # noqa: B018  raises the explanation
+    if config.architecture == "chatglm2" and not (rope_ratio_type or found.get("rope_ratio_type")):
+        config.rope_ratio_type = _agreed_rope_ratio_type(config, tokenizer)
+        config.rope_theta  # noqa: B018  raises the explanation where nothing tells
     return config
+
+
+def _agreed_rope_ratio_type(config: ChatGLMConfig, tokenizer: Any) -> str | None:
+    """What `rope_ratio` means by the configuration and by the tokenizer.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    by_config, generation = config.rope_ratio_type, getattr(tokenizer, "chatglm_generation", None)
+    if config.rope_ratio in (None, 1) or generation is None or getattr(tokenizer, "generation_is_assumed", False):
+        return by_config
+    by_tokenizer = rope_ratio_type_of_generation(generation)
+    if by_tokenizer in (None, by_config):
+        return by_config
+    if by_config is not None and generation not in GENERATIONS_OF_RANKS:  # whose vocabulary leaves no doubt
+        raise ValueError(
+            f"What `rope_ratio`={config.rope_ratio} means is contradictory: the tokenizer is that of {generation}, "
+            f"which makes it {by_tokenizer!r}, and config.json (`_name_or_path` {config.original_name_or_path!r}, "
+            f"`padded_vocab_size` {config.padded_vocab_size}) makes it {by_config!r}. Decide with "
+            'rope_ratio_type="linear" (positions are divided by it) or rope_ratio_type="theta" (the rotary base is '
+            "multiplied by it), in config.json or as an argument of the export (`--rope-ratio-type` on the command "
+            "line)."
+        )
+    logger.info(f"rope_ratio={config.rope_ratio} is read as {by_tokenizer!r}, from the {generation} tokenizer.")
+    return by_tokenizer
 
 
 def _load_tokenizer(source: Path) -> Any | None:

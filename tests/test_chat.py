@@ -40,7 +40,7 @@ def history_of(items):
 
 
 def rules(name):
-    return chat_rules(tokenizer(name), ChatGLMConfig(seq_length=8192))
+    return chat_rules(tokenizer(name))
 
 
 def role_of(case):

@@ -6,6 +6,7 @@ from .base import ChatGLMTokenizer
 from .chatglm import ChatGLM1Tokenizer
 from .chatglm2 import ChatGLM2Tokenizer
 from .chatglm3 import ChatGLM3Tokenizer
+from .codegeex4 import CodeGeeX4Tokenizer
 from .glm4 import ChatGLM4Tokenizer
 from .streamers import ChatGLMTextIteratorStreamer, ChatGLMTextStreamer
 from .vocabulary import TokenizerError
@@ -19,6 +20,7 @@ __all__ = [
     "ChatGLMTextIteratorStreamer",
     "ChatGLMTextStreamer",
     "ChatGLMTokenizer",
+    "CodeGeeX4Tokenizer",
     "TokenizerError",
     "register",
 ]

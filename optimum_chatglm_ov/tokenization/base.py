@@ -24,6 +24,7 @@ _TOKENIZER_CLASSES = {
     "chatglm2": ("chatglm2", "ChatGLM2Tokenizer"),
     "chatglm3": ("chatglm3", "ChatGLM3Tokenizer"),
     "glm4": ("glm4", "ChatGLM4Tokenizer"),
+    "codegeex4": ("codegeex4", "CodeGeeX4Tokenizer"),
 }
 # transformers >= 5 adds these to the arguments of every tokenizer; they describe one load, not the tokenizer.
 _ARGUMENTS_OF_ONE_LOAD = ("auto_map", "is_local", "files_loaded", "tokenizer_file", "trust_remote_code", "_from_auto")
@@ -44,7 +45,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     Args:
         vocab_file (`str`): `tokenizer.model`, of ChatGLM2, ChatGLM3 or GLM-4.
         ice_text_file (`str`): `ice_text.model`, of ChatGLM.
-        chatglm_generation (`"chatglm"`, `"chatglm2"`, `"chatglm3"` or `"glm4"`, *optional*):
+        chatglm_generation (`"chatglm"`, `"chatglm2"`, `"chatglm3"`, `"glm4"` or `"codegeex4"`, *optional*):
             Found out from the files when not given; see [`~generation.detect_generation`].
 
     Raises:
@@ -55,6 +56,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
     chatglm_generation: str
+    generation_is_assumed = False  # nothing told it
     default_chat_template: str
     roles: tuple[str, ...] = ("system", "user", "assistant", "observation")
 
@@ -65,11 +67,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             cls.__name__ = saved_as
 
     def __new__(cls, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
-        if cls is ChatGLMTokenizer:
-            path = _vocabulary_path(vocab_file, ice_text_file, kwargs.get("name_or_path"))
-            module, name = _TOKENIZER_CLASSES[detect_generation(path, kwargs)]
-            cls = getattr(importlib.import_module(f".{module}", __package__), name)
-        return super().__new__(cls)
+        if cls is not ChatGLMTokenizer:
+            return super().__new__(cls)
+        path = _vocabulary_path(vocab_file, ice_text_file, kwargs.get("name_or_path"))
+        generation, is_told = detect_generation(path, kwargs)
+        module, name = _TOKENIZER_CLASSES[generation]
+        tokenizer = super().__new__(getattr(importlib.import_module(f".{module}", __package__), name))
+        if not is_told:
+            object.__setattr__(tokenizer, "generation_is_assumed", True)  # transformers' own needs `__init__` before
+        return tokenizer
 
     def __init__(self, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
         for name in _ARGUMENTS_OF_ONE_LOAD:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tiktoken
 from transformers import AddedToken, BatchEncoding
 
+from ..families import GENERATIONS_OF_RANKS
 from .base import ChatGLMTokenizer
 from .chat_templates import GLM4_TEMPLATE, with_tools
-from .generation import check_generation
+from .generation import check_generation, detect_generation
 from .vocabulary import load_ranks
 
 
@@ -48,6 +50,15 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
     chatglm_generation = "glm4"
     default_chat_template = GLM4_TEMPLATE
 
+    def __new__(cls, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
+        # repositories of CodeGeeX4 name this class, too
+        if cls is ChatGLM4Tokenizer and vocab_file is not None and os.path.isfile(vocab_file):
+            if detect_generation(vocab_file, kwargs)[0] == "codegeex4":
+                from .codegeex4 import CodeGeeX4Tokenizer
+
+                cls = CodeGeeX4Tokenizer
+        return super().__new__(cls, vocab_file, ice_text_file, **kwargs)
+
     def _load_vocabulary(self) -> None:
         self.mergeable_ranks = load_ranks(self.vocab_file)
         self.tokenizer = tiktoken.Encoding(
@@ -56,7 +67,9 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
 
     def _complete_arguments(self, kwargs: dict[str, Any]) -> None:
         # AutoTokenizer finds this class by its name, before anything has looked at the argument.
-        check_generation(kwargs.get("chatglm_generation", "glm4"), ("glm4",), self.vocab_file)
+        check_generation(
+            kwargs.get("chatglm_generation", self.chatglm_generation), GENERATIONS_OF_RANKS, self.vocab_file
+        )
         # transformers 4 and 5 store the special tokens under different keys; the table of added tokens they share.
         kwargs.pop("extra_special_tokens", None)
         added_tokens = kwargs.get("added_tokens_decoder") or {
