@@ -128,7 +128,6 @@ class ChatRules:
         invalid_score_token_id: see [`InvalidScoreLogitsProcessor`].
         process_text: text of an answer -> response, where a conversation is pairs; else `None`.
         read_parameters: content of a call -> its arguments, where a conversation is messages; else `None`.
-        stop_tokens: tokens that end an answer beside those of the generation configuration.
         stream_withholds_last_token: each streamed text leaves out the newest token, which may be a stop token.
         stream_shows_every_token: also texts that are empty or end in the middle of a character.
         has_past_key_values: `stream_chat()` can go on from `past_key_values`.
@@ -137,7 +136,6 @@ class ChatRules:
     invalid_score_token_id: int = 5
     process_text: Callable[[str], str] | None = None
     read_parameters: Callable[[str], dict[str, Any]] | None = None
-    stop_tokens: tuple[str, ...] = ()
     stream_withholds_last_token: bool = False
     stream_shows_every_token: bool = False
     has_past_key_values: bool = True
@@ -186,13 +184,11 @@ _RULES = {
     "chatglm2": ChatRules(process_text=_process_chatglm2),
     "chatglm3": ChatRules(
         read_parameters=_parameters_of_python,
-        stop_tokens=("<|user|>", "<|observation|>"),
         stream_withholds_last_token=True,
     ),
     "glm4": ChatRules(
         invalid_score_token_id=198,
         read_parameters=_parameters_of_json,
-        stop_tokens=("<|user|>", "<|observation|>"),
         stream_withholds_last_token=True,
     ),
 }
@@ -375,11 +371,8 @@ class ChatMixin:
         if max_length is not None or kwargs.get("max_new_tokens") is None:
             limit = min(family.max_length, self.config.max_position_embeddings)
             settings["max_length"] = limit if max_length is None else max_length
-        if rules.stop_tokens:
-            settings["eos_token_id"] = [
-                tokenizer.eos_token_id,
-                *tokenizer.convert_tokens_to_ids(list(rules.stop_tokens)),
-            ]
+        if rules.has_messages:
+            settings["eos_token_id"] = tokenizer.turn_end_ids
         if self.generation_config.pad_token_id is None:
             settings["pad_token_id"] = tokenizer.pad_token_id
         return {**settings, **kwargs}

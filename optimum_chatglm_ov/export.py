@@ -24,7 +24,7 @@ from .adapters import merge_adapters
 from .checkpoint import WEIGHT_FILES, Checkpoint, Derived, Scratch, Weight
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
-from .families import GENERATIONS_OF_RANKS, rope_ratio_type_of_generation
+from .families import GENERATIONS_OF_RANKS, is_base, rope_ratio_type_of_generation
 from .files import complete_folder
 from .hub import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
 from .native.operation import KV_CACHE_PRECISIONS
@@ -116,7 +116,9 @@ def export_model(
             export=True,
         )
         _check_original(source)
-        tokenizer = _load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
+        if tokenizer is None:
+            logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
         config = load_config(source, rope_ratio_type, tokenizer)
         quantization_config = quantization.resolve_config(
             config, weight_format, quantization_config, _parameters(config), dataset
@@ -125,6 +127,8 @@ def export_model(
             _check_calibration(source, quantization_config, tokenizer, dataset)
         shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
         generation_config = _generation_config(source, config)
+        if tokenizer is not None and not is_base(config.original_name_or_path or str(source)):
+            end_turns(generation_config, tokenizer)
         weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:
             weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
@@ -255,12 +259,20 @@ def _agreed_rope_ratio_type(config: ChatGLMConfig, tokenizer: Any) -> str | None
     return by_tokenizer
 
 
-def _load_tokenizer(source: Path) -> Any | None:
+def load_tokenizer(source: Path) -> Any | None:
+    """The tokenizer in folder `source`, `None` if it has no vocabulary file."""
     if not any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
-        logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
         return None
     with signals_wait():  # transformers 4 makes an ImportError of what interrupts it where there is no protobuf
         return AutoTokenizer.from_pretrained(source)
+
+
+def end_turns(generation_config: GenerationConfig, tokenizer: Any) -> None:
+    """Lets generation stop at every id that ends a turn, beside those that `generation_config` names."""
+    named = generation_config.eos_token_id
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    ids = list(dict.fromkeys([*named, *tokenizer.turn_end_ids]))
+    generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
 
 
 def _check_calibration(

@@ -22,7 +22,8 @@ from .chat import ChatMixin
 from .compilation import ATTENTIONS, LINEARS, CompilationMixin, choice
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
-from .export import MODEL_FILE, export_model, load_config, model_folder
+from .export import MODEL_FILE, end_turns, export_model, load_config, load_tokenizer, model_folder
+from .families import is_base
 from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .inference import InferenceMixin
 from .native import NativeBuildError
@@ -249,6 +250,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
         model._temporary_folder = temporary
         if model._openvino_config is None and (folder / OVConfig.CONFIG_NAME).is_file():
             model._openvino_config = OVConfig.from_pretrained(folder)
+        if temporary is None and generation_config is None:
+            model._end_turns(folder)
         if not use_cache:
             model.generation_config.use_cache = False
         return model
@@ -293,6 +296,21 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
     @staticmethod
     def _has_cache_inputs(model: ov.Model | ov.CompiledModel) -> bool:
         return True
+
+    def _end_turns(self, folder: Path) -> None:
+        """Lets generation stop where a turn ends, also with a folder whose generation_config.json names fewer ids."""
+        if is_base(self.config.original_name_or_path):
+            return
+        try:
+            tokenizer = load_tokenizer(folder)
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"{folder}: the tokenizer cannot be read ({error}); `generate` stops only at the ids that "
+                "generation_config.json names."
+            )
+            return
+        if tokenizer is not None:
+            end_turns(self.generation_config, tokenizer)
 
     def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
         precision = quantization.weight_precision(self.model)

@@ -59,6 +59,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     generation_is_assumed = False  # nothing told it
     default_chat_template: str
     roles: tuple[str, ...] = ("system", "user", "assistant", "observation")
+    turn_end_tokens: tuple[str, ...] = ()  # beside `eos_token`
 
     def __init_subclass__(cls, saved_as: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -133,6 +134,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             `input_ids`, and after ChatGLM also `attention_mask` and `position_ids`: int64 tensors [1, L].
         """
         raise NotImplementedError
+
+    @property
+    def turn_end_ids(self) -> list[int]:
+        """Ids that end an answer, `eos_token_id` first."""
+        return list(dict.fromkeys([self.eos_token_id, *self.convert_tokens_to_ids(list(self.turn_end_tokens))]))
 
     # Encoding ------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
 
     chatglm_generation = "chatglm3"
     default_chat_template = CHATGLM3_TEMPLATE
+    turn_end_tokens = ("<|user|>", "<|observation|>")
     roles = _ROLES
     control_tokens = (*ChatGLM2Tokenizer.control_tokens, *(f"<|{role}|>" for role in _ROLES))
 
@@ -49,6 +50,23 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
 
     def _convert_id_to_token(self, index: int) -> str:
         return self.tokenizer.index_special_tokens.get(index) or super()._convert_id_to_token(index)
+
+    def _decode_ids(self, token_ids: int | list[int], skip_special_tokens: bool) -> str:
+        if skip_special_tokens and isinstance(token_ids, list):
+            token_ids = self._without_turn_end(token_ids)
+        return super()._decode_ids(token_ids, skip_special_tokens)
+
+    def _without_turn_end(self, token_ids: list[int]) -> list[int]:
+        """`token_ids` without the token that ended the answer, and the padding after it.
+
+        The original shows control tokens whatever is asked for, so a list of nothing but several is shown in full.
+        """
+        end = len(token_ids)
+        while end and token_ids[end - 1] == self.pad_token_id:
+            end -= 1
+        controls = {*self.special_tokens.values(), *self.tokenizer.index_special_tokens}
+        is_answer = end == 1 or not controls.issuperset(token_ids[:end])
+        return token_ids[: end - 1] if end and is_answer and token_ids[end - 1] in self.turn_end_ids else token_ids
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if not self.encode_special_tokens:

@@ -49,6 +49,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
 
     chatglm_generation = "glm4"
     default_chat_template = GLM4_TEMPLATE
+    turn_end_tokens = ("<|user|>", "<|observation|>")
 
     def __new__(cls, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
         # repositories of CodeGeeX4 name this class, too
