@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from .cache import FusedCache
 from .errors import ChatGLMError
 from .families import family_of_generation
 from .token_stream import TokenStream
+from .tokenization.codegeex4 import defined_functions
+from .tokenization.messages import as_messages
 
 
-# One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards.
+# One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards; all read
+# both.
 History = list[Any]
-# A text, or a call: `{"name", "content"}` without tools in the conversation, `{"name", "parameters"}` with them.
-Response = str | dict[str, Any]
+# A text, or a call: `{"name", "content"}` without tools in the conversation, `{"name", "parameters"}` with them; a
+# list of calls where CodeGeeX4 makes several.
+Response = str | dict[str, Any] | list[dict[str, Any]]
 
 _BETWEEN_MESSAGES = "<|assistant|>"
 PLACEHOLDER, _YEAR = "[[训练时间]]", "2023年"
@@ -76,7 +81,7 @@ def _process_messages(
         history.append({"role": "assistant", "metadata": metadata, "content": content})
         if not name:
             response = content.replace(PLACEHOLDER, _YEAR)
-        elif history[0]["role"] == "system" and "tools" in history[0]:
+        elif history[0]["role"] == "system" and history[0].get("tools") is not None:
             response = {"name": name, "parameters": read_parameters(content)}
         else:
             response = {"name": name, "content": content}
@@ -111,10 +116,45 @@ def _parameters_of_json(content: str) -> dict[str, Any]:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ToolCallError(
-            f"The model's call cannot be read: {error}. Found {content!r}; expected its arguments as JSON. Ask again, "
-            "or lower `temperature`."
-        ) from error
+        raise _unreadable_json(content, error) from error
+
+
+def _unreadable_json(content: str, error: Exception) -> ToolCallError:
+    return ToolCallError(
+        f"The model's call cannot be read: {error}. Found {content!r}; expected its arguments as JSON. Ask again, "
+        "or lower `temperature`."
+    )
+
+
+def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[Response, History]:
+    """As `_process_messages`, of messages without metadata, where blocks of JSON are calls if there are functions."""
+    can_call = any(defined_functions(message) for message in history)
+    history = copy.deepcopy(history)
+    content = ""
+    for content in map(str.strip, text.split(_BETWEEN_MESSAGES)):
+        history.append({"role": "assistant", "metadata": "", "content": content})
+    calls = _calls_of_blocks(content, incomplete) if can_call else []
+    return (calls[0] if len(calls) == 1 else calls or content.replace(PLACEHOLDER, _YEAR)), history
+
+
+def _calls_of_blocks(content: str, incomplete: bool) -> list[dict[str, Any]]:
+    """The calls in blocks of JSON with `name` and `arguments`; none where a block is something else.
+
+    Raises:
+        ToolCallError: a block that looks like a call is no JSON, and it is complete.
+    """
+    calls = []
+    for block in re.findall(r"```json(.*?)```", content, re.DOTALL):
+        try:
+            call = json.loads(block)
+        except (ValueError, RecursionError) as error:
+            if incomplete or '"name"' not in block:
+                return []
+            raise _unreadable_json(content, error) from error
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            return []
+        calls.append({"name": call["name"], "parameters": call["arguments"]})
+    return calls
 
 
 # The generations ---------------------------------------------------------------------------------------------------
@@ -128,16 +168,18 @@ class ChatRules:
         invalid_score_token_id: see [`InvalidScoreLogitsProcessor`].
         process_text: text of an answer -> response, where a conversation is pairs; else `None`.
         read_parameters: content of a call -> its arguments, where a conversation is messages; else `None`.
+        calls_in_blocks: an answer has no metadata, and calls are blocks of JSON in it.
         stream_withholds_last_token: each streamed text leaves out the newest token, which may be a stop token.
-        stream_shows_every_token: also texts that are empty or end in the middle of a character.
+        stream_shows_empty_texts: as long as an answer has no text, that is yielded, too.
         has_past_key_values: `stream_chat()` can go on from `past_key_values`.
     """
 
     invalid_score_token_id: int = 5
     process_text: Callable[[str], str] | None = None
     read_parameters: Callable[[str], dict[str, Any]] | None = None
+    calls_in_blocks: bool = False
     stream_withholds_last_token: bool = False
-    stream_shows_every_token: bool = False
+    stream_shows_empty_texts: bool = False
     has_past_key_values: bool = True
 
     @property
@@ -153,7 +195,8 @@ class ChatRules:
         Args:
             text: what the model generated.
             query, role: what it answers, and who said that.
-            history: the conversation before; it is left as it is.
+            history: the conversation before; it is left as it is. The one after it has its form, except that pairs
+                become messages where an answer can be more than a text.
             incomplete: more text may follow; a call that cannot be read yet is given as `{"name", "content"}`.
 
         Raises:
@@ -161,8 +204,12 @@ class ChatRules:
         """
         if not self.has_messages:
             response = self.process_text(text)
-            return response, [*history, (query, response)]
-        history = [*history, {"role": role, "content": query}]
+            if not any(isinstance(item, Mapping) for item in history):
+                return response, [*history, (query, response)]
+            return response, as_messages([*history, (query, response)])
+        history = [*as_messages(history), {"role": role, "content": query}]
+        if self.calls_in_blocks:
+            return _process_codegeex4(text, history, incomplete)
         try:
             return _process_messages(text, history, self.read_parameters)
         except ToolCallError:
@@ -178,7 +225,7 @@ _RULES = {
     "chatglm": ChatRules(
         process_text=_process_chatglm,
         stream_withholds_last_token=True,
-        stream_shows_every_token=True,
+        stream_shows_empty_texts=True,
         has_past_key_values=False,
     ),
     "chatglm2": ChatRules(process_text=_process_chatglm2),
@@ -192,7 +239,7 @@ _RULES = {
         stream_withholds_last_token=True,
     ),
 }
-_RULES["codegeex4"] = _RULES["glm4"]
+_RULES["codegeex4"] = replace(_RULES["glm4"], calls_in_blocks=True)
 
 
 def chat_rules(tokenizer: Any) -> ChatRules:
@@ -222,6 +269,27 @@ class StreamedTokens:
     input_ids: torch.LongTensor
 
 
+def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable]:
+    """Lets arguments after `history` stand where the originals of ChatGLM and ChatGLM2 had them.
+
+    Those have no `role`, and ChatGLM none of the `chatglm_lacks` arguments after it.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def wrapped(
+            self: Any, tokenizer: Any, query: str, history: History | None = None, *args: Any, **kwargs: Any
+        ) -> Any:
+            if args and not isinstance(args[0], str) and not chat_rules(tokenizer).has_messages:
+                lacking = chatglm_lacks if tokenizer.chatglm_generation == "chatglm" else 0
+                args = ("user", *[None] * lacking, *args)
+            return method(self, tokenizer, query, history, *args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
 # The model's part --------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +304,7 @@ class ChatMixin:
     _conversation: tuple[torch.LongTensor, FusedCache] | None = None  # ids [L] of what the cache holds
 
     @torch.no_grad()
+    @_original_positions()
     def chat(
         self,
         tokenizer: Any,
@@ -255,16 +324,18 @@ class ChatMixin:
         Args:
             tokenizer: the model's tokenizer, from `AutoTokenizer`.
             query: what is said now.
-            history: earlier turns: `(query, response)` pairs for ChatGLM and ChatGLM2; messages
-                (`{"role", "content", "metadata"}`, a leading system message may have `"tools"`) for ChatGLM3 and
-                GLM-4, which append the query to this very list.
+            history: earlier turns, as `(query, response)` pairs or as messages (`{"role", "content", "metadata"}`, a
+                leading system message may have `"tools"`). ChatGLM3 and GLM-4 append the query to this very list,
+                unless it has pairs.
             role: who says it, `"user"` or (ChatGLM3, GLM-4) `"observation"`.
-            max_length: tokens of prompt and answer together; unset: the generation's default.
+            max_length: tokens of prompt and answer together; unset: the generation's default. Given by position, it
+                comes right after `history` with ChatGLM and ChatGLM2, as in their originals.
             num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in `generate`; unset `top_p` and
                 `temperature` are the generation's defaults, and have no effect with `do_sample=False`.
 
         Returns:
-            The response (a text; from ChatGLM3 on also a call as a dict) and the conversation with this turn.
+            The response (a text; from ChatGLM3 on also a call as a dict, from CodeGeeX4 also a list of them) and the
+            conversation with this turn: pairs for ChatGLM and ChatGLM2, unless messages were given, else messages.
 
         Raises:
             ToolCallError: the response is a call whose arguments cannot be read; `history` has the query by then.
@@ -280,10 +351,11 @@ class ChatMixin:
         # The last token of ChatGLM3 and GLM-4 is taken for a stop token, whatever it is.
         generated = output.tolist()[0][prompt.shape[1] : -1 if rules.has_messages else None]
         earlier = list(history)
-        if rules.has_messages:
+        if rules.has_messages and not _has_pairs(history):
             history.append({"role": role, "content": query})
         return rules.process_response(tokenizer.decode(generated), query, earlier, role)
 
+    @_original_positions(chatglm_lacks=1)  # `past_key_values`
     def stream_chat(
         self,
         tokenizer: Any,
@@ -310,13 +382,20 @@ class ChatMixin:
 
         Yields:
             The whole response so far, and the conversation with it. A call that is not complete is
-            `{"name", "content"}`. Texts that end inside a character are left out, except by ChatGLM.
+            `{"name", "content"}` (by CodeGeeX4, a text). Texts that end inside a character are left out.
 
         Raises:
-            ValueError: see [`chat`]; or ChatGLM was given `past_key_values`.
+            ValueError: see [`chat`]; ChatGLM was given `past_key_values`; or more than one sequence was asked for.
         """
         history = [] if history is None else history
         rules = chat_rules(tokenizer)
+        for name in ("num_beams", "num_return_sequences"):
+            if (kwargs.pop(name, None) or 1) != 1:
+                raise ValueError(
+                    f"`stream_chat` shows one sequence while it grows, so `{name}` is 1; use `chat` for more."
+                )
+        if kwargs.get("streamer") is not None:
+            raise ValueError("`stream_chat` is a stream itself; leave `streamer` out, or use `chat`.")
         if not rules.has_past_key_values and (past_key_values is not None or return_past_key_values):
             raise ValueError("ChatGLM-6B streams without `past_key_values`; pass `history` alone.")
         if past_key_values is None:
@@ -330,12 +409,12 @@ class ChatMixin:
         earlier, generated = list(history), []
         with TokenStream(self._generate_turn, prompt=prompt, num_beams=1, **settings) as tokens:
             for token in tokens:
-                if rules.has_messages and not generated:
+                if rules.has_messages and not generated and not _has_pairs(earlier):
                     history.append({"role": role, "content": query})
                 generated.append(token)
                 shown = generated[:-1] if rules.stream_withholds_last_token else generated
                 text = tokenizer.decode(shown) if shown else ""
-                if not shown or not rules.stream_shows_every_token and (not text or text.endswith("\ufffd")):
+                if not shown or text.endswith("\ufffd") or not text and not rules.stream_shows_empty_texts:
                     continue
                 turn = rules.process_response(text, query, earlier, role, incomplete=True)
                 if return_past_key_values:
@@ -407,10 +486,15 @@ class ChatMixin:
         return cache
 
 
+def _has_pairs(history: History) -> bool:
+    return not all(isinstance(item, Mapping) for item in history)
+
+
 def _continuation(tokenizer: Any, query: str, history: History, role: str) -> torch.LongTensor:
     """int64 [1, L]: what follows the tokens of the conversation before, by the original's rules."""
     if tokenizer.chatglm_generation != "chatglm2" or not history:
         return tokenizer.build_chat_input(query, role=role)["input_ids"]
     # The rounds before are cached; this one goes on in the same text, so without the `▁` that a text begins with.
-    this_round = f"[Round {len(history) + 1}]" + tokenizer.build_prompt(query).removeprefix("[Round 1]")
+    rounds = sum(message["role"] == "user" for message in as_messages(history))
+    this_round = f"[Round {rounds + 1}]" + tokenizer.build_prompt(query).removeprefix("[Round 1]")
     return torch.tensor([tokenizer.encode("\n\n" + this_round, add_special_tokens=False)[1:]])

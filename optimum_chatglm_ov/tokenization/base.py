@@ -14,8 +14,9 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PaddingStrategy, to_py_obj
 
-from .chat_templates import is_own_template, plain_messages
+from .chat_templates import is_own_template
 from .generation import detect_generation
+from .messages import ToolCall, check_roles, plain_messages
 from .vocabulary import TokenizerError
 
 
@@ -126,8 +127,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Args:
             query: what is said now.
-            history: earlier turns; `(query, response)` pairs for ChatGLM and ChatGLM2, messages
-                (`{"role", "content", "metadata", "tools"}`) for ChatGLM3 and GLM-4.
+            history: earlier turns, as messages (`{"role", "content", "metadata", "tools"}`, or as OpenAI has them) or
+                as `(query, response)` pairs, whose response is `None` where there was none.
             role: who says it; `"user"` or `"observation"`.
 
         Returns:
@@ -237,22 +238,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         `tokenizer_kwargs` go to `pad`.
 
         Raises:
-            ValueError: a role that the generation does not know.
+            ValueError: there is no message; or the generation has no form for a role, a content or a call.
         """
         if add_generation_prompt and continue_final_message:
             raise ValueError("`add_generation_prompt` and `continue_final_message` exclude each other; give one.")
         if chat_template is None and self.chat_template is None:
             chat_template = self.default_chat_template
         chat_template = self.get_chat_template(chat_template, tools)
+        conversation = getattr(conversation, "messages", conversation)
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = [
-            self._prepare_messages(getattr(messages, "messages", messages), tools)
-            for messages in (conversation if batched else [conversation])
+            getattr(messages, "messages", messages) for messages in (conversation if batched else [conversation])
         ]
         own_template = is_own_template(chat_template)
-        if own_template:
-            for messages in conversations:
-                self._check_roles(messages)
+        for messages in conversations:
+            if not messages:
+                raise ValueError("`conversation` is empty; expected at least one message with `role` and `content`.")
+            check_roles(messages, self.roles if own_template else None, type(self).__qualname__)
+        conversations = [self._prepare_messages(messages, tools) for messages in conversations]
         rendering = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -295,23 +298,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _prepare_messages(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None
     ) -> list[dict[str, Any]]:
-        messages = plain_messages(messages, self._tool_call_text)
+        messages = plain_messages(messages, self._call_messages)
         return self._with_tools(messages, tools) if tools else messages
-
-    def _check_roles(self, messages: list[dict[str, Any]]) -> None:
-        for message in messages:
-            if message["role"] not in self.roles:
-                raise ValueError(
-                    f"{type(self).__qualname__} has no role {message['role']!r}; use one of {', '.join(self.roles)}."
-                )
 
     def _with_tools(self, messages: list[dict[str, Any]], tools: Sequence[dict | Callable]) -> list[dict[str, Any]]:
         """`messages`, with `tools` where this generation looks for them."""
         raise ValueError(f"{type(self).__qualname__} has no form for `tools`; use ChatGLM3 or GLM-4.")
 
-    def _tool_call_text(self, arguments: dict[str, Any]) -> str:
-        """How this generation writes the arguments of a call."""
-        raise ValueError(f"{type(self).__qualname__} has no form for `tool_calls`; use ChatGLM3 or GLM-4.")
+    def _call_messages(self, calls: list[ToolCall], where: str) -> list[dict[str, Any]]:
+        """How this generation writes the calls in one message of the assistant; `where` names it in errors."""
+        raise ValueError(f"{where}: {type(self).__qualname__} has no form for `tool_calls`; use ChatGLM3 or GLM-4.")
 
     # Files ---------------------------------------------------------------------------------------------------------
 

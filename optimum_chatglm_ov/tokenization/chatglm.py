@@ -13,6 +13,7 @@ from transformers.utils import PaddingStrategy
 
 from .base import ChatGLMTokenizer
 from .chat_templates import CHATGLM_TEMPLATE
+from .messages import as_messages, check_roles
 from .vocabulary import TokenizerError, load_sentencepiece
 
 
@@ -214,16 +215,17 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
 
     # Conversations -------------------------------------------------------------------------------------------------
 
-    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
+    def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
         """The original's prompt: the query alone, or rounds from 0 when there is a history."""
-        if not history:
-            return query
-        rounds = [f"[Round {i}]\n问：{question}\n答：{answer}\n" for i, (question, answer) in enumerate(history)]
-        return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
+        messages = [*as_messages(history), {"role": "user", "content": query}]
+        check_roles(messages, self.roles, type(self).__qualname__)
+        return self._render(
+            self._prepare_messages(messages, None),
+            chat_template=self.default_chat_template,
+            add_generation_prompt=True,
+        )
 
-    def build_chat_input(
-        self, query: str, history: Sequence[tuple[str, str]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """`input_ids` [1, L] alone, as the original tokenizer gives them."""
         if role != "user":
             raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")

@@ -11,6 +11,7 @@ from transformers import BatchEncoding
 
 from .base import ChatGLMTokenizer
 from .chat_templates import CHATGLM2_TEMPLATE
+from .messages import as_messages, check_roles
 from .vocabulary import TokenizerError, load_sentencepiece
 
 
@@ -166,17 +167,17 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
 
     # Conversations -------------------------------------------------------------------------------------------------
 
-    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
+    def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
         """The original's prompt: rounds from 1, ending in `答：`."""
-        history = history or []
-        rounds = [
-            f"[Round {i}]\n\n问：{question}\n\n答：{answer}\n\n" for i, (question, answer) in enumerate(history, 1)
-        ]
-        return "".join(rounds) + f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+        messages = [*as_messages(history), {"role": "user", "content": query}]
+        check_roles(messages, self.roles, type(self).__qualname__)
+        return self._render(
+            self._prepare_messages(messages, None),
+            chat_template=self.default_chat_template,
+            add_generation_prompt=True,
+        )
 
-    def build_chat_input(
-        self, query: str, history: Sequence[tuple[str, str]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """`input_ids`, `attention_mask` and `position_ids` [1, L] of `build_prompt`."""
         if role != "user":
             raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")

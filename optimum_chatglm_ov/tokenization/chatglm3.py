@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import keyword
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from typing import Any
 
 from transformers import BatchEncoding
 
-from .chat_templates import CHATGLM3_TEMPLATE, with_tools
+from .chat_templates import CHATGLM3_TEMPLATE
 from .chatglm2 import ChatGLM2Tokenizer
+from .messages import ToolCall, as_messages, bare_functions, check_roles, with_tools
 
 
 logger = logging.getLogger(__name__)
@@ -84,18 +86,19 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         Raises:
             ValueError: `role` is not system, user, assistant or observation.
         """
-        self._check_roles([{"role": role}])
+        if role not in self.roles:
+            raise ValueError(f"{type(self).__qualname__} has no role {role!r}; use one of {', '.join(self.roles)}.")
         return [
             self.get_command(f"<|{role}|>"),
             *self.tokenizer.encode(f"{metadata}\n"),
             *self.tokenizer.encode(message),
         ]
 
-    def build_chat_input(
-        self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """`input_ids`, `attention_mask` and `position_ids` [1, L]; see [`ChatGLMTokenizer.build_chat_input`]."""
-        messages = [*(history or []), {"role": role, "content": query}]
+        messages = [*as_messages(history), {"role": role, "content": query}]
+        check_roles(messages, self.roles, type(self).__qualname__)
+        messages = self._prepare_messages(messages, None)
         ids = self._conversation_ids(messages, add_generation_prompt=True, continue_final_message=False)
         return self.pad({"input_ids": [ids]}, return_tensors="pt")
 
@@ -118,7 +121,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None
     ) -> list[dict[str, Any]]:
         return [
-            {**message, "tools": _functions(message["tools"])} if "tools" in message else message
+            {**message, "tools": bare_functions(message["tools"])} if "tools" in message else message
             for message in super()._prepare_messages(messages, tools)
         ]
 
@@ -155,16 +158,21 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
             ids += self.tokenizer.encode(part.replace(mark, "")) if known is None else [known]
         return ids
 
-    def _tool_call_text(self, arguments: dict[str, Any]) -> str:
-        call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        return f"```python\ntool_call({call})\n```"
+    def _call_messages(self, calls: list[ToolCall], where: str) -> list[dict[str, Any]]:
+        messages = []
+        for name, arguments in calls:
+            for argument in arguments:
+                if not argument.isidentifier() or keyword.iskeyword(argument):
+                    raise ValueError(
+                        f"{where}: the argument {argument!r} of the call of {name!r} has no form; ChatGLM3 writes "
+                        "calls in Python, where it is not a name."
+                    )
+            call = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+            content = f"```python\ntool_call({call})\n```"
+            messages.append({"role": "assistant", "metadata": name, "content": content})
+        return messages
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def _functions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """ChatGLM3 lists bare functions, without the ecosystem's `{"type": "function", "function": ...}` around them."""
-    return [tool["function"] if tool.get("type") == "function" and "function" in tool else tool for tool in tools]

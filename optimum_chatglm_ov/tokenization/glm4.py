@@ -13,8 +13,9 @@ from transformers import AddedToken, BatchEncoding
 
 from ..families import GENERATIONS_OF_RANKS
 from .base import ChatGLMTokenizer
-from .chat_templates import GLM4_TEMPLATE, with_tools
+from .chat_templates import GLM4_TEMPLATE
 from .generation import check_generation, detect_generation
+from .messages import ToolCall, as_messages, with_tools, wrapped_functions
 from .vocabulary import load_ranks
 
 
@@ -156,18 +157,17 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         Raises:
             ValueError: `role` is not system, user, assistant or observation.
         """
-        self._check_roles([{"role": role}])
+        if role not in self.roles:
+            raise ValueError(f"{type(self).__qualname__} has no role {role!r}; use one of {', '.join(self.roles)}.")
         return [
             self.convert_tokens_to_ids(f"<|{role}|>"),
             *self.tokenizer.encode_ordinary(f"{metadata}\n"),
             *self.tokenizer.encode_ordinary(message),
         ]
 
-    def build_chat_input(
-        self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """`input_ids`, `attention_mask` and `position_ids` [1, L], by the chat template."""
-        messages = [*(history or []), {"role": role, "content": query}]
+        messages = [*as_messages(history), {"role": role, "content": query}]
         return self.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
     def _conversation_ids(
@@ -184,5 +184,16 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
     def _with_tools(self, messages: list[dict[str, Any]], tools: Sequence[dict | Callable]) -> list[dict[str, Any]]:
         return with_tools(messages, tools)
 
-    def _tool_call_text(self, arguments: dict[str, Any]) -> str:
-        return json.dumps(arguments, ensure_ascii=False)
+    def _prepare_messages(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None
+    ) -> list[dict[str, Any]]:
+        return [
+            {**message, "tools": wrapped_functions(message["tools"])} if "tools" in message else message
+            for message in super()._prepare_messages(messages, tools)
+        ]
+
+    def _call_messages(self, calls: list[ToolCall], where: str) -> list[dict[str, Any]]:
+        return [
+            {"role": "assistant", "metadata": name, "content": json.dumps(arguments, ensure_ascii=False)}
+            for name, arguments in calls
+        ]
