@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PaddingStrategy, to_py_obj
 
@@ -35,6 +35,7 @@ _CLEANED_UP = (
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
+_KEYS_OF_ADDED_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _RETURN_DICT_BY_DEFAULT = (
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters["return_dict"].default
 )
@@ -82,6 +83,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
         for name in _ARGUMENTS_OF_ONE_LOAD:
             kwargs.pop(name, None)
+        read_special_tokens(kwargs)
         if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):  # as transformers 5 saves them
             kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
         self.vocab_file = _vocabulary_path(vocab_file, ice_text_file, kwargs.get("name_or_path"))
@@ -187,11 +189,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str | list[str]:
-        """Text of one id, of a list or tensor of ids, or (a list of texts) of a batch of them."""
+        """Text of one id, of a list or tensor of ids, or (a list of texts) of a batch of them.
+
+        Raises:
+            ValueError: an id is negative, as the labels of a training are where nothing is learned.
+        """
         token_ids = to_py_obj(token_ids)
         if isinstance(token_ids, (list, tuple)) and token_ids and isinstance(token_ids[0], (list, tuple)):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, **kwargs) for row in token_ids]
         return self._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+
+    def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> Any:
+        """The token of one id, or those of a list.
+
+        Raises:
+            ValueError: an id is negative.
+        """
+        _check_ids(to_py_obj(ids))
+        return super().convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
 
     def _decode(
         self,
@@ -202,6 +217,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> str:
         """`skip_incomplete_tail` leaves out the U+FFFD of a last character whose bytes are not all there yet."""
+        _check_ids(token_ids)
         text = self._decode_ids(token_ids, skip_special_tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
@@ -331,3 +347,40 @@ def _vocabulary_path(vocab_file: str | None, ice_text_file: str | None, name_or_
     if not os.path.isfile(path):
         raise TokenizerError(f"{path}: no such vocabulary file. Give the path of tokenizer.model or ice_text.model.")
     return path
+
+
+def _check_ids(token_ids: int | Sequence[int]) -> None:
+    for token_id in [token_ids] if isinstance(token_ids, int) else token_ids:
+        if token_id < 0:
+            raise ValueError(
+                f"{token_id} is not a token id; expected 0 or more. Labels have -100 where nothing is learned: "
+                "replace it by `pad_token_id`, or leave it out, before decoding."
+            )
+
+
+def read_special_tokens(kwargs: dict[str, Any]) -> None:
+    """Makes `AddedToken`s of the special tokens that are plain dictionaries, as files edited by hand have them.
+
+    Raises:
+        TokenizerError: a dictionary has no text.
+    """
+    for name, value in kwargs.items():
+        if name.endswith("_token") and isinstance(value, dict):
+            kwargs[name] = _added_token(name, value)
+        elif name in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, (list, tuple)):
+            kwargs[name] = [_added_token(name, token) for token in value]
+        elif name in ("extra_special_tokens", "model_specific_special_tokens") and isinstance(value, dict):
+            kwargs[name] = {key: _added_token(f"{name}.{key}", token) for key, token in value.items()}
+        elif name == "added_tokens_decoder" and isinstance(value, dict):
+            kwargs[name] = {int(key): _added_token(f"{name}.{key}", token) for key, token in value.items()}
+
+
+def _added_token(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if not isinstance(value.get("content"), str):
+        raise TokenizerError(
+            f"`{name}` is {value!r}; expected the text of a token, or a dictionary with it as `content`. Mend it in "
+            "tokenizer_config.json."
+        )
+    return AddedToken(**{key: value[key] for key in _KEYS_OF_ADDED_TOKENS if key in value})

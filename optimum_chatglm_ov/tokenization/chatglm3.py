@@ -131,8 +131,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         Revisions of ChatGLM3 whose tokenizer_config.json lists the control tokens as added tokens recognise them in
         text; those without the list spell them, which is not the prompt that the model was trained on.
         """
-        added_tokens = self.added_tokens_encoder
-        if not added_tokens:
+        added_tokens, control_tokens = self.added_tokens_encoder, self.tokenizer.special_tokens
+        if added_tokens.keys() & control_tokens.keys():
+            added_tokens = {**control_tokens, **added_tokens}  # where some are listed, the others were forgotten
+        else:
             if not self.encode_special_tokens:
                 _warn_once(
                     "The chat template of this ChatGLM3 checkpoint writes the roles as text, as its authors' "
@@ -140,20 +142,25 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
                     "`tokenizer.chat_template = None` before `apply_chat_template`."
                 )
             return super()._rendered_ids(messages, **rendering)
-        pattern = re.compile("|".join(map(re.escape, added_tokens)))
-        everything = "".join(str(value) for message in messages for value in message.values())
+        # `sop` is also part of words
+        pattern = re.compile(
+            "|".join(
+                rf"(?<![A-Za-z]){token}(?![A-Za-z])" if token.isalpha() else re.escape(token) for token in added_tokens
+            )
+        )
+        everything = str(messages)
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in everything)
-        protected = [
-            {
-                key: pattern.sub(lambda token: token[0][0] + mark + token[0][1:], value)
-                if isinstance(value, str) and key != "role"
-                else value
-                for key, value in message.items()
-            }
-            for message in messages
-        ]
+
+        def protected(value: Any) -> Any:
+            if isinstance(value, str):
+                return pattern.sub(lambda token: token[0][0] + mark + token[0][1:], value)
+            if isinstance(value, list):
+                return [protected(item) for item in value]
+            return {key: protected(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        marked = [{**protected(message), "role": message["role"]} for message in messages]
         ids: list[int] = []
-        for part in re.split(f"({pattern.pattern})", self._render(protected, **rendering)):
+        for part in re.split(f"({pattern.pattern})", self._render(marked, **rendering)):
             known = added_tokens.get(part)
             ids += self.tokenizer.encode(part.replace(mark, "")) if known is None else [known]
         return ids

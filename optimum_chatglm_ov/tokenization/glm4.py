@@ -131,10 +131,9 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
 
     def _decode_ids(self, token_ids: int | list[int], skip_special_tokens: bool) -> str:
         """Special tokens stand apart, with a blank between them and their neighbours, as in the original."""
-        if isinstance(token_ids, int):  # the original gives no text for an id that is not in a list
-            return ""
         parts, stretch = [], []
-        for index in token_ids:
+        # also of one id alone, for which the original has no text
+        for index in [token_ids] if isinstance(token_ids, int) else token_ids:
             added = self._added_tokens_decoder.get(index)
             if added is None:
                 stretch.append(self._convert_id_to_token(index))
