@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .cache import FusedCache
 from .errors import ChatGLMError
-from .families import family_of_generation
+from .families import Family, family_of_generation
 from .token_stream import TokenStream
 from .tokenization.codegeex4 import defined_functions
 from .tokenization.messages import as_messages
@@ -165,6 +165,7 @@ class ChatRules:
     """What one generation does in its own way.
 
     Args:
+        family: whose defaults of sampling it has; see [`chat_rules`].
         invalid_score_token_id: see [`InvalidScoreLogitsProcessor`].
         process_text: text of an answer -> response, where a conversation is pairs; else `None`.
         read_parameters: content of a call -> its arguments, where a conversation is messages; else `None`.
@@ -174,6 +175,7 @@ class ChatRules:
         has_past_key_values: `stream_chat()` can go on from `past_key_values`.
     """
 
+    family: Family | None = None
     invalid_score_token_id: int = 5
     process_text: Callable[[str], str] | None = None
     read_parameters: Callable[[str], dict[str, Any]] | None = None
@@ -242,8 +244,8 @@ _RULES = {
 _RULES["codegeex4"] = replace(_RULES["glm4"], calls_in_blocks=True)
 
 
-def chat_rules(tokenizer: Any) -> ChatRules:
-    """Rules for the tokenizer's generation.
+def chat_rules(tokenizer: Any, config: Any) -> ChatRules:
+    """Rules for the tokenizer's generation, and the family that the model's configuration makes it.
 
     Raises:
         ValueError: `tokenizer` is not one of this package's.
@@ -254,7 +256,9 @@ def chat_rules(tokenizer: Any) -> ChatRules:
             f"`tokenizer` is a {type(tokenizer).__name__}; expected a ChatGLM tokenizer. Load it with "
             "`AutoTokenizer.from_pretrained(...)` after `import optimum_chatglm_ov`."
         )
-    return _RULES[generation]
+    rope_ratio = getattr(config, "rope_ratio", None)
+    family = family_of_generation(generation, rope_ratio, config.max_position_embeddings)
+    return replace(_RULES[generation], family=family)
 
 
 @dataclass(frozen=True)
@@ -280,7 +284,7 @@ def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable
         def wrapped(
             self: Any, tokenizer: Any, query: str, history: History | None = None, *args: Any, **kwargs: Any
         ) -> Any:
-            if args and not isinstance(args[0], str) and not chat_rules(tokenizer).has_messages:
+            if args and not isinstance(args[0], str) and not chat_rules(tokenizer, self.config).has_messages:
                 lacking = chatglm_lacks if tokenizer.chatglm_generation == "chatglm" else 0
                 args = ("user", *[None] * lacking, *args)
             return method(self, tokenizer, query, history, *args, **kwargs)
@@ -342,7 +346,7 @@ class ChatMixin:
             ValueError: `tokenizer` is not a ChatGLM tokenizer, or its generation has no such `role`.
         """
         history = [] if history is None else history
-        rules = chat_rules(tokenizer)
+        rules = chat_rules(tokenizer, self.config)
         prompt = tokenizer.build_chat_input(query, history=history, role=role)["input_ids"]
         settings = self._chat_settings(
             rules, tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs
@@ -388,7 +392,7 @@ class ChatMixin:
             ValueError: see [`chat`]; ChatGLM was given `past_key_values`; or more than one sequence was asked for.
         """
         history = [] if history is None else history
-        rules = chat_rules(tokenizer)
+        rules = chat_rules(tokenizer, self.config)
         for name in ("num_beams", "num_return_sequences"):
             if (kwargs.pop(name, None) or 1) != 1:
                 raise ValueError(
@@ -435,20 +439,17 @@ class ChatMixin:
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Arguments of `generate` beside the prompt."""
-        family = family_of_generation(
-            tokenizer.chatglm_generation, getattr(self.config, "rope_ratio", None), self.config.max_position_embeddings
-        )
         settings: dict[str, Any] = {
             "do_sample": do_sample,
             # Without sampling: the values that change nothing, as transformers warns of any other.
-            "top_p": (family.top_p if top_p is None else top_p) if do_sample else 1.0,
-            "temperature": (family.temperature if temperature is None else temperature) if do_sample else 1.0,
+            "top_p": (rules.family.top_p if top_p is None else top_p) if do_sample else 1.0,
+            "temperature": (rules.family.temperature if temperature is None else temperature) if do_sample else 1.0,
             "logits_processor": LogitsProcessorList(
                 [*(logits_processor or ()), InvalidScoreLogitsProcessor(rules.invalid_score_token_id)]
             ),
         }
         if max_length is not None or kwargs.get("max_new_tokens") is None:
-            limit = min(family.max_length, self.config.max_position_embeddings)
+            limit = min(rules.family.max_length, self.config.max_position_embeddings)
             settings["max_length"] = limit if max_length is None else max_length
         if rules.has_messages:
             settings["eos_token_id"] = tokenizer.turn_end_ids

@@ -127,7 +127,7 @@ def export_model(
             _check_calibration(source, quantization_config, tokenizer, dataset)
         shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
         generation_config = _generation_config(source, config)
-        if tokenizer is not None and not is_base(config.original_name_or_path or str(source)):
+        if tokenizer is not None and not is_base(config.original_name_or_path):
             end_turns(generation_config, tokenizer)
         weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:

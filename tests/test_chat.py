@@ -50,7 +50,7 @@ def streamed(name, tok, case):
 
 
 def rules(name):
-    return chat_rules(tokenizer(name))
+    return chat_rules(tokenizer(name), ChatGLMConfig(seq_length=8192))
 
 
 def role_of(case):

@@ -9,7 +9,8 @@ from test_chat import Recorder, rules
 from tokenization_cases import CHATGLM3, GLM4, NAMES, ROUNDS_OF_TEXT, folder, tokenizer
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov.chat import ToolCallError, chat_rules
+from optimum_chatglm_ov.chat import ToolCallError, _continuation, chat_rules
+from optimum_chatglm_ov.configuration import ChatGLMConfig
 
 
 WITH_TOOLS = ["models.chatglm3-6b", "models.glm-4-9b-chat"]
@@ -220,6 +221,13 @@ def test_an_open_round(name, first, gap):
     assert prompt == f"[Round {first}]{gap}问：a{gap}[Round {first + 1}]{gap}问：b{gap}答："
 
 
+def test_a_stream_goes_on_after_rounds_of_both_forms():
+    tok = tokenizer("models.chatglm2-6b")
+    by_pairs, by_messages = (_continuation(tok, "天气？", history, "user") for history in (PAIRS, MESSAGES))
+    assert by_pairs.tolist() == by_messages.tolist()
+    assert "[Round 4]" in tok.decode(by_pairs[0].tolist())
+
+
 @pytest.mark.parametrize("name", ROUNDS_OF_TEXT)
 def test_messages_stay_messages_after_a_round(name):
     """With their system message, for which pairs have no place."""
@@ -319,20 +327,22 @@ def test_codegeex4_writes_calls_and_reads_results(codegeex4):
 )
 @pytest.mark.parametrize("definitions", [DEFINITIONS, {"role": "system", "content": "", "tools": [TOOL]}])
 def test_codegeex4_answers_in_blocks(answer, expected, definitions, codegeex4):
-    response, history = chat_rules(codegeex4).process_response(answer, "hi", [definitions])
+    response, history = chat_rules(codegeex4, ChatGLMConfig()).process_response(answer, "hi", [definitions])
     assert response == expected
     assert history[-1] == {"role": "assistant", "metadata": "", "content": answer.strip()}
-    response, _ = chat_rules(codegeex4).process_response(answer, "hi", [])
+    response, _ = chat_rules(codegeex4, ChatGLMConfig()).process_response(answer, "hi", [])
     assert response == answer.strip()  # without functions there are no calls
 
 
 def test_codegeex4_calls_that_cannot_be_read(codegeex4):
     text = '\n```json\n{"name": "f", "arguments": {"a": }}\n```'
     with pytest.raises(ToolCallError, match="cannot be read"):
-        chat_rules(codegeex4).process_response(text, "hi", [DEFINITIONS])
-    response, _ = chat_rules(codegeex4).process_response(text, "hi", [DEFINITIONS], incomplete=True)
+        chat_rules(codegeex4, ChatGLMConfig()).process_response(text, "hi", [DEFINITIONS])
+    response, _ = chat_rules(codegeex4, ChatGLMConfig()).process_response(text, "hi", [DEFINITIONS], incomplete=True)
     assert response == text.strip()
-    response, _ = chat_rules(codegeex4).process_response(text[:20], "hi", [DEFINITIONS], incomplete=True)
+    response, _ = chat_rules(codegeex4, ChatGLMConfig()).process_response(
+        text[:20], "hi", [DEFINITIONS], incomplete=True
+    )
     assert response == text[:20].strip()
 
 

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
@@ -262,7 +262,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             chat_template = self.default_chat_template
         chat_template = self.get_chat_template(chat_template, tools)
         conversation = getattr(conversation, "messages", conversation)
-        batched = bool(conversation) and not isinstance(conversation[0], dict)
+        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations = [
             getattr(messages, "messages", messages) for messages in (conversation if batched else [conversation])
         ]
