@@ -17,7 +17,7 @@ import torch
 from . import texts
 from .checkpoint import Scratch
 from .modeling import OVChatGLMForCausalLM
-from .remote_code import load_tokenizer
+from .tokenization import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,15 @@ from .checkpoint import WEIGHT_FILES, Checkpoint, Derived, Scratch, Weight
 from .choices import KV_CACHE_PRECISIONS
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
+from .families import GENERATIONS_OF_RANKS, is_base, rope_ratio_type_of_generation
 from .files import complete_folder
 from .hub import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
 from .native.transform import fuse_attention
 from .prefix import load_prefix
 from .prefix import tensor_shapes as prefix_shapes
-from .remote_code import load_tokenizer, read_config
+from .remote_code import read_config
 from .signals import signals_elsewhere
+from .tokenization import has_vocabulary, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -132,7 +134,9 @@ def export_model(
         )
         _check_original(source)
         read_config(source)
-        tokenizer = _load_tokenizer(source)
+        tokenizer = load_tokenizer(source) if has_vocabulary(source) else None
+        if tokenizer is None:
+            logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
         config = load_config(source, rope_ratio_type, tokenizer)
         quantization_config = quantization.resolve_config(
             config, weight_format, quantization_config, _parameters(config), dataset
@@ -140,7 +144,7 @@ def export_model(
         if quantization_config:
             _check_calibration(source, quantization_config, tokenizer, dataset)
         shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
-        generation_config = _generation_config(source, config)
+        generation_config = _generation_config(source, config, tokenizer)
         weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:
             weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
@@ -219,28 +223,56 @@ def model_folder(output: str | Path) -> AbstractContextManager[Path]:
 
 
 def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:
-    """The configuration in folder `source`; the meaning of `rope_ratio`, if open, is decided by the tokenizer.
+    """The configuration in folder `source`, where the tokenizer, too, tells what `rope_ratio` means.
 
     Raises:
         CheckpointError: config.json is missing, not JSON or of another model type.
+        ValueError: nothing tells what `rope_ratio` means, or the configuration and the tokenizer contradict.
     """
-    read_config(source)
+    found = read_config(source)
     config = ChatGLMConfig.from_pretrained(source, **({"rope_ratio_type": rope_ratio_type} if rope_ratio_type else {}))
-    if config.architecture == "chatglm2" and config.rope_ratio_type is None:
-        # role tokens came with ChatGLM3, and every model since multiplies the base
-        if getattr(tokenizer, "chatglm_generation", None) in ("chatglm3", "glm4"):
-            config.rope_ratio_type = "theta"
-            logger.info(f"rope_ratio={config.rope_ratio} is read as 'theta', from the tokenizer's role tokens.")
-        else:
-            config.rope_theta  # noqa: B018  raises the explanation
+    if config.architecture == "chatglm2" and not (rope_ratio_type or found.get("rope_ratio_type")):
+        config.rope_ratio_type = _agreed_rope_ratio_type(config, tokenizer)
+        config.rope_theta  # noqa: B018  raises the explanation where nothing tells
     return config
 
 
-def _load_tokenizer(source: Path) -> Any | None:
-    if not any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
-        logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
-        return None
-    return load_tokenizer(source)
+def _agreed_rope_ratio_type(config: ChatGLMConfig, tokenizer: Any) -> str | None:
+    """What `rope_ratio` means by the configuration and by the tokenizer.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    by_config, generation = config.rope_ratio_type, getattr(tokenizer, "chatglm_generation", None)
+    if config.rope_ratio in (None, 1) or generation is None or getattr(tokenizer, "generation_is_assumed", False):
+        return by_config
+    by_tokenizer = rope_ratio_type_of_generation(generation)
+    if by_tokenizer in (None, by_config):
+        return by_config
+    if by_config is not None and generation not in GENERATIONS_OF_RANKS:  # whose vocabulary leaves no doubt
+        raise ValueError(
+            f"What `rope_ratio`={config.rope_ratio} means is contradictory: the tokenizer is that of {generation}, "
+            f"which makes it {by_tokenizer!r}, and config.json (`_name_or_path` {config.original_name_or_path!r}, "
+            f"`padded_vocab_size` {config.padded_vocab_size}) makes it {by_config!r}. Decide with "
+            'rope_ratio_type="linear" (positions are divided by it) or rope_ratio_type="theta" (the rotary base is '
+            "multiplied by it), in config.json or as an argument of the export (`--rope-ratio-type` on the command "
+            "line)."
+        )
+    logger.info(f"rope_ratio={config.rope_ratio} is read as {by_tokenizer!r}, from the {generation} tokenizer.")
+    return by_tokenizer
+
+
+def end_turns(generation_config: GenerationConfig, config: ChatGLMConfig, tokenizer: Any) -> None:
+    """Lets generation stop at every id that ends a turn, beside those that `generation_config` names.
+
+    A base model, which completes text, knows no turns.
+    """
+    if is_base(config.original_name_or_path):
+        return
+    named = generation_config.eos_token_id
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    ids = list(dict.fromkeys([*named, *tokenizer.turn_end_ids]))
+    generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
 
 
 def _check_calibration(
@@ -265,31 +297,35 @@ def _check_calibration(
             pass
 
 
-def _generation_config(source: Path, config: ChatGLMConfig) -> GenerationConfig:
+def _generation_config(source: Path, config: ChatGLMConfig, tokenizer: Any) -> GenerationConfig:
     """The defaults of `generate` in folder `source`, without what has no effect or would spoil every generation.
+
+    They name every id that ends a turn.
 
     Raises:
         CheckpointError: generation_config.json cannot be read, or asks for what transformers refuses.
     """
     file = source / "generation_config.json"
-    if not file.is_file():
-        if not config.use_cache:
-            _log_ignored_cache(source / "config.json")
-        ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return GenerationConfig(**ids)
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+    if file.is_file():
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            without_effect = _without_effect(settings)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: not a JSON object ({error}). Download it again.") from error
+    else:
+        file = source / "config.json"
+        settings = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         without_effect = _without_effect(settings)
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a JSON object ({error}). Download it again.") from error
     if settings.pop("use_cache", True) is False or not config.use_cache:
-        _log_ignored_cache(file if config.use_cache else source / "config.json")
+        log_ignored_cache(file if config.use_cache else source / "config.json")
     if without_effect:
         logger.info(f"{file}: without effect and left out: {', '.join(without_effect)}.")
     try:
         generation_config = GenerationConfig.from_dict(
             {name: value for name, value in settings.items() if name not in without_effect}
         )
+        if tokenizer is not None:
+            end_turns(generation_config, config, tokenizer)
         with TemporaryDirectory(prefix="optimum_chatglm_ov-") as folder:
             generation_config.save_pretrained(folder)  # strict, as when the model is written
     except ValueError as error:
@@ -319,7 +355,8 @@ def _without_effect(settings: Mapping[str, Any]) -> list[str]:
     return sorted(names & settings.keys())
 
 
-def _log_ignored_cache(file: Path) -> None:
+def log_ignored_cache(file: Path) -> None:
+    """Logs that a file would compute every token of a generation from the first, and that this is ignored."""
     logger.warning(
         f'{file}: "use_cache": false, as training leaves it, is ignored: every token would cost a pass over the whole '
         "text. Load the model with `use_cache=False` if that is meant."

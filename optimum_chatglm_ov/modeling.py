@@ -23,12 +23,13 @@ from .choices import ATTENTIONS, FLOATING_FORMATS, LINEARS
 from .compilation import CompilationMixin, choice
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
-from .export import MODEL_FILE, export_model, load_config, model_folder
+from .export import MODEL_FILE, end_turns, export_model, load_config, log_ignored_cache, model_folder
 from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .inference import InferenceMixin
 from .native import NativeBuildError
 from .originals import OriginalsMixin
-from .remote_code import load_tokenizer, read_config, warn_once
+from .remote_code import read_config, warn_once
+from .tokenization import has_vocabulary, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -255,6 +256,8 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
         model._temporary_folder = temporary
         if model._openvino_config is None and (folder / OVConfig.CONFIG_NAME).is_file():
             model._openvino_config = OVConfig.from_pretrained(folder)
+        if temporary is None and generation_config is None:
+            model._mend_generation_config(folder)
         if not use_cache:
             model.generation_config.use_cache = False
         return model
@@ -300,6 +303,22 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
     def _has_cache_inputs(model: ov.Model | ov.CompiledModel) -> bool:
         return True
 
+    def _mend_generation_config(self, folder: Path) -> None:
+        """Generation stops where a turn ends and keeps its cache, as an export says, also if the folder does not."""
+        if self.generation_config.use_cache is False:
+            file = folder / "generation_config.json"
+            log_ignored_cache(file if file.is_file() else folder / "config.json")
+        self.generation_config.use_cache = self.config.use_cache = True
+        if not has_vocabulary(folder):
+            return
+        try:
+            end_turns(self.generation_config, self.config, load_tokenizer(folder))
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"{folder}: the tokenizer cannot be read ({error}); `generate` stops only at the ids that "
+                "generation_config.json names."
+            )
+
     def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
         precision = quantization.weight_precision(self.model)
         if precision not in FLOATING_FORMATS:
@@ -325,7 +344,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
         with model_folder(save_directory) as folder:
             super().save_pretrained(folder)
             source = Path(self.model_save_dir)
-            if any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
+            if has_vocabulary(source):
                 load_tokenizer(source).save_pretrained(folder)
             if not has_own_card(save_directory):
                 self.save_model_card(folder)

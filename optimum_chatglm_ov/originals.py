@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
-from .chat import _RULES, History, Response, StreamedTokens, _process_messages
+from .chat import RULES, History, Response, StreamedTokens
+from .configuration import ChatGLMConfig
 from .token_stream import TokenStream
+from .tokenization.messages import as_messages
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,14 @@ def _without_effect(name: str) -> Callable[..., Any]:
     return method
 
 
+def _generation_of_messages(config: ChatGLMConfig) -> str:
+    """Of the generations whose conversations are messages, that of a model; a tokenizer would know for sure."""
+    family = config.named_family()
+    if family is not None and RULES[family.generation].has_messages:
+        return family.generation
+    return "glm4" if config.has_vocabulary_of_ranks else "chatglm3"
+
+
 class OriginalsMixin:
     """Methods of the original model classes for an `InferenceMixin`."""
 
@@ -62,8 +72,8 @@ class OriginalsMixin:
 
         Args:
             output: the text.
-            history: of ChatGLM3 and GLM-4, the messages, with the one that is answered; left as it is. Without it
-                the text is processed as ChatGLM and ChatGLM2 do.
+            history: from ChatGLM3 on, the messages, with the one that is answered; left as it is. Without it the text
+                is processed as ChatGLM and ChatGLM2 do.
 
         Returns:
             The response; with `history` a pair, the response (a text, or a call as a dictionary) and the messages with
@@ -76,11 +86,8 @@ class OriginalsMixin:
         if self.config.architecture == "chatglm" and history is not None:
             raise TypeError("process_response() takes the text alone with ChatGLM-6B; leave `history` out.")
         if history is None:
-            rules = _RULES["chatglm" if self.config.architecture == "chatglm" else "chatglm2"]
-            return rules.process_text(output)
-        # only GLM-4 has such a vocabulary
-        rules = _RULES["glm4" if self.config.vocab_size > 100000 else "chatglm3"]
-        return _process_messages(output, history, rules.read_parameters)
+            return RULES[self.config.architecture].process_text(output)
+        return RULES[_generation_of_messages(self.config)].read_answer(output, as_messages(history))
 
     @torch.no_grad()
     def stream_generate(

@@ -24,6 +24,7 @@ from .tokenization import (  # noqa: E402
     ChatGLMTextIteratorStreamer,
     ChatGLMTextStreamer,
     ChatGLMTokenizer,
+    CodeGeeX4Tokenizer,
 )
 
 
@@ -41,6 +42,7 @@ __all__ = [
     "ChatGLMTextStreamer",
     "ChatGLMTokenizer",
     "CheckpointError",
+    "CodeGeeX4Tokenizer",
     "ContextLengthError",
     "DownloadError",
     "ExportError",

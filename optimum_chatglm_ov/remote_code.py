@@ -17,7 +17,6 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError
-from .signals import signals_wait
 from .tokenization import ChatGLMTokenizer
 from .tokenization.auto import ARGUMENTS_OF_AUTO_TOKENIZER
 
@@ -102,12 +101,6 @@ def check_model_type(config: Mapping[str, Any], name: str) -> None:
         f"{Path(name) / 'config.json'}: model_type is {found}, expected {ChatGLMConfig.model_type!r}, the only one "
         f"that is supported. No code of a repository is ever run; {advice}"
     )
-
-
-def load_tokenizer(folder: str | Path) -> ChatGLMTokenizer:
-    """The tokenizer in `folder`, of the generation that its vocabulary belongs to, whatever class its files name."""
-    with signals_wait():  # transformers 4 makes an ImportError of what interrupts it where there is no protobuf
-        return ChatGLMTokenizer.from_pretrained(folder)
 
 
 # transformers' auto classes ------------------------------------------------------------------------------------------

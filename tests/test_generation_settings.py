@@ -120,6 +120,20 @@ def test_a_cache_switched_off_for_training_is_used(place, source, tmp_path, capl
     assert new_tokens_of_calls(model) == [5, 6, 7]
 
 
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+def test_an_export_of_before_with_its_cache_switched_off_uses_it(place, source, tmp_path, caplog):
+    folder = export_model(source({}), tmp_path / "ir")
+    if place == "config.json":
+        (folder / "generation_config.json").unlink()
+    settings = json.loads((folder / place).read_text())
+    (folder / place).write_text(json.dumps(settings | {"use_cache": False}))
+    model = OVChatGLMForCausalLM.from_pretrained(folder)
+    assert f'{folder / place}: "use_cache": false' in caplog.text
+    assert new_tokens_of_calls(model) == [5, 1, 1] and model.config.use_cache
+    model = OVChatGLMForCausalLM.from_pretrained(folder, use_cache=False)
+    assert new_tokens_of_calls(model) == [5, 6, 7]
+
+
 def new_tokens_of_calls(model):
     """How many tokens each call of a generation computes."""
     lengths, forward = [], model.forward

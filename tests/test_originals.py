@@ -20,9 +20,9 @@ CHECKPOINTS = ["chatglm-6b-3layer-untied", "chatglm2-6b", "chatglm3-6b", "glm-4-
 class Unloaded(OriginalsMixin):
     """The methods that need a configuration and no weights."""
 
-    def __init__(self, name):
+    def __init__(self, name, **config):
         own = {"architecture": "chatglm"} if "chatglm-6b" in name else {}
-        self.config = ChatGLMConfig(padded_vocab_size=151552 if "glm-4" in name else 65024, **own)
+        self.config = ChatGLMConfig(padded_vocab_size=151552 if "glm-4" in name else 65024, **own, **config)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if golden(name)["chat"]])
@@ -43,6 +43,29 @@ def test_process_response(name):
 def test_process_response_of_chatglm_has_no_history():
     with pytest.raises(TypeError, match="leave `history` out"):
         Unloaded("models.chatglm-6b").process_response("text", [])
+
+
+@pytest.mark.parametrize(
+    "name, stored_name, expected",
+    [
+        ("chatglm3-6b", "", {"name": "weather", "parameters": {"city": "北京"}}),
+        ("chatglm2-6b", "/data/glm-4/THUDM/chatglm3-6b", {"name": "weather", "parameters": {"city": "北京"}}),
+        ("glm-4-9b-chat", "", {"name": "weather", "parameters": {"city": "上海"}}),
+        ("glm-4-9b-chat", "/data/codegeex4/chatglm3-6b", {"name": "weather", "parameters": {"city": "上海"}}),
+        ("glm-4-9b-chat", "THUDM/codegeex4-all-9b", {"name": "rain", "parameters": {"city": "广州"}}),
+    ],
+)
+def test_process_response_goes_by_vocabulary_and_name(name, stored_name, expected):
+    texts = {
+        "北京": "weather\n```python\ntool_call(city='北京')\n```",
+        "上海": 'weather\n{"city": "上海"}',
+        "广州": '```json\n{"name": "rain", "arguments": {"city": "广州"}}\n```',
+    }
+    tools = [{"name": "weather", "description": "", "parameters": {}}]
+    history = [{"role": "system", "content": "", "tools": tools}, {"role": "user", "content": "天气？"}]
+    model = Unloaded(name, _name_or_path=stored_name)
+    response, messages = model.process_response(texts[expected["parameters"]["city"]], history)
+    assert response == expected and [message["role"] for message in messages] == ["system", "user", "assistant"]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

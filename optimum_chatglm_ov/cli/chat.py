@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty; leave it out for a conversation")
     from .. import OVChatGLMForCausalLM
-    from ..remote_code import load_tokenizer
+    from ..tokenization import load_tokenizer
     from .conversation import Conversation
 
     with model_folder(args) as folder:
