@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,30 @@ class Golden:
     def inputs(self, case: str) -> dict[str, torch.Tensor]:
         keys = ("input_ids", "attention_mask", "position_ids")
         return {key: torch.from_numpy(self[f"{case}_{key}"]) for key in keys if f"{case}_{key}" in self}
+
+
+# The kinds of nodes in which OpenVINO computes linear layers, and how many of them at once. With AMX it names some
+# otherwise than on other CPUs, and may join those of an MLP, or of queries, keys and values.
+_LINEAR_LAYERS_OF_KIND = {"FullyConnected": 1, "MatMul": 1, "LLMMLP": 3, "QKVProjection": 3}
+
+
+def openvino_layers(model: OVChatGLMForCausalLM) -> int:
+    """Linear layers that OpenVINO computes in the compiled model."""
+    nodes = model.request.get_compiled_model().get_runtime_model().get_ops()
+    return sum(_LINEAR_LAYERS_OF_KIND.get(node.get_rt_info()["layerType"].astype(str), 0) for node in nodes)
+
+
+@functools.cache
+def _may_mount() -> bool:
+    command = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def may_mount() -> None:
+    """Skips a test on systems whose users may not mount a tmpfs of their own."""
+    if not _may_mount():
+        pytest.skip("this system lets users mount no tmpfs of their own")
 
 
 def in_child(function: Callable[[], object], as_nobody: bool = False) -> str | int | None:
