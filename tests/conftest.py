@@ -22,6 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model  # noqa: E402
 
@@ -93,6 +94,23 @@ def may_mount() -> None:
     """Skips a test on systems whose users may not mount a tmpfs of their own."""
     if not _may_mount():
         pytest.skip("this system lets users mount no tmpfs of their own")
+
+
+class _Says(LogitsProcessor):
+    def __init__(self, ids: list[int]):
+        self.ids, self.step = ids, 0
+
+    def __call__(self, input_ids, scores):
+        scores = torch.full_like(scores, -1e9)
+        scores[:, self.ids[self.step % len(self.ids)]] = 0
+        self.step += 1
+        return scores
+
+
+def says(ids: list[int], max_new_tokens: int = 12) -> dict[str, object]:
+    """Arguments of `generate` that let a model say the given ids, again and again."""
+    processors = LogitsProcessorList([_Says(ids)])
+    return {"logits_processor": processors, "do_sample": False, "max_new_tokens": max_new_tokens}
 
 
 def in_child(function: Callable[[], object], as_nobody: bool = False) -> str | int | None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXACT
+from conftest import EXACT, says
 from tokenization_cases import NAMES, golden, tokenizer
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
@@ -382,27 +382,30 @@ def test_streams_have_the_positions_of_the_first_generations(name, either_model,
     assert [response for response, _ in turns] == streamed(name, tok, case)
 
 
-class SaysIds(LogitsProcessor):
-    """Lets a model generate the given ids."""
-
-    def __init__(self, prompt_length, ids):
-        self.prompt_length, self.ids = prompt_length, ids
-
-    def __call__(self, input_ids, scores):
-        scores = torch.full_like(scores, -1e9)
-        scores[:, self.ids[input_ids.shape[1] - self.prompt_length]] = 0
-        return scores
-
-
 @pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
 def test_streams_show_whole_characters(name, either_model, exact_tokenizer):
     model, tok = either_model(name), exact_tokenizer(name)
     ids = [*tok.encode("好😀 龘", add_special_tokens=False), tok.eos_token_id]
-    prompt_length = tok.build_chat_input("你好")["input_ids"].shape[1]
-    settings = dict(do_sample=False, max_new_tokens=len(ids), logits_processor=[SaysIds(prompt_length, ids)])
-    shown = [response for response, _ in model.stream_chat(tok, "你好", **settings)]
+    shown = [response for response, _ in model.stream_chat(tok, "你好", **says(ids, len(ids)))]
     assert len(ids) > 7 and shown[-1] == "好😀 龘" and "好😀" in shown
     assert not [text for text in shown if "\ufffd" in text]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("chatglm3-6b", "```python\ntool_call(city='北京')\n```"), ("glm-4-9b-chat", '{"city": "北京"}')],
+)
+def test_a_call_is_shown_as_it_grows(name, arguments, either_model, exact_tokenizer):
+    """As a text until its name is known, then as it is, and read once it is complete."""
+    model, tok = either_model(name), exact_tokenizer(name)
+    ids = [*tok.encode(f"get_weather\n{arguments}", add_special_tokens=False), tok.turn_end_ids[1]]
+    settings = says(ids, len(ids))
+    shown = [response for response, _ in model.stream_chat(tok, "天气？", copy.deepcopy(TOOLS), **settings)]
+    kinds = [tuple(response) if isinstance(response, dict) else "text" for response in shown]
+    assert list(dict.fromkeys(kinds)) == ["text", ("name", "content"), ("name", "parameters")]
+    assert shown[-1] == {"name": "get_weather", "parameters": {"city": "北京"}}
+    growing = [response["content"] for response in shown if "content" in response]
+    assert all(arguments.startswith(content.strip()) for content in growing)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)

@@ -300,6 +300,8 @@ def test_codegeex4_writes_calls_and_reads_results(codegeex4):
     calls = assistant(call('{"city": "a"}'), call({"city": "b"}))
     result = {"role": "tool", "tool_call_id": "1", "content": "22"}
     text = text_of(codegeex4, [QUESTION, calls, result])
+    in_parts = {**result, "content": [{"type": "text", "text": "22"}]}
+    assert text_of(codegeex4, [QUESTION, calls, in_parts]) == text
     assert text.endswith(
         "<|user|>\n天气？<|assistant|>\n"
         '```json\n{"name": "get_weather", "arguments": {"city": "a"}}\n```\n'

@@ -6,10 +6,9 @@ import logging
 import shutil
 
 import pytest
-import torch
-from conftest import DATA
+from conftest import DATA, says
 from optimum.intel import OVModelForCausalLM
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer, pipeline
+from transformers import AutoTokenizer, GenerationConfig, TextStreamer, pipeline
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.tokenization import ChatGLMTextStreamer
@@ -24,23 +23,6 @@ ENDS = {
 }
 EACH_END = [(name, token) for name, tokens in ENDS.items() for token in tokens]
 MESSAGES = [{"role": "user", "content": "你好"}]
-
-
-class Says(LogitsProcessor):
-    """Lets a model generate the given ids, again and again."""
-
-    def __init__(self, ids):
-        self.ids, self.step = ids, 0
-
-    def __call__(self, input_ids, scores):
-        scores = torch.full_like(scores, -1e9)
-        scores[:, self.ids[self.step % len(self.ids)]] = 0
-        self.step += 1
-        return scores
-
-
-def says(ids):
-    return {"logits_processor": LogitsProcessorList([Says(ids)]), "do_sample": False, "max_new_tokens": 12}
 
 
 def end_ids(folder, tokens):
