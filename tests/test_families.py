@@ -209,7 +209,7 @@ def test_codegeex4_is_told_by_its_name(stored, folder_name, expected, tokenizer_
         tmp_path / folder_name, "glm-4-9b-chat", "models.glm-4-9b-chat", config, _name_or_path=stored or None
     )
     tok = AutoTokenizer.from_pretrained(path)
-    assert type(tok) is expected
+    assert type(tok) is expected and not tok.generation_is_assumed
     tok.save_pretrained(tmp_path / "saved")
     assert type(AutoTokenizer.from_pretrained(tmp_path / "saved")) is expected
 
