@@ -216,7 +216,11 @@ def test_codegeex4_is_told_by_its_name(stored, folder_name, expected, tokenizer_
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("THUDM/codegeex4-all-9b", CodeGeeX4Tokenizer), ("/codegeex4/glm-4-9b-chat", ChatGLM4Tokenizer)],
+    [
+        ("THUDM/codegeex4-all-9b", CodeGeeX4Tokenizer),
+        ("/codegeex4/glm-4-9b-chat", ChatGLM4Tokenizer),
+        ("me/mine", ChatGLM4Tokenizer),
+    ],
 )
 @pytest.mark.parametrize("key", ["original_name_or_path", "_name_or_path"])
 def test_an_export_of_before_is_codegeex4_by_its_name(key, name, expected, tmp_path):

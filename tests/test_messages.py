@@ -173,6 +173,13 @@ def test_calls_are_refused_where_there_are_none(name):
         text_of(tokenizer(name), [QUESTION, assistant(call({}))])
 
 
+@pytest.mark.parametrize("name", ROUNDS_OF_TEXT)
+@pytest.mark.parametrize("role", ["tool", "function", "observation"])
+def test_results_are_refused_where_there_are_no_calls(role, name):
+    with pytest.raises(ValueError, match=rf"messages\[1\]: \w+ has no role '{role}'"):
+        text_of(tokenizer(name), [QUESTION, {"role": role, "content": "22"}])
+
+
 def test_tools_that_are_none_are_refused():
     tok = tokenizer("models.glm-4-9b-chat")
     with pytest.raises(ValueError, match=r"`tools\[1\]` is 'f'; expected a JSON schema"):

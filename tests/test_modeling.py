@@ -236,12 +236,14 @@ def test_arguments_are_never_dropped_in_silence(arguments, error, message, expor
         OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **arguments)
 
 
-def test_explicit_max_length_beyond_the_context_raises_before_running(either_model, monkeypatch):
+@pytest.mark.parametrize("argument", ["max_length", "max_new_tokens"])
+def test_an_explicit_length_beyond_the_context_raises_before_running(argument, either_model, monkeypatch):
     model = either_model("chatglm-6b-3layer-untied")
     prompt = torch.from_numpy(Golden("chatglm-6b-3layer-untied")["single_input_ids"])
     lengths = lengths_of_calls(model, monkeypatch)
     with pytest.raises(ContextLengthError):
-        model.generate(prompt, max_length=model.config.max_position_embeddings + 1)
+        least = 1 if argument == "max_length" else 1 - prompt.shape[1]
+        model.generate(prompt, **{argument: model.config.max_position_embeddings + least})
     assert lengths == []
     model.generate(prompt, max_length=prompt.shape[1] + 2, min_length=prompt.shape[1] + 2)
     assert lengths == [prompt.shape[1], 1]  # so a call would have been seen

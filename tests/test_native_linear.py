@@ -417,11 +417,9 @@ def test_a_model_says_the_same(architecture, weight_format, attention, dtype, qu
 @pytest.mark.parametrize("name", ["chatglm2-6b-int8", "chatglm2-6b-int4", "chatglm-6b-int8", "chatglm-6b-int4"])
 def test_checkpoints_quantised_by_their_authors(name, exported):
     golden = Golden(name)
-    model = OVChatGLMForCausalLM.from_pretrained(
-        exported(name), linear="fused", ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    )
-    stock = OVChatGLMForCausalLM.from_pretrained(exported(name), linear="openvino")
-    assert openvino_layers(model) < openvino_layers(stock)  # the width of their MLPs is no multiple of 32
+    config = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    model = OVChatGLMForCausalLM.from_pretrained(exported(name), linear="fused", ov_config=config)
+    assert openvino_layers(model) < types(model.model).count("MatMul")  # the width of their MLPs is no multiple of 32
     found = model(torch.from_numpy(golden["single_input_ids"])).logits.numpy()
     assert 0 < error(found, golden["single_logits_dequant32"]) < 0.05
 
