@@ -5,51 +5,29 @@ Importing it makes `AutoConfig`, `AutoTokenizer`, `AutoModelForCausalLM`, `AutoM
 checkpoints, original and exported, without remote code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-from . import remote_code, tokenization
-from .configuration import ChatGLMConfig
-from .errors import ChatGLMError, CheckpointError, ContextLengthError, ExportError, ModelFileError
-
-
-AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
-tokenization.register(ChatGLMConfig)
-remote_code.replace_remote_code(AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM)
-
-from .chat import ToolCallError  # noqa: E402
-from .export import export_model  # noqa: E402  the modules below read checkpoints through the classes above
-from .hub import DownloadError  # noqa: E402
-from .modeling import OVChatGLMForCausalLM  # noqa: E402
-from .tokenization import (  # noqa: E402
-    ChatGLM1Tokenizer,
-    ChatGLM2Tokenizer,
-    ChatGLM3Tokenizer,
-    ChatGLM4Tokenizer,
-    ChatGLMTextIteratorStreamer,
-    ChatGLMTextStreamer,
-    ChatGLMTokenizer,
-)
+import importlib.util
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 
-AutoModelForCausalLM.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)
-AutoModel.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)  # the original repositories name it here, too
+def _is_command() -> bool:
+    """Whether this process is `chatglm-ov`, which needs torch, transformers and OpenVINO only for its work."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    # "-m" stands there while Python looks for the module to run, and so imports this package
+    return os.path.basename(program) == "chatglm-ov" or (program == "-m" and f"{__name__}.cli.main" in sys.orig_argv)
 
-__all__ = [
-    "ChatGLM1Tokenizer",
-    "ChatGLM2Tokenizer",
-    "ChatGLM3Tokenizer",
-    "ChatGLM4Tokenizer",
-    "ChatGLMConfig",
-    "ChatGLMError",
-    "ChatGLMTextIteratorStreamer",
-    "ChatGLMTextStreamer",
-    "ChatGLMTokenizer",
-    "CheckpointError",
-    "ContextLengthError",
-    "DownloadError",
-    "ExportError",
-    "ModelFileError",
-    "OVChatGLMForCausalLM",
-    "ToolCallError",
-    "export_model",
-]
+
+def __getattr__(name: str) -> Any:
+    """In the process of `chatglm-ov`: the first public name that is asked for imports and registers everything."""
+    # `from . import module` asks for a module's name here before it imports it
+    if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is None:
+        registration = importlib.import_module(".registration", __name__)
+        if name in registration.__all__:
+            return getattr(registration, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if TYPE_CHECKING or not _is_command():
+    from .registration import *  # noqa: F403
+    from .registration import __all__ as __all__

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ from typing import Any
 import torch
 
 from . import graph
-from .checkpoint import ORIGINAL_MODULES, Derived, Shard, Weight, open_shard, read_tensor
+from .checkpoint import Derived, Shard, Weight, open_shard, original_names, read_tensor, split_name
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError
 
 
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B|embedding_A|embedding_B)(?:\.default)?(?:\.weight)?")
+# Of tensors that take the place of the base's: `modules_to_save`, and embeddings that PEFT saves with an adapter.
+_WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.default)?|\.base_layer)?\.(?P<kind>weight|bias)")
 # Variants that are not W + scale * B @ A in every layer and for every token, by key of adapter_config.json.
 _UNSUPPORTED = (
     "use_dora",
     "lora_bias",
-    "modules_to_save",
     "trainable_token_indices",
     "use_qalora",
     "target_parameters",
@@ -52,6 +53,14 @@ class _LoRA:
     scale: float
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor that was trained as a whole: `weight * (data - base)` is one adapter's change."""
+
+    data: torch.Tensor
+    weight: float
+
+
 def merge_adapters(
     weights: Mapping[str, Weight],
     adapters: Sequence[str | Path | tuple[str | Path, float]],
@@ -60,7 +69,8 @@ def merge_adapters(
 ) -> Mapping[str, Weight]:
     """`weights` with `W + sum(weight * alpha / r * B @ A)` in place of every linear `W` that an adapter changes.
 
-    Sums are computed in fp32 and rounded once, when a tensor is asked for.
+    The embedding is changed alike, and what an adapter has as a whole (`modules_to_save`) replaces the base's, with a
+    weight other than 1 in part. Sums are computed in fp32 and rounded once, when a tensor is asked for.
 
     Args:
         weights: the checkpoint, by canonical name.
@@ -81,15 +91,15 @@ def merge_adapters(
             "into rounded weights without losing most of the change. Start from the 16-bit checkpoint and quantise at "
             "the export."
         )
-    changes: dict[str, list[_LoRA]] = {}
+    changes: dict[str, list[_LoRA | _Whole]] = {}
     for adapter in adapters:
         folder, weight = adapter if isinstance(adapter, tuple) and len(adapter) == 2 else (adapter, 1.0)
         if not isinstance(folder, (str, Path)):
             raise ValueError(f"`adapters` has {adapter!r}; expected a folder, or a tuple (folder, weight).")
         if not _is_number(weight):
             raise ValueError(f"{folder}: the adapter's weight is {weight!r}; expected a finite number.")
-        for name, lora in _read(Path(folder), float(weight), weights, config).items():
-            changes.setdefault(name, []).append(lora)
+        for name, change in _read(Path(folder), float(weight), config):
+            changes.setdefault(name, []).append(change)
 
     def merge(name: str, base: Weight) -> Weight:
         return _merged(name, base, changes[name], dtype) if name in changes else base
@@ -97,13 +107,20 @@ def merge_adapters(
     return Derived(weights, merge)
 
 
-def _merged(name: str, base: Weight, changes: Sequence[_LoRA], dtype: torch.dtype | None) -> Weight:
+def _merged(name: str, base: Weight, changes: Sequence[_LoRA | _Whole], dtype: torch.dtype | None) -> Weight:
     shape, dtype = tuple(base.data.shape), dtype or base.data.dtype
     merged = base.scratch.empty(shape, dtype) if base.scratch else torch.empty(shape, dtype=dtype)
+    wholes = [change for change in changes if isinstance(change, _Whole)]
+    loras = [change for change in changes if isinstance(change, _LoRA)]
     for start in range(0, shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        total = base.data[rows].to(torch.float32, copy=True)
-        for lora in changes:
+        own = base.data[rows].float()
+        total = own.clone()
+        for i, whole in enumerate(wholes):
+            data = whole.data[rows].float()
+            # `lerp` is exactly `data` where the weight is 1
+            total = torch.lerp(own, data, whole.weight) if i == 0 else total + whole.weight * (data - own)
+        for lora in loras:
             total += lora.scale * (lora.b[rows] @ lora.a)
         merged[rows] = total
     if not torch.isfinite(torch.stack(torch.aminmax(merged))).all():
@@ -115,50 +132,74 @@ def _merged(name: str, base: Weight, changes: Sequence[_LoRA], dtype: torch.dtyp
     return replace(base, data=merged, bits=8 * merged.element_size())
 
 
-def _read(folder: Path, weight: float, weights: Mapping[str, Weight], config: ChatGLMConfig) -> dict[str, _LoRA]:
-    """The changes that the adapter in `folder` makes, by canonical name of the tensor."""
+def _read(folder: Path, weight: float, config: ChatGLMConfig) -> Iterator[tuple[str, _LoRA | _Whole]]:
+    """The changes that the adapter in `folder` makes, each with the canonical name of the tensor."""
     settings = _settings(folder / "adapter_config.json")
-    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise CheckpointError(f"{folder}: no adapter weights found; expected {' or '.join(_FILES)}.")
+        raise CheckpointError(f"{folder}: no adapter weights found; expected {' or '.join(ADAPTER_FILES)}.")
     shard = open_shard(file)
-    pairs, unknown = _pairs(shard)
-    canonical, shapes = _canonical_names(config), graph.tensor_shapes(config)
-    unknown += [module for module in pairs if module not in canonical]
-    if unknown or not pairs:
+    shapes = graph.tensor_shapes(config)
+    canonical = {original: name for name, original in original_names(config, shapes).items()}
+    if config.tie_word_embeddings:  # PEFT changes it as one of the two alone, and here they are one
+        canonical = {original: name for original, name in canonical.items() if name != "embed_tokens.weight"}
+    pairs, whole, unknown = _tensors(shard, canonical)
+    adapted = {module for module in pairs if _is_adaptable(canonical.get(f"{module}.weight", ""))}
+    unknown += [module for module in pairs if module not in adapted]
+    if unknown or not (pairs or whole):
         found = f"cannot merge {_shortened(unknown)}" if unknown else "no lora_A and lora_B tensors found"
+        more = "for its embedding or its output layer, or whole tensors of it"
+        if config.tie_word_embeddings:
+            more = "or whole tensors of it, but not of its embedding, which is its output layer, too"
         raise CheckpointError(
             f"{file}: {found}. Expected pairs of lora_A and lora_B for {', '.join(TARGETS)} in the "
-            f"{config.num_hidden_layers} layers of this model; the adapter was trained for another model or on other "
-            "modules."
+            f"{config.num_hidden_layers} layers of this model, {more} (modules_to_save); the adapter was trained for "
+            "another model or on other modules."
         )
-    return {
-        canonical[module]: _lora(shard, module, sides, settings, weight, shapes[canonical[module]])
-        for module, sides in pairs.items()
-    }
+    saved = {name.rpartition(".")[0] for name in whole}
+    for module in settings.get("modules_to_save") or ():
+        if not any(f".{name}".endswith(f".{module}") for name in saved):
+            raise CheckpointError(
+                f"{file}: modules_to_save in adapter_config.json names {module!r}, but the file has no tensor of a "
+                "module of this model that is called so. The two files do not belong together, or to this model."
+            )
+    for original, stored in whole.items():
+        name = canonical[original]
+        data = read_tensor(shard, stored)
+        if tuple(data.shape) != tuple(shapes[name]) or not data.is_floating_point():
+            raise CheckpointError(
+                f"{file}: {stored} is {data.dtype} {list(data.shape)}; expected floating-point numbers "
+                f"{list(shapes[name])}, as in this model. The adapter was trained for another model, or for a changed "
+                "vocabulary."
+            )
+        yield name, _Whole(data, weight)
+    for module, sides in pairs.items():
+        name = canonical[f"{module}.weight"]
+        yield name, _lora(shard, module, sides, settings, weight, shapes[name])
 
 
-def _pairs(shard: Shard) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The adapter's tensors: name of side A and B by the original name of the module; and all other tensors."""
+def _tensors(
+    shard: Shard, canonical: Mapping[str, str]
+) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+    """The adapter's tensors: name of side A and B by the original name of the module; of whole tensors by the original
+    name of those; and all others."""
     pairs: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
     others = []
-    for name in shard.names():
-        match = _TENSOR.fullmatch(name)
-        if match:
-            pairs.setdefault(match["module"], {})[match["side"]] = name
+    for stored in shard.names():
+        _, name = split_name(stored)
+        if match := _TENSOR.fullmatch(name):
+            pairs.setdefault(match["module"], {})[match["side"]] = stored
+        elif (match := _WHOLE.fullmatch(name)) and (original := f"{match['module']}.{match['kind']}") in canonical:
+            whole[original] = stored
         else:
-            others.append(name)
-    return pairs, others
+            others.append(stored)
+    return pairs, whole, others
 
 
-def _canonical_names(config: ChatGLMConfig) -> dict[str, str]:
-    """Canonical name of the weight of each linear that can be adapted, by the original name of the module."""
-    return {
-        original.format(i=i): f"{canonical.format(i=i)}.weight"
-        for canonical, original in ORIGINAL_MODULES[config.architecture].items()
-        if original.rpartition(".")[2] in TARGETS
-        for i in range(config.num_hidden_layers)
-    }
+def _is_adaptable(name: str) -> bool:
+    """Whether PEFT can adapt the tensor of this canonical name: of a linear layer, or the embedding."""
+    return name.endswith("_proj.weight") or name in ("embed_tokens.weight", "lm_head.weight")
 
 
 def _lora(
@@ -169,9 +210,12 @@ def _lora(
     weight: float,
     shape: tuple[int, int],
 ) -> _LoRA:
-    if set(sides) != {"A", "B"}:
+    if set(sides) == {"embedding_A", "embedding_B"}:  # [r, rows] and [columns, r]: a token's row of A is looked up
+        b, a = (read_tensor(shard, sides[side]).T for side in ("embedding_A", "embedding_B"))
+    elif set(sides) == {"A", "B"}:
+        a, b = (read_tensor(shard, sides[side]) for side in "AB")
+    else:
         raise CheckpointError(f"{shard.file}: {module} has only lora_{''.join(sides)}; the file is incomplete.")
-    a, b = (read_tensor(shard, sides[side]) for side in "AB")
     for side in (a, b):
         if not side.is_floating_point():
             raise CheckpointError(
@@ -210,7 +254,10 @@ def _settings(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         found = settings.get("peft_type") if isinstance(settings, dict) else settings
-        raise CheckpointError(f"{file}: peft_type is {found!r}; expected 'LORA', the only kind that can be merged.")
+        advice = " Give its folder as `prefix_encoder`." if found == "PREFIX_TUNING" else ""
+        raise CheckpointError(
+            f"{file}: peft_type is {found!r}; expected 'LORA', the only kind that can be merged.{advice}"
+        )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not _is_rank(rank):
         raise CheckpointError(f"{file}: r is {rank!r}; expected the rank, a positive whole number.")

@@ -25,14 +25,12 @@ import openvino as ov
 import torch
 
 from . import native
+from .choices import WAYS
 from .configuration import ChatGLMConfig
 from .export import MODEL_FILE, load_config
 from .modeling import OVChatGLMForCausalLM
 
 
-WAYS = ("sdpa", "fused", "fused-int8", "paged")
-"""OpenVINO's stateful attention, the fused operation with its bf16 and its int8 cache, and openvino-genai with
-OpenVINO's PagedAttention; each with OpenVINO's own defaults for everything that is not chosen."""
 _DECIDED = {"KV_CACHE_PRECISION": "ways", "ATTENTION_BACKEND": "ways", "INFERENCE_NUM_THREADS": "threads"}
 _STREAM_BYTES = 512 << 20
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")

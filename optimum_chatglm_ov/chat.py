@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,18 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .cache import FusedCache
 from .errors import ChatGLMError
+from .families import Family, family_of_generation
 from .token_stream import TokenStream
+from .tokenization.codegeex4 import defined_functions
+from .tokenization.messages import as_messages
 
 
-# One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards.
+# One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards; all read
+# both.
 History = list[Any]
-# A text, or a call: `{"name", "content"}` without tools in the conversation, `{"name", "parameters"}` with them.
-Response = str | dict[str, Any]
+# A text, or a call: `{"name", "content"}` without tools in the conversation, `{"name", "parameters"}` with them; a
+# list of calls where CodeGeeX4 makes several.
+Response = str | dict[str, Any] | list[dict[str, Any]]
 
 _BETWEEN_MESSAGES = "<|assistant|>"
 PLACEHOLDER, _YEAR = "[[训练时间]]", "2023年"
@@ -75,7 +81,7 @@ def _process_messages(
         history.append({"role": "assistant", "metadata": metadata, "content": content})
         if not name:
             response = content.replace(PLACEHOLDER, _YEAR)
-        elif history[0]["role"] == "system" and "tools" in history[0]:
+        elif history[0]["role"] == "system" and history[0].get("tools") is not None:
             response = {"name": name, "parameters": read_parameters(content)}
         else:
             response = {"name": name, "content": content}
@@ -110,10 +116,45 @@ def _parameters_of_json(content: str) -> dict[str, Any]:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ToolCallError(
-            f"The model's call cannot be read: {error}. Found {content!r}; expected its arguments as JSON. Ask again, "
-            "or lower `temperature`."
-        ) from error
+        raise _unreadable_json(content, error) from error
+
+
+def _unreadable_json(content: str, error: Exception) -> ToolCallError:
+    return ToolCallError(
+        f"The model's call cannot be read: {error}. Found {content!r}; expected its arguments as JSON. Ask again, "
+        "or lower `temperature`."
+    )
+
+
+def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[Response, History]:
+    """As `_process_messages`, of messages without metadata, where blocks of JSON are calls if there are functions."""
+    can_call = any(defined_functions(message) for message in history)
+    history = copy.deepcopy(history)
+    content = ""
+    for content in map(str.strip, text.split(_BETWEEN_MESSAGES)):
+        history.append({"role": "assistant", "metadata": "", "content": content})
+    calls = _calls_of_blocks(content, incomplete) if can_call else []
+    return (calls[0] if len(calls) == 1 else calls or content.replace(PLACEHOLDER, _YEAR)), history
+
+
+def _calls_of_blocks(content: str, incomplete: bool) -> list[dict[str, Any]]:
+    """The calls in blocks of JSON with `name` and `arguments`; none where a block is something else.
+
+    Raises:
+        ToolCallError: a block that looks like a call is no JSON, and it is complete.
+    """
+    calls = []
+    for block in re.findall(r"```json(.*?)```", content, re.DOTALL):
+        try:
+            call = json.loads(block)
+        except (ValueError, RecursionError) as error:
+            if incomplete or '"name"' not in block:
+                return []
+            raise _unreadable_json(content, error) from error
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            return []
+        calls.append({"name": call["name"], "parameters": call["arguments"]})
+    return calls
 
 
 # The generations ---------------------------------------------------------------------------------------------------
@@ -124,25 +165,23 @@ class ChatRules:
     """What one generation does in its own way.
 
     Args:
-        max_length, top_p, temperature: defaults of sampling; `max_length` counts prompt and answer.
+        family: whose defaults of sampling it has; see [`chat_rules`].
         invalid_score_token_id: see [`InvalidScoreLogitsProcessor`].
         process_text: text of an answer -> response, where a conversation is pairs; else `None`.
         read_parameters: content of a call -> its arguments, where a conversation is messages; else `None`.
-        stop_tokens: tokens that end an answer beside those of the generation configuration.
+        calls_in_blocks: an answer has no metadata, and calls are blocks of JSON in it.
         stream_withholds_last_token: each streamed text leaves out the newest token, which may be a stop token.
-        stream_shows_every_token: also texts that are empty or end in the middle of a character.
+        stream_shows_empty_texts: as long as an answer has no text, that is yielded, too.
         has_past_key_values: `stream_chat()` can go on from `past_key_values`.
     """
 
-    max_length: int
-    top_p: float
-    temperature: float
+    family: Family | None = None
     invalid_score_token_id: int = 5
     process_text: Callable[[str], str] | None = None
     read_parameters: Callable[[str], dict[str, Any]] | None = None
-    stop_tokens: tuple[str, ...] = ()
+    calls_in_blocks: bool = False
     stream_withholds_last_token: bool = False
-    stream_shows_every_token: bool = False
+    stream_shows_empty_texts: bool = False
     has_past_key_values: bool = True
 
     @property
@@ -158,7 +197,8 @@ class ChatRules:
         Args:
             text: what the model generated.
             query, role: what it answers, and who said that.
-            history: the conversation before; it is left as it is.
+            history: the conversation before; it is left as it is. The one after it has its form, except that pairs
+                become messages where an answer can be more than a text.
             incomplete: more text may follow; a call that cannot be read yet is given as `{"name", "content"}`.
 
         Raises:
@@ -166,8 +206,15 @@ class ChatRules:
         """
         if not self.has_messages:
             response = self.process_text(text)
-            return response, [*history, (query, response)]
-        history = [*history, {"role": role, "content": query}]
+            if not any(isinstance(item, Mapping) for item in history):
+                return response, [*history, (query, response)]
+            return response, as_messages([*history, (query, response)])
+        return self.read_answer(text, [*as_messages(history), {"role": role, "content": query}], incomplete)
+
+    def read_answer(self, text: str, history: History, incomplete: bool = False) -> tuple[Response, History]:
+        """As `process_response`, of messages that end with what is answered."""
+        if self.calls_in_blocks:
+            return _process_codegeex4(text, history, incomplete)
         try:
             return _process_messages(text, history, self.read_parameters)
         except ToolCallError:
@@ -179,60 +226,42 @@ class ChatRules:
         return response, new_history
 
 
-_AFTER_CHATGLM2 = dict(top_p=0.8, temperature=0.8, max_length=8192)
-_RULES = {
+RULES = {
     "chatglm": ChatRules(
-        max_length=2048,
-        top_p=0.7,
-        temperature=0.95,
         process_text=_process_chatglm,
         stream_withholds_last_token=True,
-        stream_shows_every_token=True,
+        stream_shows_empty_texts=True,
         has_past_key_values=False,
     ),
-    "chatglm2": ChatRules(**_AFTER_CHATGLM2, process_text=_process_chatglm2),
-    "chatglm2-32k": ChatRules(**{**_AFTER_CHATGLM2, "max_length": 32768}, process_text=_process_chatglm2),
+    "chatglm2": ChatRules(process_text=_process_chatglm2),
     "chatglm3": ChatRules(
-        **_AFTER_CHATGLM2,
         read_parameters=_parameters_of_python,
-        stop_tokens=("<|user|>", "<|observation|>"),
-        stream_withholds_last_token=True,
-    ),
-    "chatglm3-128k": ChatRules(
-        max_length=131072,
-        top_p=0.7,
-        temperature=0.95,
-        read_parameters=_parameters_of_python,
-        stop_tokens=("<|user|>", "<|observation|>"),
         stream_withholds_last_token=True,
     ),
     "glm4": ChatRules(
-        **_AFTER_CHATGLM2,
         invalid_score_token_id=198,
         read_parameters=_parameters_of_json,
-        stop_tokens=("<|user|>", "<|observation|>"),
         stream_withholds_last_token=True,
     ),
 }
+RULES["codegeex4"] = replace(RULES["glm4"], calls_in_blocks=True)
 
 
 def chat_rules(tokenizer: Any, config: Any) -> ChatRules:
-    """Rules for the tokenizer's generation; chatglm2-6b-32k and chatglm3-6b-128k have other defaults of sampling.
+    """Rules for the tokenizer's generation, and the family that the model's configuration makes it.
 
     Raises:
         ValueError: `tokenizer` is not one of this package's.
     """
     generation = getattr(tokenizer, "chatglm_generation", None)
-    if generation not in _RULES:
+    if generation not in RULES:
         raise ValueError(
             f"`tokenizer` is a {type(tokenizer).__name__}; expected a ChatGLM tokenizer. Load it with "
             "`AutoTokenizer.from_pretrained(...)` after `import optimum_chatglm_ov`."
         )
-    if generation == "chatglm2" and config.rope_ratio not in (None, 1):
-        generation = "chatglm2-32k"
-    if generation == "chatglm3" and config.max_position_embeddings > 32768:
-        generation = "chatglm3-128k"
-    return _RULES[generation]
+    rope_ratio = getattr(config, "rope_ratio", None)
+    family = family_of_generation(generation, rope_ratio, config.max_position_embeddings)
+    return replace(RULES[generation], family=family)
 
 
 @dataclass(frozen=True)
@@ -245,6 +274,27 @@ class StreamedTokens:
     """
 
     input_ids: torch.LongTensor
+
+
+def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable]:
+    """Lets arguments after `history` stand where the originals of ChatGLM and ChatGLM2 had them.
+
+    Those have no `role`, and ChatGLM none of the `chatglm_lacks` arguments after it.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def wrapped(
+            self: Any, tokenizer: Any, query: str, history: History | None = None, *args: Any, **kwargs: Any
+        ) -> Any:
+            if args and not isinstance(args[0], str) and not chat_rules(tokenizer, self.config).has_messages:
+                lacking = chatglm_lacks if tokenizer.chatglm_generation == "chatglm" else 0
+                args = ("user", *[None] * lacking, *args)
+            return method(self, tokenizer, query, history, *args, **kwargs)
+
+        return wrapped
+
+    return decorate
 
 
 # The model's part --------------------------------------------------------------------------------------------------
@@ -261,6 +311,7 @@ class ChatMixin:
     _conversation: tuple[torch.LongTensor, FusedCache] | None = None  # ids [L] of what the cache holds
 
     @torch.no_grad()
+    @_original_positions()
     def chat(
         self,
         tokenizer: Any,
@@ -280,16 +331,18 @@ class ChatMixin:
         Args:
             tokenizer: the model's tokenizer, from `AutoTokenizer`.
             query: what is said now.
-            history: earlier turns: `(query, response)` pairs for ChatGLM and ChatGLM2; messages
-                (`{"role", "content", "metadata"}`, a leading system message may have `"tools"`) for ChatGLM3 and
-                GLM-4, which append the query to this very list.
+            history: earlier turns, as `(query, response)` pairs or as messages (`{"role", "content", "metadata"}`, a
+                leading system message may have `"tools"`). ChatGLM3 and GLM-4 append the query to this very list,
+                unless it has pairs.
             role: who says it, `"user"` or (ChatGLM3, GLM-4) `"observation"`.
-            max_length: tokens of prompt and answer together; unset: the generation's default.
+            max_length: tokens of prompt and answer together; unset: the generation's default. Given by position, it
+                comes right after `history` with ChatGLM and ChatGLM2, as in their originals.
             num_beams, do_sample, top_p, temperature, logits_processor, kwargs: as in `generate`; unset `top_p` and
                 `temperature` are the generation's defaults, and have no effect with `do_sample=False`.
 
         Returns:
-            The response (a text; from ChatGLM3 on also a call as a dict) and the conversation with this turn.
+            The response (a text; from ChatGLM3 on also a call as a dict, from CodeGeeX4 also a list of them) and the
+            conversation with this turn: pairs for ChatGLM and ChatGLM2, unless messages were given, else messages.
 
         Raises:
             ToolCallError: the response is a call whose arguments cannot be read; `history` has the query by then.
@@ -305,10 +358,11 @@ class ChatMixin:
         # The last token of ChatGLM3 and GLM-4 is taken for a stop token, whatever it is.
         generated = output.tolist()[0][prompt.shape[1] : -1 if rules.has_messages else None]
         earlier = list(history)
-        if rules.has_messages:
+        if rules.has_messages and not _has_pairs(history):
             history.append({"role": role, "content": query})
         return rules.process_response(tokenizer.decode(generated), query, earlier, role)
 
+    @_original_positions(chatglm_lacks=1)  # `past_key_values`
     def stream_chat(
         self,
         tokenizer: Any,
@@ -335,13 +389,20 @@ class ChatMixin:
 
         Yields:
             The whole response so far, and the conversation with it. A call that is not complete is
-            `{"name", "content"}`. Texts that end inside a character are left out, except by ChatGLM.
+            `{"name", "content"}` (by CodeGeeX4, a text). Texts that end inside a character are left out.
 
         Raises:
-            ValueError: see [`chat`]; or ChatGLM was given `past_key_values`.
+            ValueError: see [`chat`]; ChatGLM was given `past_key_values`; or more than one sequence was asked for.
         """
         history = [] if history is None else history
         rules = chat_rules(tokenizer, self.config)
+        for name in ("num_beams", "num_return_sequences"):
+            if (kwargs.pop(name, None) or 1) != 1:
+                raise ValueError(
+                    f"`stream_chat` shows one sequence while it grows, so `{name}` is 1; use `chat` for more."
+                )
+        if kwargs.get("streamer") is not None:
+            raise ValueError("`stream_chat` is a stream itself; leave `streamer` out, or use `chat`.")
         if not rules.has_past_key_values and (past_key_values is not None or return_past_key_values):
             raise ValueError("ChatGLM-6B streams without `past_key_values`; pass `history` alone.")
         if past_key_values is None:
@@ -355,12 +416,12 @@ class ChatMixin:
         earlier, generated = list(history), []
         with TokenStream(self._generate_turn, prompt=prompt, num_beams=1, **settings) as tokens:
             for token in tokens:
-                if rules.has_messages and not generated:
+                if rules.has_messages and not generated and not _has_pairs(earlier):
                     history.append({"role": role, "content": query})
                 generated.append(token)
                 shown = generated[:-1] if rules.stream_withholds_last_token else generated
                 text = tokenizer.decode(shown) if shown else ""
-                if not shown or not rules.stream_shows_every_token and (not text or text.endswith("\ufffd")):
+                if not shown or text.endswith("\ufffd") or not text and not rules.stream_shows_empty_texts:
                     continue
                 turn = rules.process_response(text, query, earlier, role, incomplete=True)
                 if return_past_key_values:
@@ -384,20 +445,17 @@ class ChatMixin:
         settings: dict[str, Any] = {
             "do_sample": do_sample,
             # Without sampling: the values that change nothing, as transformers warns of any other.
-            "top_p": (rules.top_p if top_p is None else top_p) if do_sample else 1.0,
-            "temperature": (rules.temperature if temperature is None else temperature) if do_sample else 1.0,
+            "top_p": (rules.family.top_p if top_p is None else top_p) if do_sample else 1.0,
+            "temperature": (rules.family.temperature if temperature is None else temperature) if do_sample else 1.0,
             "logits_processor": LogitsProcessorList(
                 [*(logits_processor or ()), InvalidScoreLogitsProcessor(rules.invalid_score_token_id)]
             ),
         }
         if max_length is not None or kwargs.get("max_new_tokens") is None:
-            limit = min(rules.max_length, self.config.max_position_embeddings)
+            limit = min(rules.family.max_length, self.config.max_position_embeddings)
             settings["max_length"] = limit if max_length is None else max_length
-        if rules.stop_tokens:
-            settings["eos_token_id"] = [
-                tokenizer.eos_token_id,
-                *tokenizer.convert_tokens_to_ids(list(rules.stop_tokens)),
-            ]
+        if rules.has_messages:
+            settings["eos_token_id"] = tokenizer.turn_end_ids
         if self.generation_config.pad_token_id is None:
             settings["pad_token_id"] = tokenizer.pad_token_id
         return {**settings, **kwargs}
@@ -432,10 +490,15 @@ class ChatMixin:
         return cache
 
 
+def _has_pairs(history: History) -> bool:
+    return not all(isinstance(item, Mapping) for item in history)
+
+
 def _continuation(tokenizer: Any, query: str, history: History, role: str) -> torch.LongTensor:
     """int64 [1, L]: what follows the tokens of the conversation before, by the original's rules."""
     if tokenizer.chatglm_generation != "chatglm2" or not history:
         return tokenizer.build_chat_input(query, role=role)["input_ids"]
     # The rounds before are cached; this one goes on in the same text, so without the `▁` that a text begins with.
-    this_round = f"[Round {len(history) + 1}]" + tokenizer.build_prompt(query).removeprefix("[Round 1]")
+    rounds = sum(message["role"] == "user" for message in as_messages(history))
+    this_round = f"[Round {rounds + 1}]" + tokenizer.build_prompt(query).removeprefix("[Round 1]")
     return torch.tensor([tokenizer.encode("\n\n" + this_round, add_special_tokens=False)[1:]])

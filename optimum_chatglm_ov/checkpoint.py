@@ -60,6 +60,9 @@ _KNOWN_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 _QUANTIZED_MODULES = ("qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj")
 # Rows converted at a time: copies stay below 100 MB.
 _ROWS = 1024
+# What training tools put in front of the original names, and what they nest the tensors in.
+_PREFIX = re.compile(r"(?:(?:base_model\.model|module|model|_orig_mod)\.)+")
+_NESTS = ("state_dict", "module", "model")
 _LISTED = 10  # problems of a checkpoint in one message
 _SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -200,7 +203,22 @@ class Checkpoint(Mapping[str, Weight]):
         self.config = config
         self.shapes = dict(shapes)
         self._readers = [open_shard(file) for file in weight_files(self.folder)]
-        self._reader_of = {name: reader for reader in self._readers for name in reader.names()}
+        self._reader_of: dict[str, Shard] = {}
+        self._stored_name: dict[str, str] = {}
+        prefixes = set()
+        for reader in self._readers:
+            for stored in reader.names():
+                prefix, name = split_name(stored)
+                if name in self._reader_of:
+                    raise CheckpointError(
+                        f"{self.folder}: {stored!r} and {self._stored_name[name]!r} are both {name!r}. Keep the file "
+                        "that one of the trainings saved."
+                    )
+                prefixes.add(prefix)
+                self._reader_of[name], self._stored_name[name] = reader, stored
+        nests = sorted({reader.nest for reader in self._readers} - {""})
+        if found := [repr(prefix) for prefix in sorted(prefixes - {""})] + [f"the dictionary {n!r}" for n in nests]:
+            logger.warning(f"{self.folder}: the tensors are under {' and '.join(found)}, and are read as if not.")
         self._original_name = original_names(config, self.shapes)
         self._checked: set[str] = set()
         self._check()
@@ -229,7 +247,7 @@ class Checkpoint(Mapping[str, Weight]):
     def _read(self, original: str) -> torch.Tensor:
         reader = self._reader_of[original]
         is_new = original not in self._checked
-        data = read_tensor(reader, original, check=is_new)
+        data = read_tensor(reader, self._stored_name[original], check=is_new)
         # the first row of an embedding may be zeros, and is looked at first because it costs nothing
         if is_new and not original.endswith(".bias") and not data[0].any() and not data.any():
             logger.warning(
@@ -260,7 +278,7 @@ class Checkpoint(Mapping[str, Weight]):
                 if tensor not in self._reader_of:
                     problems.append(f"missing: {tensor} {list(wanted_shape)}")
                     continue
-                found_shape, dtype = self._reader_of[tensor].describe(tensor)
+                found_shape, dtype = self._reader_of[tensor].describe(self._stored_name[tensor])
                 quantized = tensor == original and len(wanted) == 2
                 if found_shape != wanted_shape:
                     problems.append(f"wrong shape: {tensor} is {list(found_shape)}, expected {list(wanted_shape)}")
@@ -274,7 +292,8 @@ class Checkpoint(Mapping[str, Weight]):
             replaced_prefix = self.config.pre_seq_len and ".prefix_encoder." in tensor
             unused = tensor == tied_head or tensor.endswith(_KNOWN_BUFFERS) or replaced_prefix
             if tensor not in expected and not unused:
-                problems.append(f"surplus: {tensor} {list(self._reader_of[tensor].describe(tensor)[0])}")
+                shape, _ = self._reader_of[tensor].describe(self._stored_name[tensor])
+                problems.append(f"surplus: {tensor} {list(shape)}")
         if problems:
             listed = problems[:_LISTED]
             if len(problems) > _LISTED:
@@ -283,6 +302,12 @@ class Checkpoint(Mapping[str, Weight]):
                 f"{self.folder}: the weights do not fit config.json ({len(problems)} problems). Check that both come "
                 "from the same revision and that the download is complete.\n  " + "\n  ".join(listed)
             )
+
+
+def split_name(stored: str) -> tuple[str, str]:
+    """What a training tool put in front of the name of a tensor, and the name in the original checkpoint."""
+    prefix = match[0] if (match := _PREFIX.match(stored)) else ""
+    return prefix, stored[len(prefix) :]
 
 
 def read_tensor(shard: Shard, name: str, check: bool = True) -> torch.Tensor:
@@ -358,6 +383,8 @@ def shard_names(index: Path) -> list[str]:
 
 
 class _SafetensorsShard:
+    nest = ""
+
     def __init__(self, file: Path):
         self.file = file
         self._handle = safe_open(file, framework="pt")
@@ -385,6 +412,12 @@ class _PickleShard:
             self._tensors = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(self._tensors, dict):
             raise ValueError(f"expected a dictionary of tensors, found {type(self._tensors).__name__}")
+        nests = []
+        while not self.names() and (nest := next((n for n in _NESTS if isinstance(self._tensors.get(n), dict)), None)):
+            nests.append(nest)
+            self._tensors = self._tensors[nest]
+        self.nest = ".".join(nests)
+        """The dictionary, or dictionaries inside another, that the tensors were found in."""
 
     def names(self) -> list[str]:
         return [name for name, tensor in self._tensors.items() if isinstance(tensor, torch.Tensor)]

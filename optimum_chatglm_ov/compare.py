@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from . import texts
 from .checkpoint import Scratch
 from .modeling import OVChatGLMForCausalLM
+from .tokenization import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compare(
         if number < least:
             raise ValueError(f"`{name}` is {number}; expected at least {least}.")
     model = _load(reference, reference_config, reference_attention, reference_linear)
-    tokenizer = AutoTokenizer.from_pretrained(model.model_save_dir)
+    tokenizer = load_tokenizer(model.model_save_dir)
     context = model.config.max_position_embeddings - len(texts.generated([], tokenizer)[0])
     if block_length > context:
         raise ValueError(f"`block_length` is {block_length}; the context of {reference} holds at most {context}.")

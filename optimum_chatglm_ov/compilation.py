@@ -14,17 +14,15 @@ from openvino import opset13 as ops
 from optimum.intel.openvino.modeling_base import core
 
 from . import native
+from .choices import KV_CACHE_PRECISIONS
 from .native import NativeBuildError
 from .native.linear import DEFAULT_ACTIVATION_GROUP, fuse_linears
-from .native.operation import KV_CACHE_PRECISIONS
 from .native.runtime import FusedAttentionState
 from .native.transform import CacheLayout, cache_layout, fuse_attention
 
 
 logger = logging.getLogger(__name__)
 
-ATTENTIONS = ("sdpa", "fused", "auto")
-LINEARS = ("openvino", "fused", "fused-int8", "auto")
 LOGITS_TO_KEEP = "logits_to_keep"
 _GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 

@@ -4,10 +4,18 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import Any
 
 from transformers import PretrainedConfig
+
+from .families import (
+    GENERATIONS,
+    GENERATIONS_OF_RANKS,
+    LARGEST_SENTENCEPIECE_VOCABULARY,
+    Family,
+    family_of_generation,
+    family_of_name,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -69,12 +77,6 @@ _DEFAULTS_CHATGLM2 = {
 }
 _MARKS_OF_CHATGLM = ("inner_hidden_size", "position_encoding_2d", "gmask_token_id", "max_sequence_length")
 
-# Which repositories divide positions by `rope_ratio` ("linear") and which multiply the rotary base by it ("theta").
-_ROPE_RATIO_TYPE_OF_NAME = (
-    (re.compile(r"chatglm2", re.I), "linear"),
-    (re.compile(r"chatglm3|glm-?4|codegeex4|longwriter|longcite", re.I), "theta"),
-)
-
 
 class ChatGLMConfig(PretrainedConfig):
     r"""Configuration of every ChatGLM generation.
@@ -87,8 +89,8 @@ class ChatGLMConfig(PretrainedConfig):
 
     - **rope_ratio_type** (`"linear"`, `"theta"` or `None`): what `rope_ratio` means. chatglm2-6b-32k divides
       positions by it (`"linear"`), chatglm3-6b-32k/128k and GLM-4 multiply the rotary base by it (`"theta"`). When it
-      is not given it follows from the repository name in `_name_or_path` and the vocabulary; `None` means that
-      neither tells, and reading [`~ChatGLMConfig.rope_theta`] then raises.
+      is not given it follows from the vocabulary, else from the model's name in `_name_or_path` (its last part);
+      `None` means that neither tells, and reading [`~ChatGLMConfig.rope_theta`] then raises.
     - **query_log_scaling** (`bool`): queries at cache index i are multiplied by `max(1, ln(i + 65) / ln 2048)`,
       as chatglm3-6b-128k does.
 
@@ -100,7 +102,9 @@ class ChatGLMConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(self, **kwargs: Any):
-        kwargs.pop("auto_map", None)  # points at remote code, which is never used
+        for key in ("auto_map", "custom_pipelines"):  # point at remote code, which is never used
+            kwargs.pop(key, None)
+        kwargs.pop("model_type", None)  # null in some files
         for key in ("rope_scaling", "rope_theta"):
             if kwargs.get(key) is not None:
                 raise ValueError(
@@ -139,25 +143,36 @@ class ChatGLMConfig(PretrainedConfig):
             )
         self._validate()
 
+    @property
+    def has_vocabulary_of_ranks(self) -> bool:
+        """Whether the vocabulary is that of GLM-4 and CodeGeeX4, which is larger than any other."""
+        return self.architecture == "chatglm2" and self.padded_vocab_size > LARGEST_SENTENCEPIECE_VOCABULARY
+
+    def named_family(self) -> Family | None:
+        """What the name tells, as far as the vocabulary does not contradict."""
+        possible = GENERATIONS_OF_RANKS if self.has_vocabulary_of_ranks else GENERATIONS
+        return family_of_name(self.original_name_or_path, possible)
+
     def _infer_rope_ratio_type(self) -> str | None:
-        if self.rope_ratio in (None, 1):
-            return "theta"
-        for pattern, rope_ratio_type in _ROPE_RATIO_TYPE_OF_NAME:
-            if pattern.search(self.original_name_or_path):
-                logger.info(
-                    f"rope_ratio={self.rope_ratio} is read as {rope_ratio_type!r}, from the name "
-                    f"{self.original_name_or_path!r}; override it with `rope_ratio_type`."
-                )
-                return rope_ratio_type
-        if self.padded_vocab_size > 100000:  # only GLM-4 has such a vocabulary, and it always scales the base
-            return "theta"
-        return None
+        if self.rope_ratio in (None, 1) or self.has_vocabulary_of_ranks:
+            return "theta"  # GLM-4 and CodeGeeX4 always scale the base
+        family = self.named_family()
+        if family is None or family.rope_ratio_type is None:
+            return None
+        logger.info(
+            f"rope_ratio={self.rope_ratio} is read as {family.rope_ratio_type!r}, from the name "
+            f"{self.original_name_or_path!r}; override it with `rope_ratio_type`."
+        )
+        return family.rope_ratio_type
 
     def _infer_query_log_scaling(self) -> bool:
         """Only chatglm3-6b-128k does it: a context beyond 32k with the vocabulary of ChatGLM2 and 3."""
-        found = self.seq_length > 32768 and self.padded_vocab_size < 100000
-        if "chatglm3-6b-128k" in self.original_name_or_path or "glm-4" in self.original_name_or_path:
-            return "chatglm3-6b-128k" in self.original_name_or_path
+        family = self.named_family()
+        if self.has_vocabulary_of_ranks or family is not None and family.generation != "chatglm3":
+            return False
+        if family is not None and family.query_log_scaling:
+            return True
+        found = family_of_generation("chatglm3", self.rope_ratio, self.seq_length).query_log_scaling
         if found:
             logger.warning(
                 f"seq_length={self.seq_length}: queries are scaled by the logarithm of their position as in "

@@ -11,26 +11,30 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
 import openvino as ov
 import torch
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from . import graph, native, quantization
 from .adapters import merge_adapters
 from .checkpoint import WEIGHT_FILES, Checkpoint, Derived, Scratch, Weight
+from .choices import KV_CACHE_PRECISIONS
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError, ExportError
+from .families import GENERATIONS_OF_RANKS, is_base, rope_ratio_type_of_generation
 from .files import complete_folder
 from .hub import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
-from .native.operation import KV_CACHE_PRECISIONS
 from .native.transform import fuse_attention
 from .prefix import load_prefix
 from .prefix import tensor_shapes as prefix_shapes
-from .signals import signals_elsewhere, signals_wait
+from .remote_code import read_config
+from .signals import signals_elsewhere
+from .tokenization import has_vocabulary, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,20 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "openvino_model.xml"
 # What an export may write: none of it is left over from an earlier one in the same folder.
 _EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
+# Settings of a generation that count in one mode alone.
+_OF_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+_OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
+_OF_RETURNED_DICT = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
+_OF_OTHER_CACHES = ("cache_implementation", "cache_config", "return_legacy_cache")
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Progress = Callable[[str, int, int], None]
@@ -83,9 +101,9 @@ def export_model(
             model itself generates.
         revision, token, cache_dir, local_files_only, force_download, subfolder: as in transformers' `from_pretrained`.
         rope_ratio_type: what `rope_ratio` means, "linear" or "theta" (see `ChatGLMConfig`).
-        adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight.
+        adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight; `modules_to_save` as well.
         prefix_encoder: folder or file with the `prefix_encoder` of a P-Tuning v2 training, if it is not part of the
-            checkpoint.
+            checkpoint, or a folder of PEFT's PREFIX_TUNING.
         attention: "sdpa", a portable IR, which `from_pretrained` fuses where it can; or "fused", an IR that holds the
             native operation of this package: for CPU, and only for what this package loads.
         kv_cache_precision: of the caches of `attention="fused"`: "bf16" (default; "f16" means it, too), "u8" or "f32".
@@ -115,7 +133,10 @@ def export_model(
             export=True,
         )
         _check_original(source)
-        tokenizer = _load_tokenizer(source)
+        read_config(source)
+        tokenizer = load_tokenizer(source) if has_vocabulary(source) else None
+        if tokenizer is None:
+            logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
         config = load_config(source, rope_ratio_type, tokenizer)
         quantization_config = quantization.resolve_config(
             config, weight_format, quantization_config, _parameters(config), dataset
@@ -123,7 +144,7 @@ def export_model(
         if quantization_config:
             _check_calibration(source, quantization_config, tokenizer, dataset)
         shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
-        generation_config = _generation_config(source, config)
+        generation_config = _generation_config(source, config, tokenizer)
         weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
         if adapters:
             weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
@@ -145,6 +166,7 @@ def export_model(
         ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
         _check_size(folder / MODEL_FILE)
         config.quantization_bit = 0
+        config.use_cache = True
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
         if tokenizer is not None:
@@ -201,43 +223,56 @@ def model_folder(output: str | Path) -> AbstractContextManager[Path]:
 
 
 def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:
-    """The configuration in folder `source`; the meaning of `rope_ratio`, if open, is decided by the tokenizer.
+    """The configuration in folder `source`, where the tokenizer, too, tells what `rope_ratio` means.
 
     Raises:
         CheckpointError: config.json is missing, not JSON or of another model type.
+        ValueError: nothing tells what `rope_ratio` means, or the configuration and the tokenizer contradict.
     """
-    file = source / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file}: not found; expected the config.json of a ChatGLM checkpoint. Check the folder or Hub id."
-        ) from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}). Download it again.") from error
-    model_type = found.get("model_type", "chatglm") if isinstance(found, dict) else None
-    if model_type != ChatGLMConfig.model_type:
-        raise CheckpointError(
-            f"{file}: model_type is {model_type!r}, expected 'chatglm'. This package exports original ChatGLM "
-            "checkpoints; use optimum-intel for other models."
-        )
+    found = read_config(source)
     config = ChatGLMConfig.from_pretrained(source, **({"rope_ratio_type": rope_ratio_type} if rope_ratio_type else {}))
-    if config.architecture == "chatglm2" and config.rope_ratio_type is None:
-        # role tokens came with ChatGLM3, and every model since multiplies the base
-        if getattr(tokenizer, "chatglm_generation", None) in ("chatglm3", "glm4"):
-            config.rope_ratio_type = "theta"
-            logger.info(f"rope_ratio={config.rope_ratio} is read as 'theta', from the tokenizer's role tokens.")
-        else:
-            config.rope_theta  # noqa: B018  raises the explanation
+    if config.architecture == "chatglm2" and not (rope_ratio_type or found.get("rope_ratio_type")):
+        config.rope_ratio_type = _agreed_rope_ratio_type(config, tokenizer)
+        config.rope_theta  # noqa: B018  raises the explanation where nothing tells
     return config
 
 
-def _load_tokenizer(source: Path) -> Any | None:
-    if not any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
-        logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
-        return None
-    with signals_wait():  # transformers 4 makes an ImportError of what interrupts it where there is no protobuf
-        return AutoTokenizer.from_pretrained(source)
+def _agreed_rope_ratio_type(config: ChatGLMConfig, tokenizer: Any) -> str | None:
+    """What `rope_ratio` means by the configuration and by the tokenizer.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    by_config, generation = config.rope_ratio_type, getattr(tokenizer, "chatglm_generation", None)
+    if config.rope_ratio in (None, 1) or generation is None or getattr(tokenizer, "generation_is_assumed", False):
+        return by_config
+    by_tokenizer = rope_ratio_type_of_generation(generation)
+    if by_tokenizer in (None, by_config):
+        return by_config
+    if by_config is not None and generation not in GENERATIONS_OF_RANKS:  # whose vocabulary leaves no doubt
+        raise ValueError(
+            f"What `rope_ratio`={config.rope_ratio} means is contradictory: the tokenizer is that of {generation}, "
+            f"which makes it {by_tokenizer!r}, and config.json (`_name_or_path` {config.original_name_or_path!r}, "
+            f"`padded_vocab_size` {config.padded_vocab_size}) makes it {by_config!r}. Decide with "
+            'rope_ratio_type="linear" (positions are divided by it) or rope_ratio_type="theta" (the rotary base is '
+            "multiplied by it), in config.json or as an argument of the export (`--rope-ratio-type` on the command "
+            "line)."
+        )
+    logger.info(f"rope_ratio={config.rope_ratio} is read as {by_tokenizer!r}, from the {generation} tokenizer.")
+    return by_tokenizer
+
+
+def end_turns(generation_config: GenerationConfig, config: ChatGLMConfig, tokenizer: Any) -> None:
+    """Lets generation stop at every id that ends a turn, beside those that `generation_config` names.
+
+    A base model, which completes text, knows no turns.
+    """
+    if is_base(config.original_name_or_path):
+        return
+    named = generation_config.eos_token_id
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    ids = list(dict.fromkeys([*named, *tokenizer.turn_end_ids]))
+    generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
 
 
 def _check_calibration(
@@ -262,16 +297,70 @@ def _check_calibration(
             pass
 
 
-def _generation_config(source: Path, config: ChatGLMConfig) -> GenerationConfig:
-    if (source / "generation_config.json").is_file():
-        generation_config = GenerationConfig.from_pretrained(source)
-        if not generation_config.do_sample:  # transformers refuses to save sampling settings that have no effect
-            for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50)):
-                if getattr(generation_config, name, None) is not None:
-                    setattr(generation_config, name, neutral)
-        return generation_config
-    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GenerationConfig(**ids)
+def _generation_config(source: Path, config: ChatGLMConfig, tokenizer: Any) -> GenerationConfig:
+    """The defaults of `generate` in folder `source`, without what has no effect or would spoil every generation.
+
+    They name every id that ends a turn.
+
+    Raises:
+        CheckpointError: generation_config.json cannot be read, or asks for what transformers refuses.
+    """
+    file = source / "generation_config.json"
+    if file.is_file():
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            without_effect = _without_effect(settings)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: not a JSON object ({error}). Download it again.") from error
+    else:
+        file = source / "config.json"
+        settings = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        without_effect = _without_effect(settings)
+    if settings.pop("use_cache", True) is False or not config.use_cache:
+        log_ignored_cache(file if config.use_cache else source / "config.json")
+    if without_effect:
+        logger.info(f"{file}: without effect and left out: {', '.join(without_effect)}.")
+    try:
+        generation_config = GenerationConfig.from_dict(
+            {name: value for name, value in settings.items() if name not in without_effect}
+        )
+        if tokenizer is not None:
+            end_turns(generation_config, config, tokenizer)
+        with TemporaryDirectory(prefix="optimum_chatglm_ov-") as folder:
+            generation_config.save_pretrained(folder)  # strict, as when the model is written
+    except ValueError as error:
+        raise CheckpointError(f"{file}: transformers refuses it. Mend or remove the file. {error}") from error
+    return generation_config
+
+
+def _without_effect(settings: Mapping[str, Any]) -> list[str]:
+    """Names of settings of a generation that only count in a mode which the others do not choose.
+
+    transformers does not save those, and some versions do not even read them.
+    """
+    names = set(_OF_OTHER_CACHES)  # keys and values stay inside this model
+    has_beams = (settings.get("num_beams") or 1) > 1
+    if not settings.get("do_sample"):
+        names |= set(_OF_SAMPLING)
+    if not has_beams:
+        names |= set(_OF_BEAMS)
+        if settings.get("num_beams") is None:
+            names.add("num_beams")
+    if not (settings.get("do_sample") or has_beams) or settings.get("num_return_sequences") is None:
+        names.add("num_return_sequences")
+    if not settings.get("return_dict_in_generate"):
+        names |= set(_OF_RETURNED_DICT)
+    if (settings.get("pad_token_id") or 0) < 0:
+        names.add("pad_token_id")
+    return sorted(names & settings.keys())
+
+
+def log_ignored_cache(file: Path) -> None:
+    """Logs that a file would compute every token of a generation from the first, and that this is ignored."""
+    logger.warning(
+        f'{file}: "use_cache": false, as training leaves it, is ignored: every token would cost a pass over the whole '
+        "text. Load the model with `use_cache=False` if that is meant."
+    )
 
 
 def _parameters(config: ChatGLMConfig) -> int:

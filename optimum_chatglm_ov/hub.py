@@ -18,10 +18,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
 from .checkpoint import WEIGHT_FILES, shard_names
+from .choices import QUANTIZED_FORMATS
 from .errors import ChatGLMError, CheckpointError
 from .files import UNFINISHED
 from .native.transform import cache_layout
-from .quantization import QUANTIZED_FORMATS, weight_precision
+from .quantization import weight_precision
 
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,7 +30,13 @@ _UNSUPPORTED = {
     "dola_layers": (None, "it compares layers, and this model gives what follows from the last one"),
     "assistant_early_exit": (None, "it leaves a model after some layers, and this one is compiled as a whole"),
     "prefill_chunk_size": (None, "this model computes a prompt in one call"),
+    "output_attentions": (False, "attention is one operation, which keeps its weights to itself"),
+    "output_hidden_states": (False, "what is between the layers does not leave the compiled model"),
 }
+# What transformers' generation hands to `forward` besides its own arguments, and has no meaning here.
+_ARGUMENTS_OF_GENERATION = {"cache_position", "return_dict", "use_cache"}
+# What callers of any model may name, as long as they ask for nothing with it.
+_ARGUMENTS_OF_OTHER_MODELS = {"inputs_embeds", "labels", "output_attentions", "output_hidden_states", "token_type_ids"}
 
 
 class InferenceMixin:
@@ -78,6 +85,7 @@ class InferenceMixin:
                 with fused attention also after its `crop`.
             position_ids: int64 `[batch, new_tokens]`; chatglm-6b also takes its tokenizer's `[batch, 2, tokens]`.
             logits_to_keep: logits of that many last positions; 0 = all.
+            kwargs: `use_cache`, `return_dict` and `cache_position`, which change nothing.
 
         Returns:
             `logits`, f32 `[batch, new_tokens or logits_to_keep, vocab_size]`, and `past_key_values`: a marker, with
@@ -85,9 +93,21 @@ class InferenceMixin:
 
         Raises:
             ContextLengthError: past and new tokens are more than the context length.
+            TypeError: another argument, such as `labels`, `inputs_embeds` or `output_hidden_states`.
             ValueError: a tensor of another shape; an id beyond the vocabulary; a chatglm-6b prompt without `<sop>` or
                 a mask token; `past_key_values` that are not what the model holds, or beams.
         """
+        unknown = [
+            name
+            for name, value in kwargs.items()
+            if name not in _ARGUMENTS_OF_GENERATION
+            and not (name in _ARGUMENTS_OF_OTHER_MODELS and (value is None or value is False))
+        ]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}.forward() does not know the argument(s) {unknown}: it computes the logits of "
+                "`input_ids`, and nothing else. Leave them out."
+            )
         with self._turn:
             return self._forward(input_ids, attention_mask, past_key_values, position_ids, int(logits_to_keep))
 
@@ -208,7 +228,7 @@ class InferenceMixin:
             )
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
-        """As in transformers; see `GenerationMixin.generate`.
+        """As in transformers; see `GenerationMixin.generate`. `trust_remote_code` has no effect.
 
         With fused attention also `assistant_model` (another instance of this class, loaded so too),
         `prompt_lookup_num_tokens`, and `past_key_values` of an earlier output of this model, with the whole sequence
@@ -217,13 +237,20 @@ class InferenceMixin:
         Raises:
             ContextLengthError: the prompt and the tokens to generate are more than the context length; nothing is run.
             ValueError: see `forward`; assisted generation with a cache that cannot take tokens back;
-                `past_key_values` that are outdated or hold beams; `guidance_scale`, `penalty_alpha`, `dola_layers`,
-                `assistant_early_exit` or `prefill_chunk_size`, which are not for this model.
+                `past_key_values` that are outdated or hold beams; a folder or repository as `custom_generate`;
+                `guidance_scale`, `penalty_alpha`, `dola_layers`, `assistant_early_exit`, `prefill_chunk_size`,
+                `output_attentions` or `output_hidden_states`, which are not for this model.
         """
         with self._turns(kwargs.get("assistant_model")):
             return self._generate(inputs, generation_config, **kwargs)
 
     def _generate(self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, **kwargs: Any):
+        if isinstance(kwargs.get("custom_generate"), (str, os.PathLike)):
+            raise ValueError(
+                f"`custom_generate` is {str(kwargs['custom_generate'])!r}: no code of a folder or repository is ever "
+                "run. Give a function of your own."
+            )
+        kwargs.pop("trust_remote_code", None)  # some ways of generation are on the Hub by now
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         self._check_settings(settings, kwargs.get("assistant_model"))
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")

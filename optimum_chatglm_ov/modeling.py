@@ -15,17 +15,21 @@ import torch
 from optimum.intel.openvino import OVModelForCausalLM
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
 from optimum.intel.openvino.modeling_base import core
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from . import native, quantization
 from .chat import ChatMixin
-from .compilation import ATTENTIONS, LINEARS, CompilationMixin, choice
+from .choices import ATTENTIONS, FLOATING_FORMATS, LINEARS
+from .compilation import CompilationMixin, choice
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
-from .export import MODEL_FILE, export_model, load_config, model_folder
+from .export import MODEL_FILE, end_turns, export_model, load_config, log_ignored_cache, model_folder
 from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .inference import InferenceMixin
 from .native import NativeBuildError
+from .originals import OriginalsMixin
+from .remote_code import read_config, warn_once
+from .tokenization import has_vocabulary, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +66,7 @@ class _AutoModelForCausalLM(AutoModelForCausalLM):
         pass
 
 
-class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin, OVModelForCausalLM):
+class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, CompilationMixin, OVModelForCausalLM):
     r"""A ChatGLM model of any generation, run by OpenVINO.
 
     ```python
@@ -174,6 +178,9 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
             rope_ratio_type = rope_ratio_type or getattr(config, "rope_ratio_type", None)
         weight_format = _weight_format(kwargs.pop("torch_dtype", dtype))
         source = resolve_checkpoint(model_id, subfolder=subfolder, export=bool(export), **hub_arguments)
+        read_config(source)
+        if trust_remote_code:
+            warn_once(str(model_id))
         has_ir = has_openvino_model(source)
         if export is False and not has_ir:
             raise FileNotFoundError(
@@ -250,6 +257,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
         model._temporary_folder = temporary
         if model._openvino_config is None and (folder / OVConfig.CONFIG_NAME).is_file():
             model._openvino_config = OVConfig.from_pretrained(folder)
+        if temporary is None and generation_config is None:
+            model._mend_generation_config(folder)
         if not use_cache:
             model.generation_config.use_cache = False
         return model
@@ -295,14 +304,30 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
     def _has_cache_inputs(model: ov.Model | ov.CompiledModel) -> bool:
         return True
 
+    def _mend_generation_config(self, folder: Path) -> None:
+        """Generation stops where a turn ends and keeps its cache, as an export says, also if the folder does not."""
+        if self.generation_config.use_cache is False:
+            file = folder / "generation_config.json"
+            log_ignored_cache(file if file.is_file() else folder / "config.json")
+        self.generation_config.use_cache = self.config.use_cache = True
+        if not has_vocabulary(folder):
+            return
+        try:
+            end_turns(self.generation_config, self.config, load_tokenizer(folder))
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"{folder}: the tokenizer cannot be read ({error}); `generate` stops only at the ids that "
+                "generation_config.json names."
+            )
+
     def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
         precision = quantization.weight_precision(self.model)
-        if precision not in quantization.FLOATING_FORMATS:
+        if precision not in FLOATING_FORMATS:
             raise ValueError(
                 f"{folder}: the weights are {precision} already and cannot be quantised again. Leave out "
                 "`load_in_8bit` and `quantization_config`, or export the original checkpoint with them."
             )
-        tokenizer = None if quantization_config.dataset is None else AutoTokenizer.from_pretrained(folder)
+        tokenizer = None if quantization_config.dataset is None else load_tokenizer(folder)
         quantization.compress(self.model, quantization_config, tokenizer)
         self._openvino_config = OVConfig(quantization_config=quantization.for_saving(quantization_config))
 
@@ -320,8 +345,8 @@ class OVChatGLMForCausalLM(ChatMixin, HubMixin, InferenceMixin, CompilationMixin
         with model_folder(save_directory) as folder:
             super().save_pretrained(folder)
             source = Path(self.model_save_dir)
-            if any((source / name).is_file() for name in ("tokenizer.model", "ice_text.model")):
-                AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+            if has_vocabulary(source):
+                load_tokenizer(source).save_pretrained(folder)
             if not has_own_card(save_directory):
                 self.save_model_card(folder)
         if push_to_hub:

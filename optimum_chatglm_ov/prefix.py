@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import numpy as np
 import torch
 
 from . import graph
+from .adapters import ADAPTER_FILES
 from .checkpoint import Weight, open_shard, read_tensor, weight_files
 from .configuration import ChatGLMConfig
 from .errors import CheckpointError
 
 
 _EMBEDDING = "embedding.weight"
+_OF_PEFT = re.compile(r"(?:.*\.)?prompt_encoder\.(?:default\.)?(?P<name>.+)")
 # Linear, tanh, Linear
 _PROJECTION = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 
@@ -38,8 +42,9 @@ def load_prefix(weights: Mapping[str, Weight], prefix_encoder: str | Path | None
 
     Args:
         weights: the checkpoint, read when `prefix_encoder` is `None`.
-        prefix_encoder: a weight file, or a folder with one, that has the `prefix_encoder.*` tensors; its other
-            tensors are not read. Length and projection of the prefix are those of its tensors.
+        prefix_encoder: a weight file, or a folder with one, that has the `prefix_encoder.*` tensors, or PEFT's of
+            `PREFIX_TUNING`; its other tensors are not read. Length and projection of the prefix are those of its
+            tensors.
         config: configuration of the checkpoint.
 
     Returns:
@@ -76,7 +81,8 @@ def _encode(tensors: Mapping[str, torch.Tensor], source: str) -> torch.Tensor:
     """Token `i` of the prefix is row `i`: f32 `[P, 2 * layers * groups * head_dim]`."""
     if _EMBEDDING not in tensors:
         raise CheckpointError(
-            f"{source}: no tensor 'prefix_encoder.{_EMBEDDING}' found; expected the weights of a P-Tuning v2 training."
+            f"{source}: no tensor 'prefix_encoder.{_EMBEDDING}' found; expected the weights of a P-Tuning v2 training "
+            "or of PEFT's PREFIX_TUNING."
         )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -106,14 +112,42 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise CheckpointError(f"{path}: not found; `prefix_encoder` is a weight file or a folder with one.")
     tensors = {}
-    for file in weight_files(path) if path.is_dir() else [path]:
+    for file in _files(path):
         shard = open_shard(file)
         for name in shard.names():
             # training scripts save them as `transformer.prefix_encoder.*`, `prefix_encoder.*` or without a parent
             short = name.rpartition("prefix_encoder.")[2]
+            if name == "prompt_embeddings":  # PEFT's, with the projection computed
+                short = _EMBEDDING
+            elif match := _OF_PEFT.fullmatch(name):  # the same module, as a whole training state has it
+                short = match["name"].replace("transform.", "trans.")
             if short in (_EMBEDDING, *_PROJECTION):
                 tensors[short] = read_tensor(shard, name)
     return tensors
+
+
+def _files(path: Path) -> list[Path]:
+    """The weight files at `path`.
+
+    Raises:
+        CheckpointError: there are none, or they are of another adapter than a prefix.
+    """
+    if not path.is_dir():
+        return [path]
+    adapter_config = path / "adapter_config.json"
+    if not adapter_config.is_file():
+        return weight_files(path)
+    try:
+        peft_type = json.loads(adapter_config.read_text(encoding="utf-8"))["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{adapter_config}: not the JSON of a PEFT adapter ({error}).") from error
+    if peft_type != "PREFIX_TUNING":
+        advice = " Give its folder in `adapters`." if peft_type == "LORA" else ""
+        raise CheckpointError(f"{adapter_config}: peft_type is {peft_type!r}; expected 'PREFIX_TUNING'.{advice}")
+    file = next((path / name for name in ADAPTER_FILES if (path / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path}: no adapter weights found; expected {' or '.join(ADAPTER_FILES)}.")
+    return [file]
 
 
 def _size(config: ChatGLMConfig) -> int:

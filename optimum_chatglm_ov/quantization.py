@@ -22,15 +22,13 @@ from optimum.intel.openvino.quantization import _weight_only_quantization
 
 from . import texts
 from .checkpoint import Derived, Weight
+from .choices import FLOATING_FORMATS, WEIGHT_FORMATS
 from .configuration import ChatGLMConfig
 from .int8 import quantize_rows
 
 
 logger = logging.getLogger(__name__)
 
-FLOATING_FORMATS = ("original", "fp32", "fp16", "bf16")
-QUANTIZED_FORMATS = ("int8", "int4", "nf4", "mxfp4", "cb4")
-WEIGHT_FORMATS = FLOATING_FORMATS + QUANTIZED_FORMATS
 # Models with more parameters are quantised to int8 unless the caller decides, as in optimum-intel.
 _INT8_BY_DEFAULT_ABOVE = 1_000_000_000
 # Of the embedding, the output layer and whatever else does not become 4-bit.

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +22,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model  # noqa: E402
 
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / "data"
 # Every number as the weights say it: no reduced precision of activations, cache or dynamic quantisation.
 EXACT = {
@@ -67,6 +72,47 @@ class Golden:
         return {key: torch.from_numpy(self[f"{case}_{key}"]) for key in keys if f"{case}_{key}" in self}
 
 
+# The kinds of nodes in which OpenVINO computes linear layers, and how many of them at once. With AMX it names some
+# otherwise than on other CPUs, and may join those of an MLP, or of queries, keys and values.
+_LINEAR_LAYERS_OF_KIND = {"FullyConnected": 1, "MatMul": 1, "LLMMLP": 3, "QKVProjection": 3}
+
+
+def openvino_layers(model: OVChatGLMForCausalLM) -> int:
+    """Linear layers that OpenVINO computes in the compiled model."""
+    nodes = model.request.get_compiled_model().get_runtime_model().get_ops()
+    return sum(_LINEAR_LAYERS_OF_KIND.get(node.get_rt_info()["layerType"].astype(str), 0) for node in nodes)
+
+
+@functools.cache
+def _may_mount() -> bool:
+    command = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def may_mount() -> None:
+    """Skips a test on systems whose users may not mount a tmpfs of their own."""
+    if not _may_mount():
+        pytest.skip("this system lets users mount no tmpfs of their own")
+
+
+class _Says(LogitsProcessor):
+    def __init__(self, ids: list[int]):
+        self.ids, self.step = ids, 0
+
+    def __call__(self, input_ids, scores):
+        scores = torch.full_like(scores, -1e9)
+        scores[:, self.ids[self.step % len(self.ids)]] = 0
+        self.step += 1
+        return scores
+
+
+def says(ids: list[int], max_new_tokens: int = 12) -> dict[str, object]:
+    """Arguments of `generate` that let a model say the given ids, again and again."""
+    processors = LogitsProcessorList([_Says(ids)])
+    return {"logits_processor": processors, "do_sample": False, "max_new_tokens": max_new_tokens}
+
+
 def in_child(function: Callable[[], object], as_nobody: bool = False) -> str | int | None:
     """Calls `function` in a process of its own, on request as a user who may write only where all others may.
 
@@ -92,6 +138,17 @@ def in_child(function: Callable[[], object], as_nobody: bool = False) -> str | i
         raised = pipe.read()
     _, status = os.waitpid(child, 0)
     return os.WTERMSIG(status) or raised or None
+
+
+def python_path(folder: Path) -> list[str]:
+    """`PYTHONPATH` of a process that finds this package and its command of optimum-cli, which may go to `folder`."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if importlib.util.find_spec("optimum.commands.register.register_chatglm_ov") is None:  # not installed
+        register = folder / "optimum" / "commands" / "register"
+        register.mkdir(parents=True)
+        shutil.copy(ROOT / "optimum_chatglm_ov/commands/register/register_chatglm_ov.py", register)
+        paths.append(str(folder))
+    return paths
 
 
 def let_others_read(path: Path) -> None:

@@ -21,6 +21,7 @@ from optimum_chatglm_ov.checkpoint import Checkpoint
 
 
 MODEL = DATA / "models" / "chatglm3-6b"
+EMBEDDING, OUTPUT = "transformer.embedding.word_embeddings", "transformer.output_layer"
 LAYER = "transformer.encoder.layers.{i}."
 SHAPES = {
     "self_attention.query_key_value": (128, 64),
@@ -224,6 +225,61 @@ def test_exported_model_equals_torch(name, tmp_path):
     assert (expected - plain).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query_key_value", "output_layer", "word_embeddings"]},
+        {"target_modules": ["dense"], "modules_to_save": ["output_layer", "word_embeddings", "final_layernorm"]},
+        {"target_modules": ["word_embeddings"], "modules_to_save": ["query_key_value"]},
+        {"target_modules": ["output_layer"], "use_rslora": True, "rank_pattern": {"output_layer": 5}},
+    ],
+    ids=str,
+)
+def test_exported_model_equals_peft(settings, tmp_path):
+    """Adapters of the embedding and the output layer, and modules trained as a whole, written and computed by PEFT."""
+    name = "chatglm2-6b"
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, lora_alpha=7, init_lora_weights=False, **settings)
+    model = peft.PeftModel(TinyChatGLM.from_folder(DATA / "models" / name), config)
+    for key, parameter in model.named_parameters():
+        if "modules_to_save" in key:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "lora")
+    ids = torch.from_numpy(Golden(name)["single_input_ids"])
+    with torch.no_grad():
+        expected = model.eval()(ids)
+        with model.disable_adapter():
+            plain = model(ids)
+    folder = export_model(DATA / "models" / name, tmp_path / "ir", weight_format="fp32", adapters=[tmp_path / "lora"])
+    torch.testing.assert_close(logits(folder, ids), expected, atol=1e-3, rtol=0)
+    assert (expected - plain).abs().max() > 0.1
+
+
+def test_whole_tensors_with_weights(tmp_path):
+    """What is saved as a whole replaces the base's, with a weight in part; the changes of several add up."""
+    stored, wholes = f"base_model.model.{OUTPUT}.weight", []
+    for seed, folder in enumerate(("first", "second")):
+        write_adapter(tmp_path / folder, seed=seed, modules_to_save=["output_layer"])
+        file = tmp_path / folder / "adapter_model.safetensors"
+        wholes.append(torch.randn(768, 64, generator=torch.Generator().manual_seed(seed)))
+        save_file(load_file(file) | {stored: wholes[-1]}, file)
+    found = merged([tmp_path / "first"])["lm_head.weight"].data
+    assert torch.equal(found, wholes[0])
+    found = merged([(tmp_path / "first", 0.25), (tmp_path / "second", 0.5)])["lm_head.weight"].data
+    base = base_weights()[f"{OUTPUT}.weight"].float()
+    torch.testing.assert_close(found, 0.25 * wholes[0] + 0.5 * wholes[1] + 0.25 * base, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_embedding_is_not_changed_alone(tmp_path):
+    write_adapter(tmp_path / "lora")
+    tensors = {
+        f"base_model.model.transformer.word_embeddings.lora_embedding_{side}": torch.ones(2, 2) for side in "AB"
+    }
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="cannot merge transformer.word_embeddings.*its output layer, too"):
+        export_model(DATA / "models" / "chatglm-6b", tmp_path / "ir", adapters=[tmp_path / "lora"])
+
+
 @pytest.mark.parametrize("name", ["chatglm-6b", "chatglm-6b-3layer-untied"])
 def test_exported_model_equals_a_checkpoint_of_the_sums(name, tmp_path):
     """chatglm-6b: the export of the base and an adapter is that of the sums, computed in torch and saved."""
@@ -263,7 +319,7 @@ def test_merged_model_runs(weight_format, tmp_path):
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
-        ({"modules_to_save": ["output_layer"]}, "modules_to_save.*not supported"),
+        ({"modules_to_save": ["output_layer"]}, "modules_to_save in adapter_config.json names 'output_layer'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
         ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens=\[1, 2\] is not supported"),
@@ -294,7 +350,13 @@ def test_unusable_settings(settings, message, tmp_path):
         ({}, "no lora_A and lora_B tensors found"),
         ({"base_model.model.transformer.encoder.layers.3.self_attention.dense.lora_A.weight": (4, 64)}, "layers.3"),
         ({"base_model.model.lm_head.lora_A.weight": (4, 64)}, "cannot merge lm_head.*query_key_value"),
-        ({"base_model.model.embedding.lora_embedding_A": (4, 64)}, "lora_embedding_A"),
+        ({"base_model.model.embedding.lora_embedding_A": (4, 64)}, "cannot merge embedding"),
+        ({f"base_model.model.{EMBEDDING}.lora_embedding_A": (4, 768)}, "has only lora_embedding_A"),
+        ({f"base_model.model.{EMBEDDING}.lora_A.weight": (4, 768)}, "has only lora_A"),
+        (
+            {f"base_model.model.{EMBEDDING}.weight": (770, 64)},
+            r"\[770, 64\]; expected floating-point numbers \[768, 64\]",
+        ),
         ({f"base_model.model.{LAYER.format(i=0)}mlp.dense_4h_to_h.lora_A.weight": (4, 176)}, "has only lora_A"),
     ],
 )

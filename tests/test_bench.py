@@ -8,7 +8,7 @@ import re
 import openvino as ov
 import openvino_genai
 import pytest
-from conftest import DATA
+from conftest import DATA, openvino_layers
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
@@ -47,7 +47,8 @@ def test_every_way_is_measured(folder):
 
 def test_an_ir_that_holds_the_operation_has_one_way(tmp_path):
     fused = export_model(TINY_CHATGLM3, tmp_path / "ir", attention="fused", kv_cache_precision="u8")
-    assert list(measure([fused], ("fused-int8",), (8,), new_tokens=2, repetitions=1))
+    (found,) = measure([fused], ("fused-int8",), (8,), new_tokens=2, repetitions=1)
+    assert (found.model, found.way, found.prompt_tokens) == (str(fused), "fused-int8", 8)
     for ways, message in ((("fused",), "this IR"), (("fused-int8", "sdpa"), "ways only .* found fused-int8, sdpa")):
         with pytest.raises(ValueError, match=message):
             next(measure([fused], ways, (8,), new_tokens=2, repetitions=1))
@@ -58,7 +59,8 @@ def test_prompts_differ_and_end_as_the_model_needs(exported):
     first, second = (random_prompt(config, 12, seed) for seed in (0, 1))
     assert first.shape == (1, 12) and (first != second).any()
     assert first[0, -2:].tolist() == [config.gmask_token_id, config.bos_token_id]
-    assert list(measure([exported("chatglm-6b")], ("sdpa", "fused"), (12,), new_tokens=2, repetitions=1))
+    found = measure([exported("chatglm-6b")], ("sdpa", "fused"), (12,), new_tokens=2, repetitions=1)
+    assert [(m.way, m.prompt_tokens) for m in found] == [("sdpa", 12), ("fused", 12)]
 
 
 @pytest.mark.parametrize("name", ["chatglm-6b", "chatglm3-6b-128k", "chatglm2-6b-ptuning-v2"])
@@ -68,10 +70,20 @@ def test_a_graph_that_paged_attention_does_not_take(name, exported):
         next(measure([exported(name)], ("paged",), (12,), new_tokens=2, repetitions=1))
 
 
-def test_who_computes_linear_layers(exported, folder):
+def test_who_computes_linear_layers(exported, folder, monkeypatch):
+    layers, from_pretrained = [], OVChatGLMForCausalLM.from_pretrained
+
+    def watch(*arguments, **settings):
+        model = from_pretrained(*arguments, **settings)
+        layers.append(openvino_layers(model))
+        return model
+
+    monkeypatch.setattr(OVChatGLMForCausalLM, "from_pretrained", watch)
     once = {"prompt_lengths": (12,), "new_tokens": 2, "repetitions": 1}
-    assert list(measure([folder], ("sdpa", "fused"), linear="fused", **once))
-    assert list(measure([exported("chatglm3-6b")], ("sdpa",), linear="fused", **once))  # OpenVINO alone
+    assert [m.way for m in measure([folder], ("sdpa", "fused"), linear="fused", **once)] == ["sdpa", "fused"]
+    assert layers == [7 * load_config(folder).num_hidden_layers + 1, 0]
+    (found,) = measure([exported("chatglm3-6b")], ("sdpa",), linear="fused", **once)  # OpenVINO alone
+    assert found.way == "sdpa" and layers[2:] == [3 * 7 + 1]
     with pytest.raises(ValueError, match="no int8 or int4 linear layers"):
         list(measure([exported("chatglm3-6b")], ("fused",), linear="fused", **once))
 

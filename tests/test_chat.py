@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXACT
+from conftest import EXACT, says
 from tokenization_cases import NAMES, golden, tokenizer
 from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -37,6 +37,16 @@ def chat_cases(name):
 def history_of(items):
     """A history as the original takes it; JSON has lists where it has tuples."""
     return [tuple(item) if isinstance(item, list) else dict(item) for item in items]
+
+
+def streamed(name, tok, case):
+    """What the original streamed, without the texts of ChatGLM that end inside a character."""
+    responses = case["stream_responses"]
+    if not name.startswith("chatglm-6b"):
+        return responses
+    generated = case["output_ids"][len(case["input_ids"]) :]
+    texts = [tok.decode(generated[: end + 1]) for end in range(len(responses))]
+    return [response for response, text in zip(responses, texts) if not text.endswith("\ufffd")]
 
 
 def rules(name):
@@ -211,8 +221,32 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 @pytest.mark.parametrize("name", ["models.chatglm-6b", "models.chatglm2-6b"])
 def test_pairs_have_no_role(name):
-    with pytest.raises(ValueError, match="role 'user' only; found 2048"):
-        Recorder([300]).chat(tokenizer(name), "hi", [], 2048)
+    with pytest.raises(ValueError, match="role 'user' only; found 'observation'"):
+        Recorder([300]).chat(tokenizer(name), "hi", [], "observation")
+
+
+@pytest.mark.parametrize("name", ["models.chatglm-6b", "models.chatglm2-6b", "models.codegeex2-6b"])
+def test_positions_of_the_first_generations(name):
+    """`chat(tokenizer, query, history, max_length, num_beams, do_sample, top_p, temperature, logits_processor)`."""
+    model, tok, processors = Recorder([300]), tokenizer(name), [InvalidScoreLogitsProcessor(7)]
+    model.chat(tok, "hi", [], 64)
+    assert model.arguments["max_length"] == 64
+    model.chat(tok, "hi", [("a", "b")], 64, do_sample=False)
+    assert (model.arguments["max_length"], model.arguments["do_sample"]) == (64, False)
+    model.chat(tok, "hi", [], 65, 2, True, 0.6, 0.9, processors)
+    names = ("max_length", "num_beams", "do_sample", "top_p", "temperature")
+    assert [model.arguments[name] for name in names] == [65, 2, True, 0.6, 0.9]
+    assert model.arguments["logits_processor"][0] is processors[0]
+    model.chat(tok, "hi", [], "user", 66)  # as in the later generations
+    assert model.arguments["max_length"] == 66
+
+
+@pytest.mark.parametrize("name", ["models.chatglm3-6b", "models.glm-4-9b-chat"])
+def test_positions_of_the_later_generations(name):
+    model = Recorder([300])
+    model.chat(tokenizer(name), "hi", [], "observation", 64, 2)
+    assert (model.arguments["max_length"], model.arguments["num_beams"]) == (64, 2)
+    assert "observation" in tokenizer(name).decode(model.input_ids[0].tolist())
 
 
 # With a model ------------------------------------------------------------------------------------------------------
@@ -237,7 +271,7 @@ def test_stream_chat(name, either_model, exact_tokenizer):
         history = history_of(case["history"])
         settings = dict(max_length=case["max_length"], do_sample=False, **role_of(case))
         turns = list(model.stream_chat(tok, case["query"], history, **settings))
-        assert [response for response, _ in turns] == case["stream_responses"]
+        assert [response for response, _ in turns] == streamed(name, tok, case)
         assert history == history_of(case["passed_history_after"])
         for response, new_history in turns:
             last = new_history[-1]
@@ -301,7 +335,7 @@ def test_closing_a_stream_stops_the_generation(name, either_model, exact_tokeniz
     response, _ = next(stream)
     counter.go_on.set()
     stream.close()
-    assert response == case["stream_responses"][0]
+    assert response == streamed(name, tok, case)[0]
     assert threading.active_count() == threads
     assert counter.steps < 1400
     steps = counter.steps
@@ -337,6 +371,52 @@ def test_sampling_and_beams(name, either_model, exact_tokenizer):
     assert isinstance(last[0], str) and last[1]
     response, history = model.chat(tok, query, max_new_tokens=8, num_beams=3, do_sample=False)
     assert isinstance(response, str) and history
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b-3layer-untied", "chatglm2-6b"])
+def test_streams_have_the_positions_of_the_first_generations(name, either_model, exact_tokenizer):
+    model, tok, case = either_model(name), exact_tokenizer(name), chat_cases(name)[0]
+    history, length = history_of(case["history"]), case["max_length"]
+    positions = (length, False) if "chatglm-6b" in name else (None, length, False)
+    turns = model.stream_chat(tok, case["query"], history, *positions)
+    assert [response for response, _ in turns] == streamed(name, tok, case)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
+def test_streams_show_whole_characters(name, either_model, exact_tokenizer):
+    model, tok = either_model(name), exact_tokenizer(name)
+    ids = [*tok.encode("好😀 龘", add_special_tokens=False), tok.eos_token_id]
+    shown = [response for response, _ in model.stream_chat(tok, "你好", **says(ids, len(ids)))]
+    assert len(ids) > 7 and shown[-1] == "好😀 龘" and "好😀" in shown
+    assert not [text for text in shown if "\ufffd" in text]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("chatglm3-6b", "```python\ntool_call(city='北京')\n```"), ("glm-4-9b-chat", '{"city": "北京"}')],
+)
+def test_a_call_is_shown_as_it_grows(name, arguments, either_model, exact_tokenizer):
+    """As a text until its name is known, then as it is, and read once it is complete."""
+    model, tok = either_model(name), exact_tokenizer(name)
+    ids = [*tok.encode(f"get_weather\n{arguments}", add_special_tokens=False), tok.turn_end_ids[1]]
+    settings = says(ids, len(ids))
+    shown = [response for response, _ in model.stream_chat(tok, "天气？", copy.deepcopy(TOOLS), **settings)]
+    kinds = [tuple(response) if isinstance(response, dict) else "text" for response in shown]
+    assert list(dict.fromkeys(kinds)) == ["text", ("name", "content"), ("name", "parameters")]
+    assert shown[-1] == {"name": "get_weather", "parameters": {"city": "北京"}}
+    growing = [response["content"] for response in shown if "content" in response]
+    assert all(arguments.startswith(content.strip()) for content in growing)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_GENERATION)
+@pytest.mark.parametrize("arguments", [{"num_beams": 2}, {"num_return_sequences": 2}, {"streamer": object()}])
+def test_a_stream_is_one_sequence(name, arguments, either_model, exact_tokenizer):
+    history = []
+    with pytest.raises(ValueError, match=f"`stream_chat` .*{next(iter(arguments))}.*`chat`"):
+        next(either_model(name).stream_chat(exact_tokenizer(name), "你好", history, **arguments))
+    assert history == []
+    settings = dict(num_beams=1, num_return_sequences=1, do_sample=False, max_new_tokens=8)
+    assert list(either_model(name).stream_chat(exact_tokenizer(name), "你好", history, **settings))
 
 
 # Caches kept between turns -----------------------------------------------------------------------------------------

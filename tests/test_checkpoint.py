@@ -57,6 +57,42 @@ def test_file_of_old_torch(tmp_path):
     assert torch.equal(open_checkpoint(folder)["lm_head.weight"].data, tensors["transformer.output_layer.weight"])
 
 
+@pytest.mark.parametrize("nest", [(), ("module",), ("state_dict",), ("state_dict", "module")])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "base_model.model.", "model.", "_orig_mod.module."])
+def test_names_and_nests_of_training_tools(prefix, nest, tmp_path, caplog):
+    folder, tensors = one_file("chatglm3-6b", tmp_path)
+    saved = {prefix + name: tensor for name, tensor in tensors.items()}
+    for name in reversed(nest):
+        saved = {name: saved, "epoch": 3}
+    torch.save(saved, folder / "pytorch_model.bin")
+    checkpoint = open_checkpoint(folder)
+    assert torch.equal(checkpoint["lm_head.weight"].data, tensors["transformer.output_layer.weight"])
+    assert torch.equal(
+        checkpoint["layers.1.mlp.down_proj.weight"].data,
+        tensors["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"],
+    )
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == bool(prefix or nest)
+    assert not prefix or repr(prefix) in found[0]
+    assert not nest or repr(".".join(nest)) in found[0]
+
+
+def test_prefixed_safetensors_of_chatglm(tmp_path, caplog):
+    folder, tensors = one_file("chatglm-6b-3layer-untied", tmp_path)
+    save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert torch.equal(open_checkpoint(folder)["lm_head.weight"].data, tensors["lm_head.weight"])
+    (record,) = caplog.records
+    assert "under 'module.', and are read as if not" in record.getMessage()
+
+
+def test_one_tensor_under_two_names(tmp_path):
+    folder, tensors = one_file("chatglm3-6b", tmp_path)
+    norm = "transformer.encoder.final_layernorm.weight"
+    save_file(tensors | {f"module.{norm}": tensors[norm].clone()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"'(module.)?{norm}' and '(module.)?{norm}' are both '{norm}'"):
+        open_checkpoint(folder)
+
+
 def test_tensors_are_views_of_the_mapped_file(tmp_path):
     weight = open_checkpoint(DATA / "models" / "chatglm3-6b")["layers.0.self_attn.qkv_proj.weight"]
     rows = weight.rows(slice(16, 32))

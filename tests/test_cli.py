@@ -3,13 +3,12 @@
 
 import argparse
 import codecs
-import importlib.util
+import importlib.metadata
 import json
 import os
 import pty
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +19,12 @@ from pathlib import Path
 import openvino as ov
 import pytest
 import transformers
+from conftest import ROOT, python_path
 from transformers import AutoTokenizer
 
 import optimum_chatglm_ov
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.cli import conversation
-from optimum_chatglm_ov.cli import export as cli_export
 from optimum_chatglm_ov.cli.arguments import add_runtime_options, runtime_options
 from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
@@ -33,7 +32,6 @@ from optimum_chatglm_ov.native import is_fused
 from optimum_chatglm_ov.remote_code import warn_once
 
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(__file__).parent / "data" / "models"
 CHATGLM3 = str(MODELS / "chatglm3-6b")
 INT4, INT8 = (["export", CHATGLM3, "{tmp}/output", "--weight-format", name] for name in ("int4", "int8"))
@@ -108,6 +106,84 @@ def test_usage_errors(arguments, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.fixture(params=["script", "module"])
+def command(request, tmp_path):
+    """The two ways to call it, with a list of what they import on stderr."""
+    script = tmp_path / "chatglm-ov"
+    script.write_text("import sys\nfrom optimum_chatglm_ov.cli.main import main\nsys.exit(main())\n")
+    way = [str(script)] if request.param == "script" else COMMAND[1:]
+    return [sys.executable, "-X", "importtime", *way]
+
+
+def imports(command, **changes):
+    """Names of the modules that a process imports, its exit code and its output."""
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**changes), timeout=300)
+    names = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.M))
+    return names, done.returncode, done.stdout + re.sub(r"^import time:.*\n", "", done.stderr, flags=re.M)
+
+
+@pytest.mark.parametrize(
+    "code, arguments, message",
+    [
+        (0, ["--help"], "sub-commands:"),
+        (0, ["--version"], "chatglm-ov "),
+        *((0, [name, "--help"], f"usage: chatglm-ov {name}") for name, _, _ in SUBCOMMANDS),
+        (2, [], "the following arguments are required: SUB-COMMAND"),
+        (2, ["export", CHATGLM3, "output", "--weight-format", "int3"], "invalid choice: 'int3'"),
+        (2, ["export", CHATGLM3, "output", "--kv-cache-precision", "u8"], "only with --attention fused"),
+        (2, ["export", CHATGLM3, "output", "--ratio", "1"], "--ratio: only for quantised weights"),
+        (2, ["chat", "--prompt", " "], "--prompt is empty"),
+        (2, ["bench", "--attention-only", "chatglm", "--linear", "fused"], "--attention-only measures no linear"),
+        (2, ["compare", "a", "b", "--text", "c", "--json", "no/such/folder/file"], "cannot be written"),
+    ],
+)
+def test_help_and_usage_errors_wait_for_no_library(code, arguments, message, command):
+    names, found, output = imports([*command, *arguments])
+    assert found == code and message in output
+    assert "optimum_chatglm_ov.cli.main" in names or "optimum_chatglm_ov.cli.arguments" in names
+    assert not names & {"torch", "transformers", "openvino", "optimum.intel", "nncf", "numpy", "rich"}
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0
+    try:
+        expected = importlib.metadata.version("optimum-chatglm-ov")
+    except importlib.metadata.PackageNotFoundError:  # run from the source folder
+        expected = "source"
+    assert capsys.readouterr().out == f"chatglm-ov {expected}\n"
+
+
+def test_optimum_cli_help_does_not_import_the_package(tmp_path):
+    paths = os.pathsep.join(python_path(tmp_path / "packages"))
+    code = "from optimum.commands.optimum_cli import main; main()"
+    names, found, output = imports(
+        [sys.executable, "-X", "importtime", "-c", code, "export", "--help"], PYTHONPATH=paths
+    )
+    assert found == 0 and "chatglm-ov" in output
+    assert not [name for name in names if name.startswith("optimum_chatglm_ov")]
+
+
+@pytest.mark.parametrize("first", ["optimum_chatglm_ov", "transformers", "optimum_chatglm_ov.configuration"])
+def test_importing_the_package_registers_its_classes(first):
+    code = f"import {first}, optimum_chatglm_ov\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"
+    code += f"config = AutoConfig.from_pretrained({CHATGLM3!r})\nprint(type(config).__name__)\n"
+    code += "print(AutoModelForCausalLM._model_mapping[type(config)] is optimum_chatglm_ov.OVChatGLMForCausalLM)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.stdout == "ChatGLMConfig\nTrue\n", done.stderr
+
+
+def test_the_process_of_the_command_registers_with_the_first_name():
+    code = "import sys\nsys.argv = ['/usr/bin/chatglm-ov']\nimport optimum_chatglm_ov\n"
+    code += "from optimum_chatglm_ov import choices, quantization\n"  # modules may come first
+    code += "print('optimum_chatglm_ov.registration' in sys.modules, hasattr(optimum_chatglm_ov, 'nonsense'))\n"
+    code += "from optimum_chatglm_ov import export_model\nfrom transformers import AutoConfig\n"
+    code += f"print(type(AutoConfig.from_pretrained({CHATGLM3!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.stdout == "False False\nChatGLMConfig\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "code, arguments, message",
     [
@@ -141,7 +217,7 @@ def test_errors_are_one_line(code, arguments, message, tmp_path, capsys):
 
 
 def test_an_unexpected_error_names_its_class(monkeypatch, capsys):
-    monkeypatch.setattr(cli_export, "export_model", lambda *_, **__: {}["missing"])
+    monkeypatch.setattr(optimum_chatglm_ov, "export_model", lambda *_, **__: {}["missing"])
     assert main(["export", CHATGLM3, "output"]) == 1
     assert capsys.readouterr().err == (
         "chatglm-ov export: error: KeyError: 'missing' (run with --debug to see where)\n"
@@ -255,12 +331,7 @@ def test_adapters_with_weights(tmp_path):
 
 
 def test_optimum_cli_finds_the_command(tmp_path):
-    paths = [str(ROOT)]
-    if importlib.util.find_spec("optimum.commands.register.register_chatglm_ov") is None:  # not installed
-        folder = tmp_path / "packages" / "optimum" / "commands" / "register"
-        folder.mkdir(parents=True)
-        shutil.copy(ROOT / "optimum_chatglm_ov/commands/register/register_chatglm_ov.py", folder)
-        paths.append(str(tmp_path / "packages"))
+    paths = python_path(tmp_path / "packages")
     output = tmp_path / "output"
     optimum_cli = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()"]
     arguments = ["export", "chatglm-ov", "--model", CHATGLM3, str(output), "--weight-format", "fp16"]

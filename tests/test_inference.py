@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXACT, Golden
+from optimum.intel.openvino import OVModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
@@ -120,6 +121,8 @@ def test_beams_of_rows_with_equal_ids(differ, either_model):
         ("dola_layers", "high"),
         ("assistant_early_exit", 1),
         ("prefill_chunk_size", 4),
+        ("output_attentions", True),
+        ("output_hidden_states", True),
     ],
 )
 def test_ways_of_generation_that_are_not_for_this_model(name, value, either_model):
@@ -136,6 +139,34 @@ def test_a_refused_prompt_says_nothing_of_the_next(either_model):
     with pytest.raises(ContextLengthError):
         model.generate(ids, position_ids=ONES[:2, None, :10].expand(-1, 2, -1), max_new_tokens=100000)
     np.testing.assert_array_equal(model(ids).logits.numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("labels", torch.tensor([[5, 6, 7]])),
+        ("inputs_embeds", torch.zeros(1, 3, 64)),
+        ("output_hidden_states", True),
+        ("output_attentions", True),
+        ("token_type_ids", torch.zeros(1, 3, dtype=torch.long)),
+        ("atention_mask", None),
+        ("num_logits_to_keep", 1),
+    ],
+)
+def test_forward_refuses_by_name_what_it_does_not_know(name, value, either_model):
+    model, ids = either_model("chatglm2-6b"), torch.tensor([[5, 6, 7]])
+    expected = model(ids, use_cache=True, return_dict=True, cache_position=torch.arange(3)).logits
+    calls = []
+    model._forward, original = lambda *arguments: calls.append(arguments) or original(*arguments), model._forward
+    try:
+        with pytest.raises(TypeError, match=rf"forward\(\) does not know the argument\(s\) \['{name}'\]"):
+            model(ids, **{name: value})
+        assert not calls
+        found = model(ids, labels=None, inputs_embeds=None, output_hidden_states=False, output_attentions=None).logits
+        assert calls
+    finally:
+        del model._forward
+    np.testing.assert_array_equal(found.numpy(), expected.numpy())
 
 
 def test_settings_that_mean_nothing(either_model):
@@ -261,14 +292,14 @@ def test_cleared_requests_wait_for_their_turn(attention, exported):
     assert found == [expected] * 20
 
 
-@pytest.mark.parametrize("give_back", ["clear_requests", "half"])
+@pytest.mark.parametrize("give_back", [OVChatGLMForCausalLM.clear_requests, OVModelForCausalLM.half])
 def test_a_model_that_is_compiled_again_gives_the_caches_back(give_back, exported):
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention="fused", ov_config=EXACT)
     ids = Golden("chatglm3-6b").inputs("single")["input_ids"]
     output = model(ids)
     caches = model._fused
     assert caches.caches
-    getattr(model, give_back)()
+    give_back(model)
     again = model(ids)
     assert not caches.caches and output.past_key_values.is_outdated
     np.testing.assert_allclose(again.logits.numpy(), output.logits.numpy(), atol=0.05)

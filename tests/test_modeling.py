@@ -204,16 +204,21 @@ def test_context_length(either_model):
         model.generate(long)
 
 
+def lengths_of_calls(model, monkeypatch):
+    """A list that gets the number of tokens of each call from now on."""
+    lengths, forward = [], model.forward
+
+    def watched(input_ids, *args, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return forward(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    return lengths
+
+
 def test_without_cache_every_step_computes_all_tokens(exported, monkeypatch):
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), use_cache=False)
-    lengths = []
-    forward = type(model).forward
-
-    def counted(self, input_ids, *args, **kwargs):
-        lengths.append(input_ids.shape[1])
-        return forward(self, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", counted)
+    lengths = lengths_of_calls(model, monkeypatch)
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=-1)
     assert lengths == [3, 4, 5, 6]
 
@@ -231,12 +236,17 @@ def test_arguments_are_never_dropped_in_silence(arguments, error, message, expor
         OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **arguments)
 
 
-def test_explicit_max_length_beyond_the_context_raises_before_running(either_model):
+@pytest.mark.parametrize("argument", ["max_length", "max_new_tokens"])
+def test_an_explicit_length_beyond_the_context_raises_before_running(argument, either_model, monkeypatch):
     model = either_model("chatglm-6b-3layer-untied")
     prompt = torch.from_numpy(Golden("chatglm-6b-3layer-untied")["single_input_ids"])
-    model.request.reset_state()
+    lengths = lengths_of_calls(model, monkeypatch)
     with pytest.raises(ContextLengthError):
-        model.generate(prompt, max_length=model.config.max_position_embeddings + 1)
+        least = 1 if argument == "max_length" else 1 - prompt.shape[1]
+        model.generate(prompt, **{argument: model.config.max_position_embeddings + least})
+    assert lengths == []
+    model.generate(prompt, max_length=prompt.shape[1] + 2, min_length=prompt.shape[1] + 2)
+    assert lengths == [prompt.shape[1], 1]  # so a call would have been seen
 
 
 def test_assisted_generation_needs_fused_attention(exact_model):
@@ -263,7 +273,11 @@ def test_pipeline(name, given, exported, either_model, caplog):
         else:
             generator = pipeline("text-generation", model=str(exported(name)))
         answer = generator("你好", max_new_tokens=5, do_sample=False, return_full_text=False)
-    assert isinstance(answer[0]["generated_text"], str)
+    assert type(generator.model) is OVChatGLMForCausalLM
+    inputs = generator.tokenizer("你好", return_tensors="pt")
+    ids = generator.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    prompt, text = (generator.tokenizer.decode(row[0], skip_special_tokens=True) for row in (inputs["input_ids"], ids))
+    assert answer == [{"generated_text": text.removeprefix(prompt)}] and len(text) > len(prompt)
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import DATA, EXACT, Golden
@@ -37,6 +38,81 @@ def tensors_of(name):
 
 def logits(folder, ids):
     return OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT)(torch.from_numpy(ids)).logits.numpy()
+
+
+def key_values(cache):
+    """The pairs in a cache of any version of transformers."""
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache)) if hasattr(cache, "key_cache") else [tuple(c) for c in cache]
+
+
+def peft_model(name, **settings):
+    """A model of PEFT with a random prefix, as the fine-tuning demos of ChatGLM3 and GLM-4 make it."""
+    torch.manual_seed(1)
+    reference = TinyChatGLM.from_folder(DATA / "models" / name)
+    reference.device = torch.device("cpu")  # PEFT asks for it
+    config = reference.config
+    prefix = peft.PrefixTuningConfig(
+        num_virtual_tokens=6,
+        num_attention_heads=config.num_key_value_heads,
+        token_dim=config.num_key_value_heads * config.head_dim,
+        num_layers=config.num_hidden_layers,
+        num_transformer_submodules=1,
+        **settings,
+    )
+    return peft.PeftModel(reference, prefix).eval()
+
+
+@pytest.mark.parametrize("whole_state", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"prefix_projection": True, "encoder_hidden_size": 48}], ids=str)
+@pytest.mark.parametrize("name", ["chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"])
+def test_prefix_tuning_of_peft(name, settings, whole_state, tmp_path, either_attention):
+    model = peft_model(name, **settings)
+    model.save_pretrained(tmp_path / "prefix")
+    if whole_state:  # as a training state has it, before PEFT computes the projection
+        state = {key: value for key, value in model.state_dict().items() if "prompt_encoder" in key}
+        save_file(state, tmp_path / "prefix" / "adapter_model.safetensors")
+    ids = torch.from_numpy(Golden(name)["single_input_ids"])
+    with torch.no_grad():
+        prefix = key_values(model.get_prompt(1))
+        expected, plain = model.base_model(ids, past_key_values=prefix), model.base_model(ids)
+    folder = export_model(
+        DATA / "models" / name, tmp_path / "ir", weight_format="fp32", prefix_encoder=tmp_path / "prefix"
+    )
+    assert json.loads((folder / "config.json").read_text())["pre_seq_len"] == 6
+    loaded = OVChatGLMForCausalLM.from_pretrained(folder, attention=either_attention, ov_config=EXACT)
+    torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-3, rtol=0)
+    assert (expected - plain).abs().max() > 0.1
+
+
+@pytest.fixture(params=["sdpa", "fused"])
+def either_attention(request):
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "peft_type, message",
+    [
+        ("LORA", "peft_type is 'LORA'; expected 'PREFIX_TUNING'. Give its folder in `adapters`"),
+        ("PROMPT_TUNING", "peft_type is 'PROMPT_TUNING'; expected 'PREFIX_TUNING'"),
+        (None, "not the JSON of a PEFT adapter"),
+    ],
+)
+def test_another_adapter_is_no_prefix(peft_type, message, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type} if peft_type else []))
+    with pytest.raises(CheckpointError, match=message):
+        load_prefix({}, tmp_path, ChatGLMConfig.from_pretrained(DATA / "models" / "chatglm2-6b"))
+
+
+def test_a_prefix_is_no_lora_adapter(tmp_path):
+    peft_model("chatglm2-6b").save_pretrained(tmp_path / "prefix")
+    (tmp_path / "prefix" / "adapter_model.safetensors").rename(tmp_path / "prefix" / "elsewhere")
+    source = DATA / "models" / "chatglm2-6b"
+    with pytest.raises(CheckpointError, match="no adapter weights found; expected adapter_model.safetensors or"):
+        export_model(source, tmp_path / "ir", prefix_encoder=tmp_path / "prefix")
+    with pytest.raises(CheckpointError, match="peft_type is 'PREFIX_TUNING'.*Give its folder as `prefix_encoder`"):
+        export_model(source, tmp_path / "ir", adapters=[tmp_path / "prefix"])
 
 
 @pytest.mark.parametrize("name", NAMES)

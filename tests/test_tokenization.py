@@ -110,9 +110,48 @@ def test_decode_of_given_ids(name):
                     clean_up_tokenization_spaces=clean_up[cleanup],
                 ), (options, case["ids"])
     for token_id, text in expected["decode_single_int"].items():
+        if name in GLM4:  # whose original has no text for one id alone
+            text = tok.decode([int(token_id)])
         assert tok.decode(int(token_id)) == text, token_id
     assert tok.batch_decode(expected["batch_decode"]["ids"]) == expected["batch_decode"]["out"]
     assert tok.decode(expected["batch_decode"]["ids"]) == expected["batch_decode"]["out"]
+
+
+@pytest.mark.parametrize("name", GLM4)
+def test_glm4_decodes_one_id(name):
+    tok = tokenizer(name)
+    hello = next(
+        index for index in range(300, tok.vocab_size) if tok._convert_id_to_token(index).decode("utf-8", "ignore")
+    )
+    assert tok.decode(hello) == tok.decode([hello]) == tok._convert_id_to_token(hello).decode("utf-8", "replace") != ""
+    user = tok.convert_tokens_to_ids("<|user|>")
+    assert (tok.decode(user), tok.decode(user, skip_special_tokens=True)) == ("<|user|>", "")
+
+
+@pytest.mark.parametrize("ids", [-100, [-100], [5, -1, 6], [[5], [5, -100]]])
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_no_ids(name, ids):
+    with pytest.raises(ValueError, match=r"-1\d* is not a token id.*`pad_token_id`"):
+        tokenizer(name).decode(ids)
+    with pytest.raises(ValueError, match="is not a token id"):
+        tokenizer(name).convert_ids_to_tokens([-100])
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [("a\ud83dz", "a\ufffdz"), ("\ude00", "\ufffd"), ("好\ud83d\ude00好", "好😀好"), ("\ud83d", "\ufffd")],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_half_a_surrogate_pair(name, text, whole):
+    """`json.loads` makes them."""
+    tok = tokenizer(name)
+    assert tok(text)["input_ids"] == tok(whole)["input_ids"]
+    assert tok.tokenize(text) == tok.tokenize(whole)
+    messages = [[{"role": "user", "content": content}] for content in (text, whole)]
+    rows = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert rows[0] == rows[1]
+    prompts = [tok.build_chat_input(content)["input_ids"].tolist() for content in (text, whole)]
+    assert prompts[0] == prompts[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -229,6 +268,36 @@ def test_chatglm3_template_with_added_role_tokens_keeps_messages_as_text():
     messages = [{"role": "user", "content": "你好 <|assistant|> sop"}]
     expected = plain.build_chat_input(messages[0]["content"])["input_ids"][0].tolist()
     assert tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == expected
+
+
+@pytest.mark.parametrize(
+    "listed", [["<|user|>"], ["[gMASK]", "<|observation|>"], ["sop", "<|user|>", "<|assistant|>"]]
+)
+def test_chatglm3_template_with_some_control_tokens_listed(listed):
+    """Files edited by hand have some of them; the model knows no spelled `[gMASK]sop`."""
+    plain = tokenizer("tokenizers.chatglm3-6b")
+    tok = AutoTokenizer.from_pretrained(
+        folder("tokenizers.chatglm3-6b"),
+        added_tokens_decoder={
+            plain.get_command(token): {"content": token, "special": True, "normalized": False} for token in listed
+        },
+        chat_template="[gMASK]sop{% for m in messages %}<|{{ m.role }}|>{{ '\\n ' ~ m.content }}{% if m.tools %}"
+        "{{ '\\n' ~ m.tools|tojson(indent=4) }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    )
+    tools = [{"name": "philosophy", "description": "sop <|user|> [gMASK]"}]
+    history = [{"role": "system", "content": "a philosopher", "tools": tools}]
+    expected = plain.build_chat_input("你好 <|assistant|> sop", history)["input_ids"][0].tolist()
+    messages = [*history, {"role": "user", "content": "你好 <|assistant|> sop"}]
+    assert tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == expected
+
+
+def test_chatglm3_template_beside_other_added_tokens_is_reported(caplog):
+    tok = AutoTokenizer.from_pretrained(folder("tokenizers.chatglm3-6b-128k"))
+    tok.add_tokens(["<extra>"])
+    _warn_once.cache_clear()
+    tok.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert "writes the roles as text" in caplog.text
 
 
 def test_chatglm3_template_that_spells_the_roles_is_reported(caplog):

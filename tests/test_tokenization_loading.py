@@ -203,6 +203,68 @@ def test_pad_and_eos_token_can_be_set():
     assert (tok.pad_token, tok.pad_token_id) == ("</s>", 2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pad_token_id_can_be_set(name, tmp_path):
+    tok, text = AutoTokenizer.from_pretrained(folder(name)), "a</s>b <unk> <eop> <pad> <|user|>"
+    before = tok(text)["input_ids"]
+    tok.pad_token_id = tok.eos_token_id
+    assert (tok.pad_token, tok.pad_token_id) == (tok.eos_token, tok.eos_token_id)
+    assert tok(["a", "a b c d"], padding=True)["input_ids"][0][0] == tok.eos_token_id
+    tok.save_pretrained(tmp_path / "1")
+    again = AutoTokenizer.from_pretrained(tmp_path / "1")
+    again.save_pretrained(tmp_path / "2")
+    for loaded in (tok, again, AutoTokenizer.from_pretrained(tmp_path / "2")):
+        assert (loaded.pad_token, loaded.pad_token_id) == (tok.eos_token, tok.eos_token_id)
+        assert loaded(text)["input_ids"] == before
+
+
+@pytest.mark.parametrize("name", ["tokenizers.chatglm2-6b", SENTENCEPIECE])
+def test_every_token_of_the_vocabulary_can_be_chosen(name, tmp_path):
+    tok, text = AutoTokenizer.from_pretrained(folder(name)), "a</s>b <s> sop [MASK]"
+    before = tok(text)["input_ids"]
+    sop = tok.get_command("sop")
+    tok.eos_token_id, tok.bos_token, tok.mask_token, tok.unk_token_id = sop, "<s>", "[MASK]", 0
+    tok.save_pretrained(tmp_path)
+    for loaded in (tok, AutoTokenizer.from_pretrained(tmp_path)):
+        assert (loaded.eos_token, loaded.eos_token_id, loaded.bos_token_id) == ("sop", sop, 1)
+        assert loaded.mask_token_id == loaded.get_command("[MASK]")
+        assert loaded(text)["input_ids"] == before
+    with pytest.raises(ValueError, match="`pad_token_id` is 99999; expected an id of the vocabulary"):
+        tok.pad_token_id = 99999
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_special_tokens_as_plain_dictionaries(name, tmp_path):
+    expected = tokenizer(name)
+    path = copy_of(name, tmp_path / "a")
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "comment": "by hand"}
+    for key in ("eos_token", "pad_token"):
+        config[key] = {"content": getattr(expected, key), **token}
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tok = AutoTokenizer.from_pretrained(path)
+    assert (tok.eos_token_id, tok.pad_token_id) == (expected.eos_token_id, expected.pad_token_id)
+    text = "a</s>b <unk> <eop> <pad> <|user|>"
+    assert tok(text)["input_ids"] == expected(text)["input_ids"]
+    tok.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(text)["input_ids"] == expected(text)["input_ids"]
+
+    config["pad_token"] = {"text": "<pad>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(TokenizerError, match="`pad_token` is .*expected the text of a token"):
+        AutoTokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in GLM4])  # which has a table of them
+def test_more_special_tokens_as_plain_dictionaries(name, tmp_path):
+    path = copy_of(name, tmp_path / "a")
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["additional_special_tokens"] = [{"content": "<extra>", "special": True}]
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tok = AutoTokenizer.from_pretrained(path)
+    assert "<extra>" in tok.tokenize("a<extra>b")
+
+
 def test_repeated_default_tokens_are_not_matched_in_text():
     """tokenizer_config.json of a fine-tuned checkpoint often has them."""
     tok = AutoTokenizer.from_pretrained(folder(SENTENCEPIECE), eos_token="</s>", pad_token="<unk>", unk_token="<unk>")

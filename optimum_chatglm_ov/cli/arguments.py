@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..compilation import ATTENTIONS, LINEARS
-from ..native.operation import KV_CACHE_PRECISIONS
-from ..quantization import WEIGHT_FORMATS
+from ..choices import ATTENTIONS, KV_CACHE_PRECISIONS, LINEARS, WEIGHT_FORMATS
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
@@ -18,6 +17,14 @@ _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_d
 
 class UsageError(Exception):
     """Arguments that contradict each other; the exit code is 2."""
+
+
+def package_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("optimum-chatglm-ov")
+    except PackageNotFoundError:  # run from the source folder
+        return "source"
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:

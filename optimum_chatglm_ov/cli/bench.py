@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..bench import WAYS, Measurement, cpu_description, machine_peaks, measure, stream_bandwidth
-from ..compilation import LINEARS
+from ..choices import LINEARS, WAYS
 from ..errors import ExportError
 from .arguments import (
     UsageError,
@@ -24,8 +23,10 @@ from .arguments import (
     non_negative_integer,
     positive_integer,
 )
-from .embedded import embedded_model
 
+
+if TYPE_CHECKING:
+    from ..bench import Measurement
 
 _NEW_TOKENS = 32
 _ROWS = (1, 16, 64, 1024)
@@ -108,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         _check_plot(args.plot)
     for file in filter(None, (args.json, args.plot)):
         check_writable(file)
+    from ..bench import cpu_description, machine_peaks
+
     peaks = machine_peaks(args.threads)
     header = [cpu_description(), *_peak_texts(peaks), *(f"{name}={value}" for name, value in properties.items())]
     print(", ".join(header) + "\n")
@@ -139,6 +142,10 @@ class _Row:
 
 
 def _models(args: argparse.Namespace) -> Iterator[_Row]:
+    from .. import registration  # noqa: F401  before any file is read
+    from ..bench import measure
+    from .embedded import embedded_model
+
     with ExitStack() as stack:
         models = args.models
         if not models:
@@ -173,6 +180,7 @@ def _cells(m: Measurement) -> dict[str, str]:
 
 
 def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
+    from ..bench import stream_bandwidth
     from ..native.bench_attention import CHATGLM3, CHATGLM_6B, measure_attention
 
     shape = {"chatglm3": CHATGLM3, "chatglm": CHATGLM_6B}[args.attention_only]

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import argparse
 
-from .. import native
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `chatglm-ov build-native`."""
@@ -15,6 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Builds the library and prints where it is and which kernels this CPU can run."""
+    from .. import native
+
     print(native.build_native(force=args.force))
     print("attention kernels for this CPU, best first:", ", ".join(native.instruction_sets()))
     print("kernels of linear layers:", ", ".join(native.linear_instruction_sets()))

@@ -10,12 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
-from .. import OVChatGLMForCausalLM, export_model
-from ..hub import has_openvino_model, resolve_checkpoint
 from .arguments import (
     UsageError,
     add_hub_arguments,
@@ -27,9 +23,10 @@ from .arguments import (
     runtime_options,
     unicode_text,
 )
-from .conversation import Conversation
-from .embedded import embedded_model
-from .progress import export_progress
+
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +54,12 @@ def run(args: argparse.Namespace) -> int:
     """Answers one prompt, or talks until the user leaves."""
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty; leave it out for a conversation")
+    from .. import OVChatGLMForCausalLM
+    from ..tokenization import load_tokenizer
+    from .conversation import Conversation
+
     with model_folder(args) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         model = OVChatGLMForCausalLM.from_pretrained(folder, **runtime_options(args))
         conversation = Conversation(model, tokenizer, _settings(args))
         if args.prompt is None:
@@ -69,6 +70,11 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Yields the folder of an IR: the embedded model's, the one that was named, or that of a temporary export."""
+    from .. import export_model
+    from ..hub import has_openvino_model, resolve_checkpoint
+    from .embedded import embedded_model
+    from .progress import export_progress
+
     if args.model is None:
         with embedded_model(args.weight_format) as folder:
             yield folder

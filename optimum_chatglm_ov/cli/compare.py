@@ -8,8 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..compare import compare
-from ..compilation import ATTENTIONS, LINEARS
+from ..choices import ATTENTIONS, LINEARS
 from .arguments import check_writable
 
 
@@ -51,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     """Compares, prints and returns the exit status."""
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
+    from .. import registration  # noqa: F401  before any file is read
+    from ..compare import compare
+
     measured = compare(
         args.reference,
         args.candidate,

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +18,7 @@ from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.errors import ExportError
 from optimum_chatglm_ov.hub import has_openvino_model
 
+from .arguments import package_version
 from .progress import export_progress
 
 
@@ -49,17 +49,10 @@ def cache_folder(weight_format: str | None = None) -> Path:
     content = hashlib.sha256()
     for file in sorted(TINY_CHATGLM3.iterdir()):
         content.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    key = f"{TINY_CHATGLM3.name}-{_version()}-{content.hexdigest()[:12]}-{weight_format or 'default'}"
+    key = f"{TINY_CHATGLM3.name}-{package_version()}-{content.hexdigest()[:12]}-{weight_format or 'default'}"
     return base / "optimum_chatglm_ov" / key
 
 
 def _export(folder: Path, weight_format: str | None) -> Path:
     with export_progress() as progress:
         return export_model(TINY_CHATGLM3, folder, weight_format=weight_format, progress=progress)
-
-
-def _version() -> str:
-    try:
-        return version("optimum-chatglm-ov")
-    except PackageNotFoundError:  # run from the source folder
-        return "source"

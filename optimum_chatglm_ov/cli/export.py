@@ -9,12 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import export_model
-from ..native.operation import KV_CACHE_PRECISIONS
-from ..quantization import FLOATING_FORMATS, refined, uses_texts
-from ..remote_code import warn_once
+from ..choices import FLOATING_FORMATS, KV_CACHE_PRECISIONS
 from .arguments import UsageError, add_hub_arguments, add_weight_format, hub_arguments, positive_integer
-from .progress import export_progress
 
 
 # Argument names that OVWeightQuantizationConfig has too; None means that the user did not say.
@@ -115,7 +111,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=tuple(KV_CACHE_PRECISIONS),
         help="of the caches of --attention fused, whose f16 is bf16 (default: bf16)",
     )
-    model.add_argument("--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training")
+    model.add_argument(
+        "--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training, or of PEFT's PREFIX_TUNING"
+    )
     model.add_argument(
         "--rope-ratio-type",
         choices=("linear", "theta"),
@@ -143,6 +141,10 @@ def run(args: argparse.Namespace) -> int:
     if args.kv_cache_precision is not None and args.attention == "sdpa":
         raise UsageError("--kv-cache-precision: only with --attention fused; else it is an option of chatglm-ov chat")
     weights = weight_arguments(args)
+    from .. import export_model
+    from ..remote_code import warn_once
+    from .progress import export_progress
+
     if args.trust_remote_code:
         warn_once(args.model)
 
@@ -187,6 +189,8 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
                 f"{args.weight_format or 'not given'}; add for example --weight-format int4"
             )
         return {"weight_format": args.weight_format}
+    from ..quantization import refined, uses_texts
+
     quantization_config = refined(args.weight_format, **details)
     if dataset and not uses_texts(quantization_config):
         raise UsageError(

@@ -10,11 +10,9 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-import transformers
-
 from ..errors import openvino_message
 from ..signals import termination_unwinds
-from .arguments import UsageError
+from .arguments import UsageError, package_version
 
 
 # Name, module beside this one, help. A module has `add_arguments(parser)` and `run(args) -> int`.
@@ -35,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         process with 143, when what is half written has been removed.
     """
     parser = argparse.ArgumentParser(prog="chatglm-ov", description="ChatGLM, every generation, on OpenVINO.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     subparsers = parser.add_subparsers(title="sub-commands", dest="subcommand", metavar="SUB-COMMAND", required=True)
     for name, module_name, help_text in SUBCOMMANDS:
         module = importlib.import_module(f".{module_name}", __package__)
@@ -83,8 +82,12 @@ def one_line(error: BaseException) -> str:
 
 def _quiet_libraries() -> None:
     warnings.simplefilter("ignore")
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # a user's own choice counts
-        transformers.logging.set_verbosity_error()
+    if "TRANSFORMERS_VERBOSITY" in os.environ:  # a user's own choice counts
+        return
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_error()
+    else:  # imported when a sub-command needs it
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
 def _write_unicode() -> None:

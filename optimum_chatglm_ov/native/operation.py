@@ -25,9 +25,6 @@ MAX_HEAD_DIM = 512
 
 CACHE_PRECISIONS = ("bf16", "i8", "f32")
 
-KV_CACHE_PRECISIONS = {"bf16": "bf16", "f16": "bf16", "u8": "i8", "f32": "f32"}
-"""The cache precision for each value of OpenVINO's property `KV_CACHE_PRECISION` that the operation serves."""
-
 
 def cache_block_bytes(cache_precision: str, head_dim: int) -> int:
     """Bytes of the keys, or of the values, of `BLOCK_TOKENS` tokens of one head; i8 has one f32 scale a token."""

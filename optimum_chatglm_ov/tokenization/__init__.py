@@ -2,10 +2,11 @@
 """Tokenizers of every ChatGLM generation, without remote code."""
 
 from .auto import register
-from .base import ChatGLMTokenizer
+from .base import ChatGLMTokenizer, has_vocabulary, load_tokenizer
 from .chatglm import ChatGLM1Tokenizer
 from .chatglm2 import ChatGLM2Tokenizer
 from .chatglm3 import ChatGLM3Tokenizer
+from .codegeex4 import CodeGeeX4Tokenizer
 from .glm4 import ChatGLM4Tokenizer
 from .streamers import ChatGLMTextIteratorStreamer, ChatGLMTextStreamer
 from .vocabulary import TokenizerError
@@ -19,6 +20,9 @@ __all__ = [
     "ChatGLMTextIteratorStreamer",
     "ChatGLMTextStreamer",
     "ChatGLMTokenizer",
+    "CodeGeeX4Tokenizer",
     "TokenizerError",
+    "has_vocabulary",
+    "load_tokenizer",
     "register",
 ]

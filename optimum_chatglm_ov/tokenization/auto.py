@@ -17,7 +17,7 @@ from .glm4 import ChatGLM4Tokenizer
 
 # The class names that ChatGLM repositories have in tokenizer_config.json.
 _CLASSES = {"ChatGLMTokenizer": ChatGLMTokenizer, "ChatGLM4Tokenizer": ChatGLM4Tokenizer}
-_ARGUMENTS_OF_AUTO_TOKENIZER = (
+ARGUMENTS_OF_AUTO_TOKENIZER = (
     "config",
     "use_fast",
     "tokenizer_type",
@@ -54,7 +54,7 @@ def _prefer_registered_classes() -> None:
         tokenizer_class = _CLASSES.get(config.get("tokenizer_class"))
         if tokenizer_class is None:
             return original(cls, pretrained_model_name_or_path, *args, **kwargs)
-        for name in _ARGUMENTS_OF_AUTO_TOKENIZER:
+        for name in ARGUMENTS_OF_AUTO_TOKENIZER:
             kwargs.pop(name, None)
         return tokenizer_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 

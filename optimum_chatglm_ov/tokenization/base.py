@@ -7,15 +7,17 @@ import importlib
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PaddingStrategy, to_py_obj
 
-from .chat_templates import is_own_template, plain_messages
+from ..signals import signals_wait
+from .chat_templates import is_own_template
 from .generation import detect_generation
+from .messages import ToolCall, check_roles, plain_messages
 from .vocabulary import TokenizerError
 
 
@@ -24,6 +26,7 @@ _TOKENIZER_CLASSES = {
     "chatglm2": ("chatglm2", "ChatGLM2Tokenizer"),
     "chatglm3": ("chatglm3", "ChatGLM3Tokenizer"),
     "glm4": ("glm4", "ChatGLM4Tokenizer"),
+    "codegeex4": ("codegeex4", "CodeGeeX4Tokenizer"),
 }
 # transformers >= 5 adds these to the arguments of every tokenizer; they describe one load, not the tokenizer.
 _ARGUMENTS_OF_ONE_LOAD = ("auto_map", "is_local", "files_loaded", "tokenizer_file", "trust_remote_code", "_from_auto")
@@ -33,6 +36,7 @@ _CLEANED_UP = (
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
+_KEYS_OF_ADDED_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _RETURN_DICT_BY_DEFAULT = (
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters["return_dict"].default
 )
@@ -44,7 +48,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     Args:
         vocab_file (`str`): `tokenizer.model`, of ChatGLM2, ChatGLM3 or GLM-4.
         ice_text_file (`str`): `ice_text.model`, of ChatGLM.
-        chatglm_generation (`"chatglm"`, `"chatglm2"`, `"chatglm3"` or `"glm4"`, *optional*):
+        chatglm_generation (`"chatglm"`, `"chatglm2"`, `"chatglm3"`, `"glm4"` or `"codegeex4"`, *optional*):
             Found out from the files when not given; see [`~generation.detect_generation`].
 
     Raises:
@@ -55,8 +59,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
     chatglm_generation: str
+    generation_is_assumed = False  # nothing told it
     default_chat_template: str
     roles: tuple[str, ...] = ("system", "user", "assistant", "observation")
+    turn_end_tokens: tuple[str, ...] = ()  # beside `eos_token`
 
     def __init_subclass__(cls, saved_as: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -65,15 +71,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             cls.__name__ = saved_as
 
     def __new__(cls, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
-        if cls is ChatGLMTokenizer:
-            path = _vocabulary_path(vocab_file, ice_text_file, kwargs.get("name_or_path"))
-            module, name = _TOKENIZER_CLASSES[detect_generation(path, kwargs)]
-            cls = getattr(importlib.import_module(f".{module}", __package__), name)
-        return super().__new__(cls)
+        if cls is not ChatGLMTokenizer:
+            return super().__new__(cls)
+        path = _vocabulary_path(vocab_file, ice_text_file, kwargs.get("name_or_path"))
+        generation, is_told = detect_generation(path, kwargs)
+        module, name = _TOKENIZER_CLASSES[generation]
+        tokenizer = super().__new__(getattr(importlib.import_module(f".{module}", __package__), name))
+        if not is_told:
+            object.__setattr__(tokenizer, "generation_is_assumed", True)  # transformers' own needs `__init__` before
+        return tokenizer
 
     def __init__(self, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
         for name in _ARGUMENTS_OF_ONE_LOAD:
             kwargs.pop(name, None)
+        read_special_tokens(kwargs)
         if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):  # as transformers 5 saves them
             kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
         self.vocab_file = _vocabulary_path(vocab_file, ice_text_file, kwargs.get("name_or_path"))
@@ -119,14 +130,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Args:
             query: what is said now.
-            history: earlier turns; `(query, response)` pairs for ChatGLM and ChatGLM2, messages
-                (`{"role", "content", "metadata", "tools"}`) for ChatGLM3 and GLM-4.
+            history: earlier turns, as messages (`{"role", "content", "metadata", "tools"}`, or as OpenAI has them) or
+                as `(query, response)` pairs, whose response is `None` where there was none.
             role: who says it; `"user"` or `"observation"`.
 
         Returns:
             `input_ids`, and after ChatGLM also `attention_mask` and `position_ids`: int64 tensors [1, L].
         """
         raise NotImplementedError
+
+    @property
+    def turn_end_ids(self) -> list[int]:
+        """Ids that end an answer, `eos_token_id` first."""
+        return list(dict.fromkeys([self.eos_token_id, *self.convert_tokens_to_ids(list(self.turn_end_tokens))]))
 
     # Encoding ------------------------------------------------------------------------------------------------------
 
@@ -174,11 +190,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str | list[str]:
-        """Text of one id, of a list or tensor of ids, or (a list of texts) of a batch of them."""
+        """Text of one id, of a list or tensor of ids, or (a list of texts) of a batch of them.
+
+        Raises:
+            ValueError: an id is negative, as the labels of a training are where nothing is learned.
+        """
         token_ids = to_py_obj(token_ids)
         if isinstance(token_ids, (list, tuple)) and token_ids and isinstance(token_ids[0], (list, tuple)):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, **kwargs) for row in token_ids]
         return self._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+
+    def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> Any:
+        """The token of one id, or those of a list.
+
+        Raises:
+            ValueError: an id is negative.
+        """
+        _check_ids(to_py_obj(ids))
+        return super().convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
 
     def _decode(
         self,
@@ -189,6 +218,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> str:
         """`skip_incomplete_tail` leaves out the U+FFFD of a last character whose bytes are not all there yet."""
+        _check_ids(token_ids)
         text = self._decode_ids(token_ids, skip_special_tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
@@ -225,22 +255,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         `tokenizer_kwargs` go to `pad`.
 
         Raises:
-            ValueError: a role that the generation does not know.
+            ValueError: there is no message; or the generation has no form for a role, a content or a call.
         """
         if add_generation_prompt and continue_final_message:
             raise ValueError("`add_generation_prompt` and `continue_final_message` exclude each other; give one.")
         if chat_template is None and self.chat_template is None:
             chat_template = self.default_chat_template
         chat_template = self.get_chat_template(chat_template, tools)
-        batched = bool(conversation) and not isinstance(conversation[0], dict)
+        conversation = getattr(conversation, "messages", conversation)
+        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations = [
-            self._prepare_messages(getattr(messages, "messages", messages), tools)
-            for messages in (conversation if batched else [conversation])
+            getattr(messages, "messages", messages) for messages in (conversation if batched else [conversation])
         ]
         own_template = is_own_template(chat_template)
-        if own_template:
-            for messages in conversations:
-                self._check_roles(messages)
+        for messages in conversations:
+            if not messages:
+                raise ValueError("`conversation` is empty; expected at least one message with `role` and `content`.")
+            check_roles(messages, self.roles if own_template else None, type(self).__qualname__)
+        conversations = [self._prepare_messages(messages, tools) for messages in conversations]
         rendering = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -283,23 +315,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _prepare_messages(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None
     ) -> list[dict[str, Any]]:
-        messages = plain_messages(messages, self._tool_call_text)
+        messages = plain_messages(messages, self._call_messages)
         return self._with_tools(messages, tools) if tools else messages
-
-    def _check_roles(self, messages: list[dict[str, Any]]) -> None:
-        for message in messages:
-            if message["role"] not in self.roles:
-                raise ValueError(
-                    f"{type(self).__qualname__} has no role {message['role']!r}; use one of {', '.join(self.roles)}."
-                )
 
     def _with_tools(self, messages: list[dict[str, Any]], tools: Sequence[dict | Callable]) -> list[dict[str, Any]]:
         """`messages`, with `tools` where this generation looks for them."""
         raise ValueError(f"{type(self).__qualname__} has no form for `tools`; use ChatGLM3 or GLM-4.")
 
-    def _tool_call_text(self, arguments: dict[str, Any]) -> str:
-        """How this generation writes the arguments of a call."""
-        raise ValueError(f"{type(self).__qualname__} has no form for `tool_calls`; use ChatGLM3 or GLM-4.")
+    def _call_messages(self, calls: list[ToolCall], where: str) -> list[dict[str, Any]]:
+        """How this generation writes the calls in one message of the assistant; `where` names it in errors."""
+        raise ValueError(f"{where}: {type(self).__qualname__} has no form for `tool_calls`; use ChatGLM3 or GLM-4.")
 
     # Files ---------------------------------------------------------------------------------------------------------
 
@@ -313,6 +338,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return (target,)
 
 
+def has_vocabulary(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds the vocabulary of a tokenizer."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ChatGLMTokenizer.vocab_files_names.values())
+
+
+def load_tokenizer(folder: str | os.PathLike) -> ChatGLMTokenizer:
+    """The tokenizer in `folder`, of the generation that its vocabulary belongs to, whatever class its files name.
+
+    Raises:
+        TokenizerError: see [`ChatGLMTokenizer`].
+    """
+    with signals_wait():  # transformers 4 makes an ImportError of what interrupts it where there is no protobuf
+        return ChatGLMTokenizer.from_pretrained(folder)
+
+
 def _vocabulary_path(vocab_file: str | None, ice_text_file: str | None, name_or_path: str | None) -> str:
     path = vocab_file or ice_text_file
     if path is None:
@@ -323,3 +363,40 @@ def _vocabulary_path(vocab_file: str | None, ice_text_file: str | None, name_or_
     if not os.path.isfile(path):
         raise TokenizerError(f"{path}: no such vocabulary file. Give the path of tokenizer.model or ice_text.model.")
     return path
+
+
+def _check_ids(token_ids: int | Sequence[int]) -> None:
+    for token_id in [token_ids] if isinstance(token_ids, int) else token_ids:
+        if token_id < 0:
+            raise ValueError(
+                f"{token_id} is not a token id; expected 0 or more. Labels have -100 where nothing is learned: "
+                "replace it by `pad_token_id`, or leave it out, before decoding."
+            )
+
+
+def read_special_tokens(kwargs: dict[str, Any]) -> None:
+    """Makes `AddedToken`s of the special tokens that are plain dictionaries, as files edited by hand have them.
+
+    Raises:
+        TokenizerError: a dictionary has no text.
+    """
+    for name, value in kwargs.items():
+        if name.endswith("_token") and isinstance(value, dict):
+            kwargs[name] = _added_token(name, value)
+        elif name in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, (list, tuple)):
+            kwargs[name] = [_added_token(name, token) for token in value]
+        elif name in ("extra_special_tokens", "model_specific_special_tokens") and isinstance(value, dict):
+            kwargs[name] = {key: _added_token(f"{name}.{key}", token) for key, token in value.items()}
+        elif name == "added_tokens_decoder" and isinstance(value, dict):
+            kwargs[name] = {int(key): _added_token(f"{name}.{key}", token) for key, token in value.items()}
+
+
+def _added_token(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if not isinstance(value.get("content"), str):
+        raise TokenizerError(
+            f"`{name}` is {value!r}; expected the text of a token, or a dictionary with it as `content`. Mend it in "
+            "tokenizer_config.json."
+        )
+    return AddedToken(**{key: value[key] for key in _KEYS_OF_ADDED_TOKENS if key in value})

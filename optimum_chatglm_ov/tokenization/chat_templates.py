@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates for checkpoints that bring none, and the message forms that they share.
+"""Chat templates for checkpoints that bring none.
 
 The first line of each template is a mark by which a saved template is recognised as ours when it is loaded again.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
 from typing import Any
-
-from transformers.utils import get_json_schema
 
 
 _MARK = "{#- optimum_chatglm_ov -#}\n"
@@ -20,11 +16,11 @@ _MARK = "{#- optimum_chatglm_ov -#}\n"
 _ROUNDS = (
     _MARK
     + """{%- set gap = GAP -%}
-{%- set counter = namespace(round=FIRST, questions=0) -%}
-{%- for message in messages if message['role'] == 'user' -%}
-{%- set counter.questions = counter.questions + 1 -%}
+{%- set counter = namespace(round=FIRST, spoken=0) -%}
+{%- for message in messages if message['role'] != 'system' -%}
+{%- set counter.spoken = counter.spoken + 1 -%}
 {%- endfor -%}
-{%- set bare = BARE_ALLOWED and counter.questions == 1 and messages[-1]['role'] == 'user' -%}
+{%- set bare = BARE_ALLOWED and counter.spoken == 1 and messages[-1]['role'] == 'user' -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}
 {{- message['content'] + gap -}}
@@ -111,6 +107,8 @@ GLM4_TEMPLATE = _MARK + (
 {{- '\\n## ' + tool['function']['name'] + '\\n\\n' + tool['function']|tojson(indent=4) + 'CALL_FORMAT' -}}
 {%- elif tool['type'] in built_in -%}
 {{- '\\n## ' + tool['type'] + '\\n\\n' + built_in[tool['type']] -}}
+{%- else -%}
+{{- raise_exception('GLM-4 has no tool of type ' + tool['type'] + '; use function, ' + built_in|join(', ') + '.') -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
@@ -124,42 +122,40 @@ GLM4_TEMPLATE = _MARK + (
 )
 
 
+# How CodeGeeX4 introduces itself; the prose between the headings of its tools says what its authors' says.
+_CODEGEEX4_TOOLS = (
+    "\\n\\n# Note\\n"
+    "- 下面列出可以调用的函数工具：名字、用途和参数。\\n"
+    "- 请根据用户的指令选择最合适的函数，并给出调用时的参数。\\n"
+    "- 每次调用写成一个 json 代码块，其中包含函数名 name 和参数字典 arguments。\\n"
+    "- 需要调用函数时只输出调用，不要解释，也不要直接回答；函数工具不足以完成任务时，请告知用户并说明原因。\\n\\n"
+    "# Functions\\n以下是可以调用的函数。\\n"
+)
+CODEGEEX4_INTRODUCTION = (
+    "你是一位智能编程助手，你叫CodeGeeX。你会为用户回答关于编程、代码、计算机方面的任何问题，"
+    "并提供格式规范、可以执行、准确安全的代码，并在必要时提供详细的解释。"
+)
+CODEGEEX4_TEMPLATE = (
+    _MARK
+    + """{{- '[gMASK]<sop>' -}}
+{%- for message in messages -%}
+{%- if message['content'] or message['tools'] -%}
+{{- '<|' + message['role'] + '|>' + (message['metadata'] or '') + '\\n' + message['content'] -}}
+{%- endif -%}
+{%- if message['tools'] -%}
+{{- 'TOOLS' -}}
+{%- for tool in message['tools'] -%}
+{%- set function = tool['function'] if tool['function'] is mapping else tool -%}
+{{- '\\n## Function ' + loop.index|string + '\\n\\n### Name\\n' + function['name'] + '\\n' -}}
+{{- '\\n### Description\\n' + function['description']|default('') + '\\n' -}}
+{{- '\\n### Parameters\\n```json\\n' + function['parameters']|default({})|tojson + '\\n```\\n' -}}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}""".replace("TOOLS", _CODEGEEX4_TOOLS)
+)
+
+
 def is_own_template(chat_template: Any) -> bool:
     """Whether a chat template is one of this module's, of this or another version of the package."""
     return isinstance(chat_template, str) and chat_template.startswith(_MARK.strip())
-
-
-def plain_messages(
-    conversation: Sequence[dict[str, Any]], tool_call_text: Callable[[dict[str, Any]], str]
-) -> list[dict[str, Any]]:
-    """Messages in the ecosystem's form -> messages of role, metadata, content and tools, as ChatGLM knows them.
-
-    The role `tool` becomes `observation`; a list of text parts becomes one text; every entry of `tool_calls` becomes
-    an assistant message whose metadata is the function's name and whose content is `tool_call_text(arguments)`.
-    """
-    messages = []
-    for item in conversation:
-        message = {key: value for key, value in item.items() if key != "tool_calls"}
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(part.get("text", "") for part in content)
-        message["content"] = content or ""
-        if message["role"] == "tool":
-            message["role"] = "observation"
-        calls = [call.get("function", call) for call in item.get("tool_calls") or []]
-        if message["content"] or not calls:
-            messages.append(message)
-        for call in calls:
-            content = tool_call_text(call.get("arguments") or {})
-            messages.append({"role": "assistant", "metadata": call["name"], "content": content})
-    return messages
-
-
-def with_tools(
-    messages: list[dict[str, Any]], tools: Sequence[dict | Callable], introduction: str = ""
-) -> list[dict[str, Any]]:
-    """`messages` with `tools` in the leading system message, which is made of `introduction` when there is none."""
-    schemas = [get_json_schema(tool) if inspect.isfunction(tool) else tool for tool in tools]
-    if messages and messages[0]["role"] == "system":
-        return [{**messages[0], "tools": schemas}, *messages[1:]]
-    return [{"role": "system", "content": introduction, "tools": schemas}, *messages]

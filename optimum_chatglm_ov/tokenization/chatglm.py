@@ -11,9 +11,10 @@ import numpy as np
 from transformers import AddedToken, BatchEncoding
 from transformers.utils import PaddingStrategy
 
-from .base import ChatGLMTokenizer
+from .base import ChatGLMTokenizer, read_special_tokens
 from .chat_templates import CHATGLM_TEMPLATE
-from .vocabulary import TokenizerError, load_sentencepiece
+from .messages import as_messages, check_roles
+from .vocabulary import TokenizerError, load_sentencepiece, whole_characters
 
 
 _BLANKS = re.compile(" {2,80}")
@@ -52,6 +53,7 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         self.num_image_tokens = num_image_tokens
         self.remove_space = remove_space
         self.do_lower_case = do_lower_case
+        read_special_tokens(kwargs)
         # transformers >= 5 collects these two in a table, and would have them recognised in text.
         for table in ("extra_special_tokens", "model_specific_special_tokens"):
             if isinstance(kwargs.get(table), dict):
@@ -76,12 +78,12 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
             **special_tokens,
             **kwargs,
         )
-        # In text these swallow the blanks around them.
+        # In text these swallow the blanks around them, and so do those that others have replaced.
         self.added_tokens_decoder = {
             self._convert_token_to_id(token): AddedToken(
                 token, lstrip=True, rstrip=True, normalized=False, special=True
             )
-            for token in special_tokens.values()
+            for token in (*defaults.values(), *special_tokens.values())
         }
 
     def _load_vocabulary(self) -> None:
@@ -141,7 +143,7 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
             text = text.lower()
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         text = _BLANKS.sub(lambda blanks: f"<|blank_{len(blanks[0])}|>", text)
-        return self.sp_model.encode(text, out_type=str)
+        return self.sp_model.encode(whole_characters(text), out_type=str)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -214,16 +216,17 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
 
     # Conversations -------------------------------------------------------------------------------------------------
 
-    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
+    def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
         """The original's prompt: the query alone, or rounds from 0 when there is a history."""
-        if not history:
-            return query
-        rounds = [f"[Round {i}]\n问：{question}\n答：{answer}\n" for i, (question, answer) in enumerate(history)]
-        return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
+        messages = [*as_messages(history), {"role": "user", "content": query}]
+        check_roles(messages, self.roles, type(self).__qualname__)
+        return self._render(
+            self._prepare_messages(messages, None),
+            chat_template=self.default_chat_template,
+            add_generation_prompt=True,
+        )
 
-    def build_chat_input(
-        self, query: str, history: Sequence[tuple[str, str]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """`input_ids` [1, L] alone, as the original tokenizer gives them."""
         if role != "user":
             raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")

@@ -7,11 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import BatchEncoding
+from transformers import AddedToken, BatchEncoding
 
 from .base import ChatGLMTokenizer
 from .chat_templates import CHATGLM2_TEMPLATE
-from .vocabulary import TokenizerError, load_sentencepiece
+from .messages import as_messages, check_roles
+from .vocabulary import TokenizerError, load_sentencepiece, whole_characters
 
 
 class SentencePieceVocabulary:
@@ -31,7 +32,7 @@ class SentencePieceVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens in it are text."""
-        return self.sp_model.encode(text)
+        return self.sp_model.encode(whole_characters(text))
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens by name; each stretch between them is decoded by itself."""
@@ -57,6 +58,10 @@ class SentencePieceVocabulary:
         return self.index_special_tokens.get(index) or self.sp_model.id_to_piece(index)
 
 
+# What a tokenizer has unless others were chosen.
+_DEFAULT_TOKENS = {"eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
+
+
 class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
     """SentencePiece BPE with byte fallback; a prompt begins with `[gMASK] sop`.
 
@@ -76,11 +81,36 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
             "<pad>": self.tokenizer.pad_id,
         }
 
+    def __init__(self, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
+        super().__init__(vocab_file, ice_text_file, **kwargs)
+        for name, token in self._chosen_tokens.items():
+            setattr(self, name, token)
+
     def _complete_arguments(self, kwargs: dict[str, Any]) -> None:
-        # Folders saved by older transformers repeat the defaults; as special tokens they would be matched in text.
-        for name, token in (("eos_token", "</s>"), ("pad_token", "<unk>"), ("unk_token", "<unk>")):
-            if str(kwargs.get(name)) == token:
-                del kwargs[name]
+        # Of special tokens that transformers is given when it begins, it makes added tokens, which are matched in
+        # text. Those of the vocabulary are set afterwards, as a user sets them; folders saved by older transformers
+        # repeat the defaults.
+        self._chosen_tokens = {
+            name: str(kwargs.pop(name))
+            for name in self.SPECIAL_TOKENS_ATTRIBUTES
+            if isinstance(kwargs.get(name), (str, AddedToken)) and self._is_in_vocabulary(str(kwargs[name]))
+        }
+        for name, token in _DEFAULT_TOKENS.items():
+            if self._chosen_tokens.get(name) == token:
+                del self._chosen_tokens[name]
+
+    def _is_in_vocabulary(self, token: str) -> bool:
+        return token == "<unk>" or self.tokenizer.token_to_id(token) != self.tokenizer.sp_model.unk_id()
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """`pad_token_id` and its like set the token of that id, also one that has no text of its own."""
+        name = key.removesuffix("_id")
+        if value is not None and key.endswith("_token_id") and name in self.SPECIAL_TOKENS_ATTRIBUTES:
+            if not 0 <= value < len(self):
+                raise ValueError(f"`{key}` is {value}; expected an id of the vocabulary, 0 to {len(self) - 1}.")
+            added = self.added_tokens_decoder.get(value)
+            key, value = name, self.tokenizer.id_to_token(value) if added is None else added.content
+        super().__setattr__(key, value)
 
     # Vocabulary ----------------------------------------------------------------------------------------------------
 
@@ -92,7 +122,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
     @property
     def pad_token(self) -> str:
         """`<unk>`, unless another was set."""
-        return str(self._special_tokens_map.get("pad_token") or "<unk>")
+        return str(self._special_tokens_map.get("pad_token") or _DEFAULT_TOKENS["pad_token"])
 
     @property
     def pad_token_id(self) -> int:
@@ -102,7 +132,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
     @property
     def eos_token(self) -> str:
         """`</s>`, unless another was set."""
-        return str(self._special_tokens_map.get("eos_token") or "</s>")
+        return str(self._special_tokens_map.get("eos_token") or _DEFAULT_TOKENS["eos_token"])
 
     @property
     def eos_token_id(self) -> int:
@@ -139,7 +169,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
     # Encoding ------------------------------------------------------------------------------------------------------
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return self.tokenizer.sp_model.encode(text, out_type=str)
+        return self.tokenizer.sp_model.encode(whole_characters(text), out_type=str)
 
     def get_prefix_tokens(self) -> list[int]:
         """Ids of `[gMASK] sop`."""
@@ -166,17 +196,17 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
 
     # Conversations -------------------------------------------------------------------------------------------------
 
-    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
+    def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
         """The original's prompt: rounds from 1, ending in `答：`."""
-        history = history or []
-        rounds = [
-            f"[Round {i}]\n\n问：{question}\n\n答：{answer}\n\n" for i, (question, answer) in enumerate(history, 1)
-        ]
-        return "".join(rounds) + f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+        messages = [*as_messages(history), {"role": "user", "content": query}]
+        check_roles(messages, self.roles, type(self).__qualname__)
+        return self._render(
+            self._prepare_messages(messages, None),
+            chat_template=self.default_chat_template,
+            add_generation_prompt=True,
+        )
 
-    def build_chat_input(
-        self, query: str, history: Sequence[tuple[str, str]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """`input_ids`, `attention_mask` and `position_ids` [1, L] of `build_prompt`."""
         if role != "user":
             raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import keyword
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from typing import Any
 
 from transformers import BatchEncoding
 
-from .chat_templates import CHATGLM3_TEMPLATE, with_tools
+from .chat_templates import CHATGLM3_TEMPLATE
 from .chatglm2 import ChatGLM2Tokenizer
+from .messages import ToolCall, as_messages, bare_functions, check_roles, with_tools
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
 
     chatglm_generation = "chatglm3"
     default_chat_template = CHATGLM3_TEMPLATE
+    turn_end_tokens = ("<|user|>", "<|observation|>")
     roles = _ROLES
     control_tokens = (*ChatGLM2Tokenizer.control_tokens, *(f"<|{role}|>" for role in _ROLES))
 
@@ -49,6 +52,23 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
 
     def _convert_id_to_token(self, index: int) -> str:
         return self.tokenizer.index_special_tokens.get(index) or super()._convert_id_to_token(index)
+
+    def _decode_ids(self, token_ids: int | list[int], skip_special_tokens: bool) -> str:
+        if skip_special_tokens and isinstance(token_ids, list):
+            token_ids = self._without_turn_end(token_ids)
+        return super()._decode_ids(token_ids, skip_special_tokens)
+
+    def _without_turn_end(self, token_ids: list[int]) -> list[int]:
+        """`token_ids` without the token that ended the answer, and the padding after it.
+
+        The original shows control tokens whatever is asked for, so a list of nothing but several is shown in full.
+        """
+        end = len(token_ids)
+        while end and token_ids[end - 1] == self.pad_token_id:
+            end -= 1
+        controls = {*self.special_tokens.values(), *self.tokenizer.index_special_tokens}
+        is_answer = end == 1 or not controls.issuperset(token_ids[:end])
+        return token_ids[: end - 1] if end and is_answer and token_ids[end - 1] in self.turn_end_ids else token_ids
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if not self.encode_special_tokens:
@@ -66,18 +86,19 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         Raises:
             ValueError: `role` is not system, user, assistant or observation.
         """
-        self._check_roles([{"role": role}])
+        if role not in self.roles:
+            raise ValueError(f"{type(self).__qualname__} has no role {role!r}; use one of {', '.join(self.roles)}.")
         return [
             self.get_command(f"<|{role}|>"),
             *self.tokenizer.encode(f"{metadata}\n"),
             *self.tokenizer.encode(message),
         ]
 
-    def build_chat_input(
-        self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """`input_ids`, `attention_mask` and `position_ids` [1, L]; see [`ChatGLMTokenizer.build_chat_input`]."""
-        messages = [*(history or []), {"role": role, "content": query}]
+        messages = [*as_messages(history), {"role": role, "content": query}]
+        check_roles(messages, self.roles, type(self).__qualname__)
+        messages = self._prepare_messages(messages, None)
         ids = self._conversation_ids(messages, add_generation_prompt=True, continue_final_message=False)
         return self.pad({"input_ids": [ids]}, return_tensors="pt")
 
@@ -100,7 +121,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None
     ) -> list[dict[str, Any]]:
         return [
-            {**message, "tools": _functions(message["tools"])} if "tools" in message else message
+            {**message, "tools": bare_functions(message["tools"])} if "tools" in message else message
             for message in super()._prepare_messages(messages, tools)
         ]
 
@@ -110,8 +131,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         Revisions of ChatGLM3 whose tokenizer_config.json lists the control tokens as added tokens recognise them in
         text; those without the list spell them, which is not the prompt that the model was trained on.
         """
-        added_tokens = self.added_tokens_encoder
-        if not added_tokens:
+        added_tokens, control_tokens = self.added_tokens_encoder, self.tokenizer.special_tokens
+        if added_tokens.keys() & control_tokens.keys():
+            added_tokens = {**control_tokens, **added_tokens}  # where some are listed, the others were forgotten
+        else:
             if not self.encode_special_tokens:
                 _warn_once(
                     "The chat template of this ChatGLM3 checkpoint writes the roles as text, as its authors' "
@@ -119,34 +142,44 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
                     "`tokenizer.chat_template = None` before `apply_chat_template`."
                 )
             return super()._rendered_ids(messages, **rendering)
-        pattern = re.compile("|".join(map(re.escape, added_tokens)))
-        everything = "".join(str(value) for message in messages for value in message.values())
+        # `sop` is also part of words
+        pattern = re.compile(
+            "|".join(
+                rf"(?<![A-Za-z]){token}(?![A-Za-z])" if token.isalpha() else re.escape(token) for token in added_tokens
+            )
+        )
+        everything = str(messages)
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in everything)
-        protected = [
-            {
-                key: pattern.sub(lambda token: token[0][0] + mark + token[0][1:], value)
-                if isinstance(value, str) and key != "role"
-                else value
-                for key, value in message.items()
-            }
-            for message in messages
-        ]
+
+        def protected(value: Any) -> Any:
+            if isinstance(value, str):
+                return pattern.sub(lambda token: token[0][0] + mark + token[0][1:], value)
+            if isinstance(value, list):
+                return [protected(item) for item in value]
+            return {key: protected(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        marked = [{**protected(message), "role": message["role"]} for message in messages]
         ids: list[int] = []
-        for part in re.split(f"({pattern.pattern})", self._render(protected, **rendering)):
+        for part in re.split(f"({pattern.pattern})", self._render(marked, **rendering)):
             known = added_tokens.get(part)
             ids += self.tokenizer.encode(part.replace(mark, "")) if known is None else [known]
         return ids
 
-    def _tool_call_text(self, arguments: dict[str, Any]) -> str:
-        call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        return f"```python\ntool_call({call})\n```"
+    def _call_messages(self, calls: list[ToolCall], where: str) -> list[dict[str, Any]]:
+        messages = []
+        for name, arguments in calls:
+            for argument in arguments:
+                if not argument.isidentifier() or keyword.iskeyword(argument):
+                    raise ValueError(
+                        f"{where}: the argument {argument!r} of the call of {name!r} has no form; ChatGLM3 writes "
+                        "calls in Python, where it is not a name."
+                    )
+            call = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+            content = f"```python\ntool_call({call})\n```"
+            messages.append({"role": "assistant", "metadata": name, "content": content})
+        return messages
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def _functions(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """ChatGLM3 lists bare functions, without the ecosystem's `{"type": "function", "function": ...}` around them."""
-    return [tool["function"] if tool.get("type") == "function" and "function" in tool else tool for tool in tools]

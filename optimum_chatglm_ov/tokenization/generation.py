@@ -6,58 +6,70 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
+from ..families import GENERATIONS, GENERATIONS_OF_RANKS, family_of_name
 from .vocabulary import TokenizerError, load_sentencepiece, vocabulary_format
 
 
 logger = logging.getLogger(__name__)
 
-GENERATIONS = ("chatglm", "chatglm2", "chatglm3", "glm4")
 
-_GENERATION_OF_NAME = (
-    (re.compile(r"chatglm[-_]?3", re.I), "chatglm3"),
-    (re.compile(r"chatglm[-_]?2|codegeex[-_]?2", re.I), "chatglm2"),
-)
-
-
-def detect_generation(vocab_file: str, tokenizer_config: dict[str, Any]) -> str:
-    """One of `GENERATIONS`, for a vocabulary file and the arguments that its tokenizer is made with.
+def detect_generation(vocab_file: str, tokenizer_config: dict[str, Any]) -> tuple[str, bool]:
+    """One of `GENERATIONS`, for a vocabulary file and the arguments that its tokenizer is made with; and whether
+    anything told it.
 
     The file tells ChatGLM (its own pieces for line breaks) and GLM-4 (not a SentencePiece model) apart. ChatGLM2 and
-    ChatGLM3 have the same file: what tells them apart is, in this order, `chatglm_generation` in `tokenizer_config`,
-    the role tokens in it, the repository names stored beside the file (`name_or_path` of tokenizer_config.json,
-    `_name_or_path` of config.json), and the name the tokenizer was asked for by. When nothing tells, ChatGLM3 is
-    taken and a warning says so.
+    ChatGLM3 have the same file, and so have GLM-4 and CodeGeeX4. What tells them apart is, in this order,
+    `chatglm_generation` in `tokenizer_config`, the role tokens in it (which ChatGLM2 has not), the model names stored
+    beside the file (`name_or_path` of tokenizer_config.json, `_name_or_path` of config.json), and the name the
+    tokenizer was asked for by. When nothing tells, ChatGLM3 is taken, and a warning says so, or GLM-4. A stored
+    `chatglm_generation` of `"glm4"` means CodeGeeX4 where a stored name is of that: version 0.1.0 knew GLM-4 alone.
 
     Raises:
-        TokenizerError: `chatglm_generation` is unknown or contradicts the file, or the file is unusable.
+        TokenizerError: `chatglm_generation` is unknown or contradicts the file, the file is unusable, or the stored
+            names contradict each other.
     """
     asked = tokenizer_config.get("chatglm_generation")
     possible = _generations_of_file(vocab_file)
+    folder = os.path.dirname(os.path.abspath(vocab_file))
+    stored = _stored_names(folder)
     if asked is not None:
         check_generation(asked, possible, vocab_file)
-        return asked
+        is_stored = asked == _read_key(folder, "tokenizer_config.json", "chatglm_generation")
+        if asked == "glm4" and is_stored and _is_codegeex4(stored.values()):
+            return "codegeex4", True
+        return asked, True
     if len(possible) == 1:
-        return possible[0]
+        return possible[0], True
 
     role_tokens = (tokenizer_config.get("added_tokens_decoder") or {}).values()
-    if any("<|assistant|>" in str(token) for token in role_tokens):
-        return "chatglm3"
-    if "<|assistant|>" in str(tokenizer_config.get("chat_template")):
-        return "chatglm3"
-    for name in _repository_names(vocab_file, tokenizer_config):
-        for pattern, generation in _GENERATION_OF_NAME:
-            if pattern.search(name):
-                return generation
+    texts = [*map(str, role_tokens), str(tokenizer_config.get("chat_template"))]
+    if "chatglm3" in possible and any("<|assistant|>" in text for text in texts):
+        return "chatglm3", True
+    asked_by = str(tokenizer_config.get("name_or_path") or folder)
+    for names in (stored, {"the name": os.path.abspath(asked_by) if os.path.isdir(asked_by) else asked_by}):
+        families = {place: family_of_name(name, possible) for place, name in names.items()}
+        found = {family.generation for family in families.values() if family is not None}
+        if len(found) == 1:
+            return found.pop(), True
+        if "codegeex4" in found:  # which was made from GLM-4, and may name it
+            return "codegeex4", True
+        if found:
+            told = " and ".join(f"{place} {names[place]!r}" for place, family in families.items() if family)
+            raise TokenizerError(
+                f"{folder}: {told} are names of different generations, whose prompts differ. Decide with "
+                f"`chatglm_generation`, one of {', '.join(possible)}, in tokenizer_config.json or as an argument."
+            )
+    if possible == GENERATIONS_OF_RANKS:
+        return "glm4", True
     logger.warning(
         f"Nothing beside {vocab_file} tells whether it belongs to ChatGLM2 or ChatGLM3, whose prompts differ; "
         'ChatGLM3 is assumed. Pass `chatglm_generation="chatglm2"` or `"chatglm3"` (or write it into '
         "tokenizer_config.json) to decide."
     )
-    return "chatglm3"
+    return "chatglm3", False
 
 
 def check_generation(asked: str, possible: tuple[str, ...], vocab_file: str) -> None:
@@ -73,23 +85,30 @@ def check_generation(asked: str, possible: tuple[str, ...], vocab_file: str) -> 
 
 def _generations_of_file(vocab_file: str) -> tuple[str, ...]:
     if vocabulary_format(vocab_file) == "ranks":
-        return ("glm4",)
+        return GENERATIONS_OF_RANKS
     model = load_sentencepiece(vocab_file)
     return ("chatglm",) if model.piece_to_id("<n>") != model.unk_id() else ("chatglm2", "chatglm3")
 
 
-def _repository_names(vocab_file: str, tokenizer_config: dict[str, Any]) -> Iterator[str]:
-    folder = os.path.dirname(os.path.abspath(vocab_file))
-    yield _read_key(os.path.join(folder, "tokenizer_config.json"), "name_or_path")
-    for key in ("original_name_or_path", "_name_or_path"):
-        yield _read_key(os.path.join(folder, "config.json"), key)
-    # Only the last part of a path: a parent folder called "chatglm2-and-3" says nothing.
-    yield os.path.basename(os.path.normpath(str(tokenizer_config.get("name_or_path") or folder)))
+def _is_codegeex4(names: Iterable[str]) -> bool:
+    families = (family_of_name(name, GENERATIONS_OF_RANKS) for name in names)
+    return any(family is not None and family.generation == "codegeex4" for family in families)
 
 
-def _read_key(path: str, key: str) -> str:
+def _stored_names(folder: str) -> dict[str, str]:
+    """Key and file -> the name that is there; transformers overwrites `_name_or_path`, and an export keeps it."""
+    names = {
+        "`name_or_path` of tokenizer_config.json": _read_key(folder, "tokenizer_config.json", "name_or_path"),
+        "`original_name_or_path` of config.json": _read_key(folder, "config.json", "original_name_or_path"),
+    }
+    if not names["`original_name_or_path` of config.json"]:
+        names["`_name_or_path` of config.json"] = _read_key(folder, "config.json", "_name_or_path")
+    return {place: name for place, name in names.items() if name}
+
+
+def _read_key(folder: str, name: str, key: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
             return str(json.load(file).get(key) or "")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return ""

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tiktoken
 from transformers import AddedToken, BatchEncoding
 
+from ..families import GENERATIONS_OF_RANKS
 from .base import ChatGLMTokenizer
-from .chat_templates import GLM4_TEMPLATE, with_tools
-from .generation import check_generation
+from .chat_templates import GLM4_TEMPLATE
+from .generation import check_generation, detect_generation
+from .messages import ToolCall, as_messages, with_tools, wrapped_functions
 from .vocabulary import load_ranks
 
 
@@ -47,6 +50,16 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
 
     chatglm_generation = "glm4"
     default_chat_template = GLM4_TEMPLATE
+    turn_end_tokens = ("<|user|>", "<|observation|>")
+
+    def __new__(cls, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
+        # repositories of CodeGeeX4 name this class, too
+        if cls is ChatGLM4Tokenizer and vocab_file is not None and os.path.isfile(vocab_file):
+            if detect_generation(vocab_file, kwargs)[0] == "codegeex4":
+                from .codegeex4 import CodeGeeX4Tokenizer
+
+                cls = CodeGeeX4Tokenizer
+        return super().__new__(cls, vocab_file, ice_text_file, **kwargs)
 
     def _load_vocabulary(self) -> None:
         self.mergeable_ranks = load_ranks(self.vocab_file)
@@ -56,7 +69,9 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
 
     def _complete_arguments(self, kwargs: dict[str, Any]) -> None:
         # AutoTokenizer finds this class by its name, before anything has looked at the argument.
-        check_generation(kwargs.get("chatglm_generation", "glm4"), ("glm4",), self.vocab_file)
+        check_generation(
+            kwargs.get("chatglm_generation", self.chatglm_generation), GENERATIONS_OF_RANKS, self.vocab_file
+        )
         # transformers 4 and 5 store the special tokens under different keys; the table of added tokens they share.
         kwargs.pop("extra_special_tokens", None)
         added_tokens = kwargs.get("added_tokens_decoder") or {
@@ -116,10 +131,9 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
 
     def _decode_ids(self, token_ids: int | list[int], skip_special_tokens: bool) -> str:
         """Special tokens stand apart, with a blank between them and their neighbours, as in the original."""
-        if isinstance(token_ids, int):  # the original gives no text for an id that is not in a list
-            return ""
         parts, stretch = [], []
-        for index in token_ids:
+        # also of one id alone, for which the original has no text
+        for index in [token_ids] if isinstance(token_ids, int) else token_ids:
             added = self._added_tokens_decoder.get(index)
             if added is None:
                 stretch.append(self._convert_id_to_token(index))
@@ -142,18 +156,17 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         Raises:
             ValueError: `role` is not system, user, assistant or observation.
         """
-        self._check_roles([{"role": role}])
+        if role not in self.roles:
+            raise ValueError(f"{type(self).__qualname__} has no role {role!r}; use one of {', '.join(self.roles)}.")
         return [
             self.convert_tokens_to_ids(f"<|{role}|>"),
             *self.tokenizer.encode_ordinary(f"{metadata}\n"),
             *self.tokenizer.encode_ordinary(message),
         ]
 
-    def build_chat_input(
-        self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """`input_ids`, `attention_mask` and `position_ids` [1, L], by the chat template."""
-        messages = [*(history or []), {"role": role, "content": query}]
+        messages = [*as_messages(history), {"role": role, "content": query}]
         return self.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
     def _conversation_ids(
@@ -170,5 +183,16 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
     def _with_tools(self, messages: list[dict[str, Any]], tools: Sequence[dict | Callable]) -> list[dict[str, Any]]:
         return with_tools(messages, tools)
 
-    def _tool_call_text(self, arguments: dict[str, Any]) -> str:
-        return json.dumps(arguments, ensure_ascii=False)
+    def _prepare_messages(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None
+    ) -> list[dict[str, Any]]:
+        return [
+            {**message, "tools": wrapped_functions(message["tools"])} if "tools" in message else message
+            for message in super()._prepare_messages(messages, tools)
+        ]
+
+    def _call_messages(self, calls: list[ToolCall], where: str) -> list[dict[str, Any]]:
+        return [
+            {"role": "assistant", "metadata": name, "content": json.dumps(arguments, ensure_ascii=False)}
+            for name, arguments in calls
+        ]

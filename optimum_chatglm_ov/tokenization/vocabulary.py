@@ -99,3 +99,8 @@ def load_ranks(vocab_file: str | os.PathLike) -> dict[bytes, int]:
             "the original repository."
         )
     return ranks
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for half a surrogate pair, which no encoding has, and pairs put together."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
