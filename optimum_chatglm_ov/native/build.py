@@ -3,7 +3,7 @@
 
 A library fits one OpenVINO build. It comes, in this order, from the package itself (a wheel may carry it in
 `native/prebuilt`), from the cache of earlier builds, or from a CMake build of the sources beside this file, which
-takes about 20 seconds, once.
+takes about half a minute, once.
 """
 
 from __future__ import annotations
