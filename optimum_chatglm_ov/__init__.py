@@ -22,12 +22,12 @@ def __getattr__(name: str) -> Any:
     """In the process of `chatglm-ov`: the first public name that is asked for imports and registers everything."""
     # `from . import module` asks for a module's name here before it imports it
     if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is None:
-        registration = importlib.import_module(".registration", __name__)
+        registration = importlib.import_module(".integrations.registration", __name__)
         if name in registration.__all__:
             return getattr(registration, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if TYPE_CHECKING or not _is_command():
-    from .registration import *  # noqa: F403
-    from .registration import __all__ as __all__
+    from .integrations.registration import *  # noqa: F403
+    from .integrations.registration import __all__ as __all__

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .cache import FusedCache
+from .architectures.families import Family, family_of_generation
 from .errors import ChatGLMError
-from .families import Family, family_of_generation
-from .token_stream import TokenStream
+from .runtime.cache import FusedCache
+from .runtime.token_stream import TokenStream
 from .tokenization.codegeex4 import defined_functions
 from .tokenization.messages import as_messages
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .families import (
+from .architectures.families import (
     GENERATIONS,
     GENERATIONS_OF_RANKS,
     LARGEST_SENTENCEPIECE_VOCABULARY,

@@ -17,18 +17,19 @@ from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationC
 from optimum.intel.openvino.modeling_base import core
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from . import native, quantization
+from . import native
 from .chat import ChatMixin
 from .choices import ATTENTIONS, FLOATING_FORMATS, LINEARS
-from .compilation import CompilationMixin, choice
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
-from .export import MODEL_FILE, end_turns, export_model, load_config, log_ignored_cache, model_folder
-from .hub import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
-from .inference import InferenceMixin
+from .export import quantization
+from .export.exporter import MODEL_FILE, end_turns, export_model, load_config, log_ignored_cache, model_folder
+from .hub.repository import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
+from .integrations.remote_code import read_config, warn_once
 from .native import NativeBuildError
 from .originals import OriginalsMixin
-from .remote_code import read_config, warn_once
+from .runtime.compilation import CompilationMixin, choice
+from .runtime.inference import InferenceMixin
 from .tokenization import has_vocabulary, load_tokenizer
 
 

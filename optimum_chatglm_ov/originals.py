@@ -12,7 +12,7 @@ from transformers import BatchEncoding
 
 from .chat import RULES, History, Response, StreamedTokens
 from .configuration import ChatGLMConfig
-from .token_stream import TokenStream
+from .runtime.token_stream import TokenStream
 from .tokenization.messages import as_messages
 
 

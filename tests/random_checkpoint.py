@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_chatglm_ov import ChatGLMConfig
-from optimum_chatglm_ov.checkpoint import original_names
-from optimum_chatglm_ov.graph import tensor_shapes
+from optimum_chatglm_ov.architectures.registry import tensor_shapes
+from optimum_chatglm_ov.checkpoint.checkpoint import original_names
 
 
 SMALL = {

@@ -15,9 +15,10 @@ from conftest import DATA, EXACT, Golden
 from reference import TinyChatGLM, read_state_dict
 from safetensors.torch import load_file, save_file
 
-from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model, graph
-from optimum_chatglm_ov.adapters import TARGETS, merge_adapters
-from optimum_chatglm_ov.checkpoint import Checkpoint
+from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.architectures import registry as graph
+from optimum_chatglm_ov.checkpoint.adapters import TARGETS, merge_adapters
+from optimum_chatglm_ov.checkpoint.checkpoint import Checkpoint
 
 
 MODEL = DATA / "models" / "chatglm3-6b"

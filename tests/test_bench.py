@@ -12,10 +12,10 @@ from conftest import DATA, openvino_layers
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
-from optimum_chatglm_ov.bench import WAYS, measure, random_prompt
 from optimum_chatglm_ov.cli.main import main
-from optimum_chatglm_ov.export import load_config
-from optimum_chatglm_ov.native import bench_linear
+from optimum_chatglm_ov.export.exporter import load_config
+from optimum_chatglm_ov.measure import linear as bench_linear
+from optimum_chatglm_ov.measure.speed import WAYS, measure, random_prompt
 
 
 SMALL = ["--prompt-tokens", "8", "40", "--new-tokens", "3", "--repetitions", "1"]

@@ -12,9 +12,9 @@ from conftest import DATA, in_child, let_others_read
 from safetensors.torch import load_file, save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError
-from optimum_chatglm_ov.checkpoint import Checkpoint, Derived, Scratch, Weight
-from optimum_chatglm_ov.graph import tensor_shapes
-from optimum_chatglm_ov.prefix import tensor_shapes as prefix_shapes
+from optimum_chatglm_ov.architectures.registry import tensor_shapes
+from optimum_chatglm_ov.checkpoint.checkpoint import Checkpoint, Derived, Scratch, Weight
+from optimum_chatglm_ov.checkpoint.prefix import tensor_shapes as prefix_shapes
 
 
 def copy(name, tmp_path):

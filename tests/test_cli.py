@@ -28,8 +28,8 @@ from optimum_chatglm_ov.cli import conversation
 from optimum_chatglm_ov.cli.arguments import add_runtime_options, runtime_options
 from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
+from optimum_chatglm_ov.integrations.remote_code import warn_once
 from optimum_chatglm_ov.native import is_fused
-from optimum_chatglm_ov.remote_code import warn_once
 
 
 MODELS = Path(__file__).parent / "data" / "models"
@@ -176,8 +176,9 @@ def test_importing_the_package_registers_its_classes(first):
 
 def test_the_process_of_the_command_registers_with_the_first_name():
     code = "import sys\nsys.argv = ['/usr/bin/chatglm-ov']\nimport optimum_chatglm_ov\n"
-    code += "from optimum_chatglm_ov import choices, quantization\n"  # modules may come first
-    code += "print('optimum_chatglm_ov.registration' in sys.modules, hasattr(optimum_chatglm_ov, 'nonsense'))\n"
+    code += "from optimum_chatglm_ov import choices, measure\n"  # modules may come first
+    code += "is_registered = 'optimum_chatglm_ov.integrations.registration' in sys.modules\n"
+    code += "print(is_registered, hasattr(optimum_chatglm_ov, 'nonsense'))\n"
     code += "from optimum_chatglm_ov import export_model\nfrom transformers import AutoConfig\n"
     code += f"print(type(AutoConfig.from_pretrained({CHATGLM3!r})).__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=300)
@@ -314,7 +315,7 @@ def test_details_refine_the_default_of_the_format():
     assert config.statistics_path == "statistics"
     assert (config.bits, config.dtype, config.ratio) == (4, "int4", 0.8)
     assert (config.quant_method.value, config.scale_estimation, config.num_samples) == ("awq", True, 7)
-    assert config.group_size == optimum_chatglm_ov.quantization.refined("int4").group_size
+    assert config.group_size == optimum_chatglm_ov.export.quantization.refined("int4").group_size
     config = weight_arguments(parse("--weight-format", "int8", "--no-sym"))["quantization_config"]
     assert (config.bits, config.sym) == (8, False)
     config = weight_arguments(parse("--weight-format", "nf4", "--backup-precision", "none"))["quantization_config"]

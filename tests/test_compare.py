@@ -13,11 +13,12 @@ from conftest import DATA, EXACT
 from reference import text as reference_text
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model, quantization, texts
+from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli import compare as command
 from optimum_chatglm_ov.cli.main import main
-from optimum_chatglm_ov.compare import compare
+from optimum_chatglm_ov.export import quantization, texts
+from optimum_chatglm_ov.measure.accuracy import compare
 
 
 TEXT = (

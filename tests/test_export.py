@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, ExportError, OVChatGLMForCausalLM, export_model
-from optimum_chatglm_ov.export import _check_size
+from optimum_chatglm_ov.export.exporter import _check_size
 
 
 SOURCE = DATA / "models" / "chatglm3-6b"

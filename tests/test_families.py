@@ -10,8 +10,8 @@ from tokenization_cases import DATA, folder
 from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig
-from optimum_chatglm_ov.export import load_config
-from optimum_chatglm_ov.families import FAMILIES, GENERATIONS, family_of_name, is_base, model_name
+from optimum_chatglm_ov.architectures.families import FAMILIES, GENERATIONS, family_of_name, is_base, model_name
+from optimum_chatglm_ov.export.exporter import load_config
 from optimum_chatglm_ov.tokenization import (
     ChatGLM2Tokenizer,
     ChatGLM3Tokenizer,

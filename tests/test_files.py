@@ -14,7 +14,7 @@ import pytest
 from conftest import in_child, let_others_read
 
 from optimum_chatglm_ov import ExportError
-from optimum_chatglm_ov.files import complete_folder
+from optimum_chatglm_ov.output import complete_folder
 from optimum_chatglm_ov.signals import termination_unwinds
 
 

@@ -16,7 +16,7 @@ from optimum.intel import OVModelForCausalLM
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.cli.main import main
 from optimum_chatglm_ov.native import is_fused
-from optimum_chatglm_ov.native.transform import cache_layout
+from optimum_chatglm_ov.native.fuse_attention import cache_layout
 
 
 NAMES = (

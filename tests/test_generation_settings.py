@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import DATA
 
-from optimum_chatglm_ov import CheckpointError, OVChatGLMForCausalLM, checkpoint, export_model
+from optimum_chatglm_ov import CheckpointError, OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.checkpoint import checkpoint
 
 
 SOURCE = DATA / "models" / "chatglm2-6b"

@@ -21,7 +21,7 @@ from native.attention_reference import (
 )
 
 from optimum_chatglm_ov.native import instruction_sets, load
-from optimum_chatglm_ov.native.operation import MAX_HEAD_DIM, chatglm_rotary
+from optimum_chatglm_ov.native.operations import MAX_HEAD_DIM, chatglm_rotary
 
 
 SETS = instruction_sets()

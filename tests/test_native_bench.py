@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from optimum_chatglm_ov import native
-from optimum_chatglm_ov.bench import machine_peaks
-from optimum_chatglm_ov.native import bench_linear, instruction_sets, linear_instruction_sets
-from optimum_chatglm_ov.native.bench_attention import AttentionShape, _Paged, _Stateful, measure_attention
+from optimum_chatglm_ov.measure import linear as bench_linear
+from optimum_chatglm_ov.measure.attention import AttentionShape, _Paged, _Stateful, measure_attention
+from optimum_chatglm_ov.measure.speed import machine_peaks
+from optimum_chatglm_ov.native import instruction_sets, linear_instruction_sets
 
 
 SHAPE = AttentionShape(num_attention_heads=4, num_key_value_heads=2, head_dim=64, rotary_dim=32)

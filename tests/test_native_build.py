@@ -17,7 +17,7 @@ import pytest
 from optimum_chatglm_ov.native import NativeBuildError, build, build_native, extension_path
 
 
-KERNELS = build.SOURCE_DIR / "kernels"
+KERNELS = build.SOURCE_DIR
 HERE = Path(__file__).parent
 
 
@@ -65,7 +65,7 @@ def test_key_follows_openvino_compiler_and_sources(cache, monkeypatch, tmp_path)
     monkeypatch.setattr(build, "_compiler_version", lambda compiler: "another compiler 99")
     paths.add(build.built_path())
     copy = shutil.copytree(build.SOURCE_DIR, tmp_path / "native")
-    (copy / "kernels" / "vector.hpp").write_text("// changed\n")
+    (copy / "simd" / "vector.hpp").write_text("// changed\n")
     monkeypatch.setattr(build, "SOURCE_DIR", copy)
     paths.add(build.built_path())
     assert len(paths) == 4
@@ -86,7 +86,7 @@ def test_built_ahead_it_needs_no_compiler(cache, pretend_compile, monkeypatch, t
 
 
 def test_library_carried_by_the_package_comes_first(cache, pretend_compile, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "SOURCE_DIR", shutil.copytree(build.SOURCE_DIR, tmp_path / "native"))
+    monkeypatch.setattr(build, "PREBUILT_DIR", tmp_path / "prebuilt")
     assert extension_path() == build.built_path()
     carried = build.prebuilt_path()
     carried.parent.mkdir(parents=True)
@@ -98,7 +98,8 @@ def test_wheels_take_a_carried_library_along():
     settings = configparser.ConfigParser()
     settings.read(HERE.parent / "setup.cfg")
     patterns = settings["options.package_data"]["optimum_chatglm_ov.native"].split(", ")
-    assert any(build.prebuilt_path().relative_to(build.SOURCE_DIR).match(pattern) for pattern in patterns)
+    carried = build.prebuilt_path().relative_to(build.PREBUILT_DIR.parent)
+    assert any(carried.match(pattern) for pattern in patterns)
 
 
 def test_flags_of_the_environment_are_left_out(monkeypatch, tmp_path):
@@ -169,7 +170,7 @@ def test_user_without_a_home(monkeypatch):
 
 def test_library_of_another_openvino_is_refused(cache, monkeypatch, tmp_path):
     from optimum_chatglm_ov import native
-    from optimum_chatglm_ov.native import operation
+    from optimum_chatglm_ov.native import operations as operation
 
     broken = tmp_path / "libbroken.so"
     broken.write_bytes(b"not a library")

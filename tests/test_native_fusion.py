@@ -13,8 +13,8 @@ import pytest
 from conftest import EXACT, FLOATING, Golden
 
 from optimum_chatglm_ov.native import load
-from optimum_chatglm_ov.native.runtime import FusedAttentionState
-from optimum_chatglm_ov.native.transform import cache_layout, fuse_attention
+from optimum_chatglm_ov.native.cache_state import FusedAttentionState
+from optimum_chatglm_ov.native.fuse_attention import cache_layout, fuse_attention
 
 
 class FusedModel:

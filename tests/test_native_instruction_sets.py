@@ -12,7 +12,7 @@ from native.attention_reference import Sequence, Shape, compile_attention, relat
 from test_native_linear import input_node, layer, run
 
 from optimum_chatglm_ov.native import instruction_sets, linear_instruction_sets
-from optimum_chatglm_ov.native.linear import fuse_linears
+from optimum_chatglm_ov.native.fuse_linear import fuse_linears
 
 
 SETS, LINEAR_SETS = instruction_sets(), linear_instruction_sets()

@@ -17,7 +17,7 @@ from random_checkpoint import make
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.native import linear_instruction_sets, linear_is_fast, load
-from optimum_chatglm_ov.native.linear import fuse_linears
+from optimum_chatglm_ov.native.fuse_linear import fuse_linears
 
 
 SETS = linear_instruction_sets()

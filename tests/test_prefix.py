@@ -13,8 +13,9 @@ from conftest import DATA, EXACT, Golden
 from reference import TinyChatGLM, prefix_key_values
 from safetensors.torch import save_file
 
-from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model, graph
-from optimum_chatglm_ov.prefix import load_prefix
+from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.architectures import registry as graph
+from optimum_chatglm_ov.checkpoint.prefix import load_prefix
 
 
 NAMES = ("chatglm-6b-ptuning-v2", "chatglm2-6b-ptuning-v2")

@@ -15,11 +15,13 @@ from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationC
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model, graph, quantization
+from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.architectures import registry as graph
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
-from optimum_chatglm_ov.checkpoint import Checkpoint, Weight
+from optimum_chatglm_ov.checkpoint.checkpoint import Checkpoint, Weight
 from optimum_chatglm_ov.errors import CheckpointError, ExportError
-from optimum_chatglm_ov.int8 import quantize_rows
+from optimum_chatglm_ov.export import quantization
+from optimum_chatglm_ov.export.int8 import quantize_rows
 
 
 CHATGLM3 = DATA / "models" / "chatglm3-6b"

@@ -29,10 +29,15 @@ from transformers import (
 )
 
 from optimum_chatglm_ov import CheckpointError, OVChatGLMForCausalLM, export_model
-from optimum_chatglm_ov.bench import measure
-from optimum_chatglm_ov.compare import compare
 from optimum_chatglm_ov.configuration import ChatGLMConfig
-from optimum_chatglm_ov.remote_code import _warn_of_missing_type, is_chatglm, replace_remote_code, warn_once
+from optimum_chatglm_ov.integrations.remote_code import (
+    _warn_of_missing_type,
+    is_chatglm,
+    replace_remote_code,
+    warn_once,
+)
+from optimum_chatglm_ov.measure.accuracy import compare
+from optimum_chatglm_ov.measure.speed import measure
 from optimum_chatglm_ov.tokenization import ChatGLM2Tokenizer, ChatGLM3Tokenizer, ChatGLM4Tokenizer
 
 

@@ -5,7 +5,7 @@ import pytest
 from conftest import DATA
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import texts
+from optimum_chatglm_ov.export import texts
 
 
 def test_files_strings_and_rows(tmp_path):

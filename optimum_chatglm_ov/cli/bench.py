@@ -26,7 +26,7 @@ from .arguments import (
 
 
 if TYPE_CHECKING:
-    from ..bench import Measurement
+    from ..measure.speed import Measurement
 
 _NEW_TOKENS = 32
 _ROWS = (1, 16, 64, 1024)
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         _check_plot(args.plot)
     for file in filter(None, (args.json, args.plot)):
         check_writable(file)
-    from ..bench import cpu_description, machine_peaks
+    from ..measure.speed import cpu_description, machine_peaks
 
     peaks = machine_peaks(args.threads)
     header = [cpu_description(), *_peak_texts(peaks), *(f"{name}={value}" for name, value in properties.items())]
@@ -142,8 +142,8 @@ class _Row:
 
 
 def _models(args: argparse.Namespace) -> Iterator[_Row]:
-    from .. import registration  # noqa: F401  before any file is read
-    from ..bench import measure
+    from ..integrations import registration  # noqa: F401  before any file is read
+    from ..measure.speed import measure
     from .embedded import embedded_model
 
     with ExitStack() as stack:
@@ -180,8 +180,8 @@ def _cells(m: Measurement) -> dict[str, str]:
 
 
 def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
-    from ..bench import stream_bandwidth
-    from ..native.bench_attention import CHATGLM3, CHATGLM_6B, measure_attention
+    from ..measure.attention import CHATGLM3, CHATGLM_6B, measure_attention
+    from ..measure.speed import stream_bandwidth
 
     shape = {"chatglm3": CHATGLM3, "chatglm": CHATGLM_6B}[args.attention_only]
     bandwidth = stream_bandwidth(args.threads)
@@ -210,7 +210,7 @@ def _peak_texts(peaks: dict[str, float]) -> list[str]:
 
 
 def _linear_only(args: argparse.Namespace, peaks: dict[str, float]) -> Iterator[_Row]:
-    from ..native.bench_linear import CHATGLM3, CHATGLM_6B, WAYS, measure_linear
+    from ..measure.linear import CHATGLM3, CHATGLM_6B, WAYS, measure_linear
 
     shape = {"chatglm3": CHATGLM3, "chatglm": CHATGLM_6B}[args.linear_only]
     # what the native operations compute with

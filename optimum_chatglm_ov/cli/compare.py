@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     """Compares, prints and returns the exit status."""
     if args.json not in (None, "-"):
         check_writable(Path(args.json))
-    from .. import registration  # noqa: F401  before any file is read
-    from ..compare import compare
+    from ..integrations import registration  # noqa: F401  before any file is read
+    from ..measure.accuracy import compare
 
     measured = compare(
         args.reference,

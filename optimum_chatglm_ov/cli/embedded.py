@@ -13,11 +13,10 @@ from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 
-from optimum_chatglm_ov import export_model
-from optimum_chatglm_ov.assets import TINY_CHATGLM3
-from optimum_chatglm_ov.errors import ExportError
-from optimum_chatglm_ov.hub import has_openvino_model
-
+from .. import export_model
+from ..assets import TINY_CHATGLM3
+from ..errors import ExportError
+from ..hub.repository import has_openvino_model
 from .arguments import package_version
 from .progress import export_progress
 

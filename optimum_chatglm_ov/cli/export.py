@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--kv-cache-precision: only with --attention fused; else it is an option of chatglm-ov chat")
     weights = weight_arguments(args)
     from .. import export_model
-    from ..remote_code import warn_once
+    from ..integrations.remote_code import warn_once
     from .progress import export_progress
 
     if args.trust_remote_code:
@@ -189,7 +189,7 @@ def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
                 f"{args.weight_format or 'not given'}; add for example --weight-format int4"
             )
         return {"weight_format": args.weight_format}
-    from ..quantization import refined, uses_texts
+    from ..export.quantization import refined, uses_texts
 
     quantization_config = refined(args.weight_format, **details)
     if dataset and not uses_texts(quantization_config):

@@ -8,7 +8,7 @@ from pathlib import Path
 import openvino as ov
 
 from .build import NativeBuildError, build_native, extension_path
-from .operation import add_extension, library
+from .operations import add_extension, library
 
 
 __all__ = [

@@ -2,7 +2,7 @@
 """Finds or builds the library of native operations for the installed OpenVINO.
 
 A library fits one OpenVINO build. It comes, in this order, from the package itself (a wheel may carry it in
-`native/prebuilt`), from the cache of earlier builds, or from a CMake build of the sources beside this file, which
+`native/prebuilt`), from the cache of earlier builds, or from a CMake build of the sources in `native/cpp`, which
 takes about half a minute, once.
 """
 
@@ -28,7 +28,8 @@ from filelock import FileLock
 from ..errors import ChatGLMError
 
 
-SOURCE_DIR = Path(__file__).parent
+SOURCE_DIR = Path(__file__).parent / "cpp"
+PREBUILT_DIR = Path(__file__).parent / "prebuilt"
 LIBRARY_NAME = "libchatglm_attention.so"
 _FLAGS = ("CXXFLAGS", "CPPFLAGS", "LDFLAGS")
 # Headers newer than the wheel's library may ask it for functions that it does not have.
@@ -61,11 +62,11 @@ def _slug(text: str) -> str:
 
 def prebuilt_path() -> Path:
     """Where a wheel carries the library for the installed OpenVINO and this kind of machine."""
-    return SOURCE_DIR / "prebuilt" / _slug(f"{openvino.get_version()}-{platform.machine()}") / LIBRARY_NAME
+    return PREBUILT_DIR / _slug(f"{openvino.get_version()}-{platform.machine()}") / LIBRARY_NAME
 
 
 def _sources() -> list[Path]:
-    patterns = ("CMakeLists.txt", "src/*.?pp", "kernels/*.?pp")
+    patterns = ("CMakeLists.txt", "*/*.?pp")
     return sorted(path for pattern in patterns for path in SOURCE_DIR.glob(pattern))
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from ..families import GENERATIONS, GENERATIONS_OF_RANKS, family_of_name
+from ..architectures.families import GENERATIONS, GENERATIONS_OF_RANKS, family_of_name
 from .vocabulary import TokenizerError, load_sentencepiece, vocabulary_format
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import tiktoken
 from transformers import AddedToken, BatchEncoding
 
-from ..families import GENERATIONS_OF_RANKS
+from ..architectures.families import GENERATIONS_OF_RANKS
 from .base import ChatGLMTokenizer
 from .chat_templates import GLM4_TEMPLATE
 from .generation import check_generation, detect_generation

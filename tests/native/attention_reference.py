@@ -10,7 +10,7 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from optimum_chatglm_ov.native import load
-from optimum_chatglm_ov.native.operation import BLOCK_TOKENS, cache_block_bytes, chatglm_attention
+from optimum_chatglm_ov.native.operations import BLOCK_TOKENS, cache_block_bytes, chatglm_attention
 
 
 INPUTS = ("query", "key", "value", "cos", "sin", "key_cache", "value_cache")

@@ -16,10 +16,10 @@
 #include <thread>
 #include <vector>
 
-#include "attention.hpp"
-#include "kernel.hpp"
-#include "parallel.hpp"
-#include "peaks.hpp"
+#include "attention/attention.hpp"
+#include "attention/kernel.hpp"
+#include "common/parallel.hpp"
+#include "bench/peaks.hpp"
 
 using namespace optimum_chatglm_ov;
 

@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "fuzzing.hpp"
-#include "linear.hpp"
-#include "peaks.hpp"
+#include "linear/linear.hpp"
+#include "bench/peaks.hpp"
 #include "timing.hpp"
 
 using namespace optimum_chatglm_ov;

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "attention.hpp"
+#include "attention/attention.hpp"
 #include "fuzzing.hpp"
 
 using namespace optimum_chatglm_ov;

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "fuzzing.hpp"
-#include "linear.hpp"
+#include "linear/linear.hpp"
 
 using namespace optimum_chatglm_ov;
 

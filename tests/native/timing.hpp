@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "parallel.hpp"
+#include "common/parallel.hpp"
 
 namespace optimum_chatglm_ov {
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from optimum_chatglm_ov import ChatGLMConfig, graph
-from optimum_chatglm_ov.checkpoint import original_names
+from optimum_chatglm_ov import ChatGLMConfig
+from optimum_chatglm_ov.architectures import registry as graph
+from optimum_chatglm_ov.checkpoint.checkpoint import original_names
 
 
 MODELS = {

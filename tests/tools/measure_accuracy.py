@@ -27,9 +27,10 @@ from optimum.intel.openvino.configuration import OVWeightQuantizationConfig
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model, quantization
+from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
-from optimum_chatglm_ov.compare import compare
+from optimum_chatglm_ov.export import quantization
+from optimum_chatglm_ov.measure.accuracy import compare
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, LogitsProcessor
 from transformers import logging as transformers_logging
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
-from optimum_chatglm_ov.bench import cpu_description, random_prompt
 from optimum_chatglm_ov.cli.arguments import add_computation_options, computation_options, positive_integer
+from optimum_chatglm_ov.measure.speed import cpu_description, random_prompt
 
 
 QUESTION = "What is OpenVINO?"

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ChatGLM-6B, the first generation (`ChatGLMForConditionalGeneration` of chatglm-6b)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import openvino as ov
+from openvino import Node, Type
+from openvino import opset13 as ops
+
+from ..checkpoint.checkpoint import Weight
+from ..configuration import ChatGLMConfig
+from . import blocks
+from .blocks import Graph
+
+
+# The original block takes its layer count from a default argument: the residual scale is that of 28 layers, always.
+_RESIDUAL_SCALE = math.sqrt(2 * 28)
+# Position of a token that has not been seen yet; larger than any context, and exact in f32.
+_UNSEEN = 1 << 24
+
+
+def tensor_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the checkpoint, by canonical name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    linears = {
+        "self_attn.qkv_proj": (3 * hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    shapes = {"embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"layers.{i}.{norm}.{kind}": (hidden,) for kind in ("weight", "bias")}
+        for module, shape in linears.items():
+            shapes |= {f"layers.{i}.{module}.weight": shape, f"layers.{i}.{module}.bias": shape[:1]}
+    shapes |= {f"norm.{kind}": (hidden,) for kind in ("weight", "bias")}
+    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (config.vocab_size, hidden)}
+
+
+def key_channels(config: ChatGLMConfig) -> np.ndarray:
+    """Which channel of the checkpoint's heads each channel of the graph's queries and keys is, `[head_dim]`.
+
+    The two half-head rotations, quarters (1a 1b) and (2a 2b), become one half-split rotation: 1a 2a 1b 2b.
+    """
+    return np.arange(config.head_dim).reshape(4, -1)[[0, 2, 1, 3]].ravel()
+
+
+def build(config: ChatGLMConfig, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
+    """The stateful graph; arguments as in `chatglm2.build`."""
+    return _Assembly(config, weights, prefix).model()
+
+
+class _Assembly:
+    def __init__(self, config: ChatGLMConfig, weights: Mapping[str, Weight], prefix: np.ndarray | None):
+        self.config = config
+        self.weights = weights
+        self.prefix = prefix
+        self.graph = Graph()
+        context_length, mask_position = self.prompt_layout()
+        self.rotary = self.rotary_2d(context_length, mask_position)
+        self.mask = blocks.causal_mask(
+            self.graph,
+            0 if prefix is None else prefix.shape[3],
+            visible_to_all=ops.less(self.key_positions(), context_length),
+        )
+
+    def model(self) -> ov.Model:
+        table = self.graph.weight(self.weights["embed_tokens.weight"], "embed_tokens.weight")
+        hidden_states = blocks.embedding(self.graph.input_ids, table)
+        for i in range(self.config.num_hidden_layers):
+            hidden_states = self.layer(hidden_states, i)
+        hidden_states = self.norm(hidden_states, "norm")
+        if not self.config.tie_word_embeddings:
+            table = self.graph.weight(self.weights["lm_head.weight"], "lm_head.weight")
+        return self.graph.model(blocks.linear(hidden_states, table, None, "lm_head"), "chatglm")
+
+    def prompt_layout(self) -> tuple[Node, Node]:
+        """Positions of the first `<sop>` (the context length) and of the mask token, i64 `[B, 1]`.
+
+        Found in `input_ids` when the prompt comes and kept in a state for the calls that follow. `[gMASK]` is
+        preferred over `[MASK]`. Until a `<sop>` came, everything belongs to the context.
+        """
+        ids = self.config.bos_token_id, self.config.gmask_token_id, self.config.mask_token_id
+        sop, gmask, mask = (self.first_position(token_id) for token_id in ids)
+        unseen = ops.constant(np.int64(_UNSEEN))
+        found = ops.concat([sop, ops.select(ops.less(gmask, unseen), gmask, mask)], axis=1)
+        batch = ops.gather(ops.shape_of(self.graph.input_ids), blocks.i64(0), blocks.i64(0))
+        unseen = ops.constant(np.int32(_UNSEEN))
+        start = ops.broadcast(unseen, ops.concat([batch, blocks.i64(2)], axis=0))
+        # i32: the CPU plugin has no i64 state, and computes with an f32 one in bf16
+        kept, variable_id = blocks.state(self.graph, start, "prompt_layout", Type.i32, [-1, 2])
+        layout = ops.select(ops.less(kept, unseen), kept, ops.convert(found, "i32"))
+        self.graph.assignments.append(ops.assign(layout, variable_id))
+        layout = ops.convert(layout, "i64")
+        return ops.gather(layout, blocks.i64(0), blocks.i64(1)), ops.gather(layout, blocks.i64(1), blocks.i64(1))
+
+    def first_position(self, token_id: int) -> Node:
+        """Smallest position of `token_id` in each row of this call, i64 `[B, 1]`; `_UNSEEN` where there is none."""
+        unseen = ops.constant(np.int64(_UNSEEN))
+        here = ops.equal(self.graph.input_ids, ops.constant(np.int64(token_id)))
+        return ops.reduce_min(ops.select(here, self.graph.position_ids, unseen), blocks.i64(1), keep_dims=True)
+
+    def key_positions(self) -> Node:
+        """Position of every cached and new token, i64 `[B, S]`: its index without the padding before it."""
+        return ops.subtract(
+            ops.cum_sum(self.graph.attention_mask, ops.constant(np.int64(1))), ops.constant(np.int64(1))
+        )
+
+    def rotary_2d(self, context_length: Node, mask_position: Node) -> tuple[Node, Node]:
+        """Cosine and sine of the two positions, `[B, 1, L, D]`.
+
+        In the context the first position counts tokens and the second is 0; after it the first stays at the mask token
+        and the second counts from 1 (Du et al. 2022, GLM). Each turns its own half of the head.
+        """
+        position = self.graph.position_ids
+        in_context = ops.less(position, context_length)
+        zero, one = (ops.constant(np.int64(number)) for number in (0, 1))
+        first = ops.select(in_context, position, mask_position)
+        second = ops.select(in_context, zero, ops.add(ops.subtract(position, context_length), one))
+        half = self.config.head_dim // 2
+        # the original computes the frequencies in fp16 and keeps them so
+        inv_freq = (1.0 / 10000 ** (np.arange(0, half, 2, dtype=np.float32) / half)).astype(np.float16)
+        angles = ops.concat([blocks.rotary_angles(positions, inv_freq) for positions in (first, second)], axis=-1)
+        return blocks.cos_and_sin(ops.concat([angles, angles], axis=-1))
+
+    def layer(self, hidden_states: Node, i: int) -> Node:
+        normed = self.norm(hidden_states, f"layers.{i}.input_layernorm")
+        hidden_states = ops.add(ops.multiply(normed, blocks.f32(_RESIDUAL_SCALE)), self.attention(normed, i))
+        normed = self.norm(hidden_states, f"layers.{i}.post_attention_layernorm")
+        return ops.add(ops.multiply(normed, blocks.f32(_RESIDUAL_SCALE)), self.mlp(normed, i))
+
+    def attention(self, hidden_states: Node, i: int) -> Node:
+        name, heads, head_dim = f"layers.{i}.self_attn", self.config.num_attention_heads, self.config.head_dim
+        query, key, value = (
+            blocks.split_heads(
+                self.linear(hidden_states, f"{name}.qkv_proj", rows, f"{name}.{part}_proj"), heads, head_dim
+            )
+            for part, rows in zip("qkv", self.qkv_rows())
+        )
+        query, key = (blocks.apply_rotary(states, *self.rotary, head_dim, head_dim) for states in (query, key))
+        key, value = (
+            blocks.key_value_cache(
+                self.graph,
+                states,
+                f"past_key_values.{i}.{kind}present.{i}.{kind}",
+                heads,
+                head_dim,
+                None if self.prefix is None else self.prefix[i, index],
+            )
+            for index, (kind, states) in enumerate((("key", key), ("value", value)))
+        )
+        return self.linear(blocks.attention(query, key, value, self.mask), f"{name}.o_proj")
+
+    def qkv_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the fused projection (per head query, key, value) that are query, key and value."""
+        heads, head_dim = self.config.num_attention_heads, self.config.head_dim
+        rotated = key_channels(self.config)
+        first = np.arange(heads)[:, None] * 3 * head_dim
+        return (
+            (first + rotated).ravel(),
+            (first + head_dim + rotated).ravel(),
+            (first + 2 * head_dim + np.arange(head_dim)).ravel(),
+        )
+
+    def mlp(self, hidden_states: Node, i: int) -> Node:
+        name = f"layers.{i}.mlp"
+        up = self.linear(hidden_states, f"{name}.up_proj")
+        return self.linear(ops.gelu(up, approximation_mode="tanh"), f"{name}.down_proj")
+
+    def linear(
+        self, hidden_states: Node, module: str, rows: slice | np.ndarray = slice(None), name: str | None = None
+    ) -> Node:
+        name = name or module
+        matrix, bias = (
+            self.graph.weight(self.weights[f"{module}.{kind}"].rows(rows), f"{name}.{kind}")
+            for kind in ("weight", "bias")
+        )
+        return blocks.linear(hidden_states, matrix, bias, name)
+
+    def norm(self, hidden_states: Node, module: str) -> Node:
+        scale, bias = (
+            self.graph.weight(self.weights[f"{module}.{kind}"], f"{module}.{kind}") for kind in ("weight", "bias")
+        )
+        return blocks.layer_norm(hidden_states, scale, bias, self.config.layernorm_epsilon)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Original checkpoints: their tensors, and what is merged into them."""

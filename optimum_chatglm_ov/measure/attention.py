@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the attention of one model alone: the fused operation, OpenVINO's stateful and paged ones, and torch's.
+
+All attend, and all but torch's compute rotary embedding and append to the cache, on random numbers. Every figure is
+the best of a few repetitions, the ways taken in turns, so that other load on the machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import Type
+from openvino import opset13 as ops
+from openvino._offline_transformations import paged_attention_transformation
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..architectures import blocks
+from ..native import load
+from ..native.cache_state import FusedAttentionState
+from ..native.fuse_attention import cache_layout, fuse_attention
+
+
+_PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
+_CACHE_BITS = {"fused": 16, "fused-int8": 8, "sdpa": 8, "paged": 8, "torch-bf16": 16, "torch-f32": 32}
+_PAUSE_SECONDS = 0.05  # for so long threads of another library may spin where they have just computed
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Dimensions of one attention layer."""
+
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    rotary_dim: int = 64
+
+
+CHATGLM3 = AttentionShape()
+CHATGLM_6B = AttentionShape(32, 32, 128, 128)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way of computing attention, timed."""
+
+    way: str
+    new_tokens: int
+    past_tokens: int
+    seconds: float
+    """Of one layer and call."""
+    gigaflops: float
+    """10^9 multiplications and additions a second that causal attention needs."""
+    gigabytes: float
+    """10^9 bytes a second of keys and values as this way stores them, each read once: at most memory's bandwidth."""
+
+
+def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
+    """Attention layers alone, in the portable stateful form; each layer's output is the next one's query.
+
+    Inputs besides the usual four: f32 `query` `[B, L, H * D]`, `key` and `value` `[B, L, G * D]`. Output:
+    `[B, L, H * D]`.
+    """
+    graph = blocks.Graph()
+    heads, groups, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    states = []
+    for name, width in (("query", heads), ("key", groups), ("value", groups)):
+        parameter = ops.parameter(ov.PartialShape([-1, -1, width * head_dim]), Type.f32, name=name)
+        parameter.output(0).set_names({name})
+        states.append(parameter)
+    inv_freq = 10000.0 ** -(np.arange(0, shape.rotary_dim, 2) / shape.rotary_dim)
+    rotary = blocks.rotary_embedding(graph.position_ids, inv_freq)
+    mask = blocks.causal_mask(graph)
+    query = states[0]
+    for i in range(layers):
+        parts = []
+        for kind, source in (("key", states[1]), ("value", states[2])):
+            part = blocks.split_heads(source, groups, head_dim)
+            if kind == "key":
+                part = blocks.apply_rotary(part, *rotary, shape.rotary_dim, head_dim)
+            part = blocks.key_value_cache(graph, part, f"{kind}.{i}", groups, head_dim, None)
+            parts.append(blocks.repeat_key_value(part, groups, heads, head_dim))
+        turned = blocks.apply_rotary(blocks.split_heads(query, heads, head_dim), *rotary, shape.rotary_dim, head_dim)
+        query = blocks.attention(turned, *parts, mask)
+    inputs = [graph.input_ids, graph.attention_mask, graph.position_ids, graph.beam_idx]
+    return ov.Model([ops.result(query)], graph.assignments, [*inputs, *states], "attention_stack")
+
+
+def _random_states(shape: AttentionShape, *tokens: int) -> dict[str, np.ndarray]:
+    """Query, key and value, f32 `[*tokens, width]`."""
+    random = np.random.default_rng(0)
+    heads = {
+        "query": shape.num_attention_heads,
+        "key": shape.num_key_value_heads,
+        "value": shape.num_key_value_heads,
+    }
+    return {name: random.standard_normal((*tokens, n * shape.head_dim), np.float32) for name, n in heads.items()}
+
+
+def _fill(cache: ov.Tensor) -> None:
+    """Bytes that are finite numbers in every precision."""
+    row = np.random.default_rng(0).integers(0, 0x3F, cache.shape[-1], np.uint8)
+    cache.data[:] = row
+
+
+class _Stateful:
+    """The compiled attention stack, fused or (`cache_precision` is `None`) OpenVINO's own."""
+
+    def __init__(self, shape: AttentionShape, layers: int, cache_precision: str | None, config: dict[str, str]):
+        self.shape = shape
+        core = ov.Core()
+        model = attention_stack(shape, layers)
+        self.fused = cache_precision is not None
+        if self.fused:
+            load(core)
+            fuse_attention(model, cache_precision)
+        self.request = core.compile_model(model, "CPU", config).create_infer_request()
+        self.names = {name for port in model.inputs for name in port.names}
+        if self.fused:
+            self.state = FusedAttentionState(self.request, cache_layout(model), 1 << 20)
+
+    def prepare(self, new: int, past: int) -> Callable[[], Any]:
+        """A call that computes `new` tokens after `past` ones."""
+        inputs = _random_states(self.shape, 1, new)
+        inputs["input_ids"] = np.zeros((1, new), np.int64)
+        inputs["attention_mask"] = np.ones((1, past + new), np.int64)
+        inputs["position_ids"] = np.arange(past, past + new)[None]
+        inputs["beam_idx"] = np.zeros(1, np.int32)
+        inputs = {name: value for name, value in inputs.items() if name in self.names}
+        if self.fused:
+            self.state.reset()
+            self.state.prepare(1, past + new)
+            for tensor in self.state.caches:
+                _fill(tensor)
+            self.state.advance(past)
+            return lambda: self.request.infer(inputs, share_inputs=True)
+        self.request.reset_state()
+        if past:
+            rows = np.random.default_rng(0).standard_normal(
+                (1, self.shape.num_key_value_heads, past, self.shape.head_dim), np.float32
+            )
+            for state in self.request.query_state():
+                state.state = ov.Tensor(rows)
+
+        def call() -> Any:
+            if not past:
+                self.request.reset_state()
+            outputs = self.request.infer(inputs, share_inputs=True)
+            if past:  # the cache has grown, and so has the mask
+                inputs["attention_mask"] = np.ones((1, inputs["attention_mask"].shape[1] + new), np.int64)
+                inputs["position_ids"] = inputs["position_ids"] + new
+            return outputs
+
+        return call
+
+
+class _Paged:
+    """The stack with OpenVINO's PagedAttention, as openvino-genai runs models by default."""
+
+    def __init__(self, shape: AttentionShape, layers: int, config: dict[str, str]):
+        self.shape = shape
+        model = attention_stack(shape, layers)
+        paged_attention_transformation(model)
+        self.compiled = ov.Core().compile_model(model, "CPU", config)
+        self.request = self.compiled.create_infer_request()
+
+    def prepare(self, new: int, past: int) -> Callable[[], Any]:
+        """A call that computes `new` tokens after `past` ones."""
+        blocks = -(-(past + new) // _PAGED_BLOCK_TOKENS)
+        for port in self.compiled.inputs:
+            if "_cache." in port.any_name:
+                shape = [dimension.get_length() for dimension in list(port.partial_shape)[1:]]
+                cache = ov.Tensor(port.element_type, ov.Shape([blocks, *shape]))
+                _fill(cache)
+                self.request.set_tensor(port, cache)
+        scalars = {
+            "past_lens": [past],
+            "subsequence_begins": [0, new],
+            "block_indices_begins": [0, blocks],
+            "block_indices": range(blocks),
+            "max_context_len": past + new,
+        }
+        inputs = {name: np.array(value, np.int32) for name, value in scalars.items()}
+        inputs |= _random_states(self.shape, new, 1)
+        inputs["input_ids"] = np.zeros(new, np.int64)
+        inputs["position_ids"] = np.arange(past, past + new)
+        return lambda: self.request.infer(inputs, share_inputs=True)
+
+
+def _torch_call(shape: AttentionShape, new: int, past: int, dtype: torch.dtype, layers: int) -> Callable[[], None]:
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    if past:  # queries of a group as rows: each key is read once, as in the fused operation
+        query = torch.randn(1, groups, heads // groups * new, shape.head_dim, dtype=dtype)
+        caches = [torch.randn(2, 1, groups, past + new, shape.head_dim, dtype=dtype) for _ in range(layers)]
+    else:
+        query = torch.randn(1, heads, new, shape.head_dim, dtype=dtype)
+        caches = [torch.randn(2, 1, heads, new, shape.head_dim, dtype=dtype) for _ in range(layers)]
+
+    def call() -> None:
+        for key, value in caches:
+            scaled_dot_product_attention(query, key, value, is_causal=not past)
+
+    return call
+
+
+def measure_attention(
+    shape: AttentionShape = CHATGLM3,
+    new_tokens: int = 8192,
+    past_tokens: int = 0,
+    layers: int | None = None,
+    repetitions: int = 3,
+    threads: int = 0,
+) -> list[Measurement]:
+    """Times every way at one length.
+
+    Args:
+        shape: dimensions of a layer.
+        new_tokens, past_tokens: 8192, 0 is the prefill of a long prompt; 1, 8192 one step of decoding after it.
+        layers: how many layers, each with its own cache; unset: 1 for a prompt, 8 for decoding, so that the caches are
+            not all in the processor's cache.
+        repetitions: the best of these counts.
+        threads: 0 = as many as OpenVINO takes.
+
+    Returns:
+        One measurement for each way, the fused ones first.
+    """
+    layers = layers or (8 if past_tokens else 1)
+    config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
+    calls = {}
+    for way, precision in (("fused", "bf16"), ("fused-int8", "i8"), ("sdpa", None)):
+        calls[way] = _Stateful(shape, layers, precision, config).prepare(new_tokens, past_tokens)
+    calls["paged"] = _Paged(shape, layers, config).prepare(new_tokens, past_tokens)
+    if threads:
+        torch.set_num_threads(threads)
+    for way, dtype in (("torch-bf16", torch.bfloat16), ("torch-f32", torch.float32)):
+        calls[way] = _torch_call(shape, new_tokens, past_tokens, dtype, layers)
+    best = dict.fromkeys(calls, float("inf"))
+    gc.collect()
+    for repetition in range(repetitions):
+        for way, call in calls.items():
+            time.sleep(_PAUSE_SECONDS)
+            if past_tokens or repetition == 0:
+                call()  # to warm up: the way before has taken the caches
+            start = time.perf_counter()
+            call()
+            best[way] = min(best[way], (time.perf_counter() - start) / layers)
+    pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) / 2
+    flops = 4 * pairs * shape.num_attention_heads * shape.head_dim
+    numbers = 2 * (past_tokens + new_tokens) * shape.num_key_value_heads * shape.head_dim
+    return [
+        Measurement(
+            way,
+            new_tokens,
+            past_tokens,
+            seconds,
+            flops / seconds / 1e9,
+            numbers * _CACHE_BITS[way] / 8 / seconds / 1e9,
+        )
+        for way, seconds in best.items()
+    ]

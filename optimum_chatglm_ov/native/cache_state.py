@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key/value caches of one inference request of a fused model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import openvino as ov
+
+from .fuse_attention import BEAM_TABLE, CacheLayout
+from .operations import BLOCK_TOKENS
+
+
+# The first allocation; memory that no token has reached yet is address space only.
+_FIRST_BLOCKS = 16
+
+
+class FusedAttentionState:
+    """Owns the caches of one inference request and tells the request where they are.
+
+    Every call of the model is `prepare`, `infer`, `advance`; between calls `reorder`, `rollback` and `reset` change
+    what the next one sees, without touching keys or values. Not to be shared by requests or threads.
+
+    ```python
+    state = FusedAttentionState(request, layout, max_tokens=8192)
+    state.prepare(batch=1, new_tokens=input_ids.shape[1])
+    request.infer({"input_ids": input_ids, ...})
+    state.advance(input_ids.shape[1])
+    ```
+    """
+
+    def __init__(self, request: ov.InferRequest, layout: CacheLayout, max_tokens: int):
+        """
+        Args:
+            request: an inference request of a model that `fuse_attention` changed.
+            layout: `cache_layout` of that model.
+            max_tokens: context length, without a prefix; the caches never grow beyond it.
+        """
+        self.layout = layout
+        self.max_tokens = max_tokens
+        self.sequence = object()
+        """Stands for the sequence that the caches hold: another one after every `reset`."""
+        self._length = layout.prefix_tokens  # of every row, with the prefix
+        self._request = request
+        self._caches: dict[str, ov.Tensor] = {}
+        self._table = np.zeros((0, 0), np.int32)
+        self._rows = self._blocks = self._batch = 0
+
+    @property
+    def past_length(self) -> int:
+        """Tokens in the caches, of every row of the batch, without a prefix."""
+        return self._length - self.layout.prefix_tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Rows that the caches hold."""
+        return self._batch
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of each row that fit without growing."""
+        return self._blocks * BLOCK_TOKENS
+
+    @property
+    def caches(self) -> list[ov.Tensor]:
+        """Key and value caches of each layer in turn, u8 `CacheLayout.shape`."""
+        return list(self._caches.values())
+
+    def prepare(self, batch: int, new_tokens: int) -> None:
+        """Makes room for `new_tokens` more tokens in each of `batch` rows and binds the caches to the request.
+
+        Raises:
+            ValueError: the tokens exceed `max_tokens`, or `batch` is not the number of rows that the caches hold.
+        """
+        needed = self.past_length + new_tokens
+        if needed > self.max_tokens:
+            raise ValueError(
+                f"{needed} tokens (past and new) exceed the context length of {self.max_tokens}: shorten the prompt"
+            )
+        if self.past_length and batch != self._batch:
+            raise ValueError(
+                f"the caches hold {self._batch} rows, the call has {batch}: reorder() or reset() comes before a change"
+            )
+        self._batch = batch
+        blocks = -(-(self._length + new_tokens) // BLOCK_TOKENS)
+        if blocks > self._blocks or batch > self._rows:
+            most = -(-(self.max_tokens + self.layout.prefix_tokens) // BLOCK_TOKENS)
+            if blocks > self._blocks:
+                blocks = min(max(2 * blocks, _FIRST_BLOCKS), most)
+            self._grow(max(batch, self._rows), max(blocks, self._blocks))
+        if self._table.shape != (batch, self.capacity):
+            table = np.tile(np.arange(batch, dtype=np.int32)[:, None], (1, self.capacity))
+            if self.past_length:
+                table[:, : self._length] = self._table[:, : self._length]
+            self._bind_table(table)
+        elif not self.past_length:
+            self._table[:, : self._length] = np.arange(batch)[:, None]  # a prefix is stored in every row
+
+    def advance(self, new_tokens: int) -> None:
+        """Counts the tokens that the call since `prepare` has appended."""
+        self._table[:, self._length : self._length + new_tokens] = np.arange(self._batch)[:, None]
+        self._length += new_tokens
+
+    def reorder(self, beam_idx: Sequence[int] | np.ndarray) -> None:
+        """Row i goes on from what row `beam_idx[i]` holds; there may be more or fewer rows than before.
+
+        Raises:
+            ValueError: `beam_idx` names a row that is not there.
+        """
+        beam_idx = np.asarray(beam_idx, dtype=np.int64)
+        if not self.past_length or np.array_equal(beam_idx, np.arange(self._batch)):
+            return
+        if beam_idx.ndim != 1 or not len(beam_idx) or beam_idx.min() < 0 or beam_idx.max() >= self._batch:
+            raise ValueError(f"beam_idx must name rows 0 to {self._batch - 1}, found {beam_idx.tolist()}")
+        past = self._table[beam_idx, : self._length]
+        if len(beam_idx) == self._batch:
+            self._table[:, : self._length] = past
+        else:
+            table = np.zeros((len(beam_idx), self.capacity), np.int32)
+            table[:, : self._length] = past
+            self._batch = len(beam_idx)
+            self._bind_table(table)
+
+    def rollback(self, tokens: int) -> None:
+        """Forgets the last `tokens` tokens of every row, in constant time.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if not 0 <= tokens <= self.past_length:
+            raise ValueError(f"cannot roll back {tokens} tokens, the caches hold {self.past_length}")
+        self._length -= tokens
+
+    def reset(self) -> None:
+        """Forgets everything; the memory is kept for the next sequence."""
+        self._length = self.layout.prefix_tokens
+        self.sequence = object()
+
+    def release(self) -> None:
+        """Forgets everything and gives the memory and the request back; this object is of no use any more."""
+        self.reset()
+        self._caches.clear()
+        self._table = np.zeros((0, 0), np.int32)
+        self._request = None
+
+    def _bind_table(self, table: np.ndarray) -> None:
+        table = np.ascontiguousarray(table)
+        self._request.set_tensor(BEAM_TABLE, ov.Tensor(table, shared_memory=True))
+        self._table = table  # not before: until then the request reads the other one
+
+    def _grow(self, rows: int, blocks: int) -> None:
+        """Larger caches with the same content, layer by layer, so that one layer at a time is there twice."""
+        shape = self.layout.shape(rows, blocks)
+        used = -(-self._length // BLOCK_TOKENS)
+        for names in self.layout.layers:
+            for name in names:
+                tensor = ov.Tensor(ov.Type.u8, ov.Shape(shape))  # aligned to 64 bytes
+                if self.past_length:
+                    # a try that ran out of memory may have left more rows in some
+                    tensor.data[: self._rows, :, :used] = self._caches[name].data[: self._rows, :, :used]
+                self._request.set_tensor(name, tensor)
+                self._caches[name] = tensor
+        self._rows, self._blocks = rows, blocks

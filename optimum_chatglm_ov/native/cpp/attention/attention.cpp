@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+// The driver: checks arguments, picks the instruction set, divides the work among threads, merges partial results.
+#include "attention/attention.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attention/kernel.hpp"
+#include "linear/linear.hpp"
+#include "common/parallel.hpp"
+#include "simd/vector.hpp"
+
+namespace optimum_chatglm_ov {
+namespace {
+
+constexpr int64_t kMinBlocksPerSplit = 8;
+
+void require(bool condition, const std::string& message) {
+    if (!condition) throw std::invalid_argument("ChatGLMAttention: " + message);
+}
+
+void check_shapes(const AttentionArguments& a) {
+    require(a.batch >= 1 && a.query_length >= 1 && a.past_length >= 0,
+            "batch and query length must be at least 1 and the past length at least 0, found " +
+                std::to_string(a.batch) + ", " + std::to_string(a.query_length) + ", " +
+                std::to_string(a.past_length));
+    require(a.num_key_value_heads >= 1 && a.num_attention_heads >= 1 &&
+                a.num_attention_heads % a.num_key_value_heads == 0,
+            "num_attention_heads must be a multiple of num_key_value_heads");
+    require(a.head_dim >= 16 && a.head_dim % 16 == 0 && a.head_dim <= kMaxHeadDim,
+            "head_dim must be a multiple of 16 up to " + std::to_string(kMaxHeadDim) + ", found " +
+                std::to_string(a.head_dim));
+    require(a.rotary_dim >= 0 && a.rotary_dim % 2 == 0 && a.rotary_dim <= a.head_dim,
+            "rotary_dim must be even and at most head_dim");
+    const int64_t total = a.past_length + a.query_length, capacity = a.cache_blocks * kBlockTokens;
+    require(total <= capacity, "the cache holds " + std::to_string(capacity) + " tokens, " + std::to_string(total) +
+                                   " are needed: grow it before the inference");
+    require(a.batch <= a.cache_rows, "the cache has " + std::to_string(a.cache_rows) + " rows, the batch " +
+                                         std::to_string(a.batch));
+}
+
+void check_beam_table(const AttentionArguments& a) {
+    // Negative where an entry is, or is beyond the last row; without a branch, for vectors.
+    constexpr int32_t kLargest = std::numeric_limits<int32_t>::max();
+    const int32_t last = static_cast<int32_t>(a.cache_rows - 1);
+    for (int64_t b = 0; b < a.batch; b++) {
+        const int32_t* rows = a.beam_table + b * a.beam_table_stride;
+        int32_t signs = 0;
+        for (int64_t t = 0; t < a.past_length; t++) signs |= rows[t] | (last - (rows[t] & kLargest));
+        if (signs >= 0) continue;
+        int64_t t = 0;
+        while (rows[t] >= 0 && rows[t] <= last) t++;
+        require(false, "beam_table[" + std::to_string(b) + ", " + std::to_string(t) + "] is " +
+                           std::to_string(rows[t]) + ", the cache has rows 0 to " + std::to_string(last));
+    }
+}
+
+std::vector<const Kernels*> usable_kernels() {
+    const CpuFeatures& cpu = cpu_features();
+    std::vector<const Kernels*> kernels;
+    const auto add = [&](bool usable, const Kernels* k) {
+        if (usable && k) kernels.push_back(k);
+    };
+    add(cpu.amx, amx_kernels());
+    add(cpu.avx512_vnni, avx512_vnni_kernels());
+    add(cpu.bf16_dot_is_fast, avx512_bf16_kernels());
+    add(cpu.avx512, avx512_kernels());
+    add(cpu.avx512_bf16 && !cpu.bf16_dot_is_fast, avx512_bf16_kernels());
+    add(cpu.avx2_vnni, avx2_vnni_kernels());
+    add(cpu.avx2, avx2_kernels());
+    add(true, portable_kernels());
+    add(true, amx_model_kernels());
+    return kernels;
+}
+
+const std::vector<const Kernels*>& all_kernels() {
+    static const std::vector<const Kernels*> kernels = usable_kernels();
+    return kernels;
+}
+
+const char* name_of(CachePrecision precision) {
+    return precision == CachePrecision::f32 ? "f32" : precision == CachePrecision::bf16 ? "bf16" : "i8";
+}
+
+// The best, or the one that was asked for. A name that only linear layers know asks for nothing here.
+const Kernels& choose_kernels(const AttentionArguments& a, const char* name) {
+    if (!name || !*name) name = std::getenv("CHATGLM_OV_ISA");
+    const bool asked = name && *name;
+    if (asked) require_known_instruction_set(name);
+    const Kernels* best = nullptr;
+    for (const Kernels* k : all_kernels()) {
+        const bool accepts = k->accepts(a.head_dim, a.cache_precision);
+        if (asked && std::strcmp(name, k->name) == 0) {
+            if (accepts) return *k;
+            std::string others;
+            for (const Kernels* other : all_kernels())
+                if (other->accepts(a.head_dim, a.cache_precision)) others += std::string(" ") + other->name;
+            require(false, std::string("CHATGLM_OV_ISA: instruction set ") + name + " does not take head_dim " +
+                               std::to_string(a.head_dim) + " with a cache of " + name_of(a.cache_precision) +
+                               "; these do:" + others);
+        }
+        if (accepts && !best) best = k;
+    }
+    return *best;
+}
+
+// One for each thread.
+Buffer& thread_buffer() {
+    thread_local Buffer buffer;
+    return buffer;
+}
+
+bool is_constant(const int32_t* numbers, int64_t count) {
+    return std::memcmp(numbers, numbers + 1, (count - 1) * sizeof(*numbers)) == 0;
+}
+
+// What each batch row sees of each cache block.
+std::vector<BlockView> view_blocks(const AttentionArguments& a, int64_t blocks) {
+    std::vector<BlockView> views(a.batch * blocks);
+    const int64_t total = a.past_length + a.query_length;
+    for (int64_t b = 0; b < a.batch; b++) {
+        const int32_t* mask = a.attention_mask + b * a.attention_mask_stride;
+        const int32_t* rows = a.beam_table + b * a.beam_table_stride;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t first = block * kBlockTokens;
+            const int64_t count = std::min(kBlockTokens, total - first);
+            const int64_t past = std::min(std::max<int64_t>(a.past_length - first, 0), kBlockTokens);
+            uint32_t visible = 0;
+            if (count == kBlockTokens && is_constant(mask + first, count))
+                visible = mask[first] ? ~0u : 0u;
+            else
+                for (int64_t j = 0; j < count; j++) visible |= static_cast<uint32_t>(mask[first + j] != 0) << j;
+            const int32_t row = past > 0 ? rows[first] : static_cast<int32_t>(b);
+            const bool in_one_row = (past == count || row == b) && (past == 0 || is_constant(rows + first, past));
+            views[b * blocks + block] = {visible, in_one_row ? row : -1};
+        }
+    }
+    return views;
+}
+
+void append(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {
+    // Parts end at block borders, so that no two threads write one cache line.
+    const int64_t first_block = a.past_length / kBlockTokens;
+    const int64_t parts = (a.past_length + a.query_length - 1) / kBlockTokens - first_block + 1;
+    const int64_t heads = a.num_key_value_heads;
+    const int64_t values = a.batch * a.query_length * heads * a.head_dim;
+    const int64_t workers = values < 32768 ? 1 : executor.concurrency();
+    parallel_for(executor, a.batch * heads * parts, workers, [&](int64_t i) {
+        const int64_t block = first_block + i % parts;
+        const int64_t first = std::max<int64_t>(block * kBlockTokens - a.past_length, 0);
+        const int64_t last = std::min((block + 1) * kBlockTokens - a.past_length, a.query_length);
+        kernels.append(a, i / parts / heads, i / parts % heads, first, last);
+    });
+}
+
+// How the work is cut: queries of one task and number of parts of the keys.
+struct Division {
+    int64_t queries, query_parts, key_parts, blocks_per_part;
+};
+
+Division divide(const AttentionArguments& a, const Kernels& kernels, int64_t blocks, int64_t concurrency) {
+    const int64_t group = a.num_attention_heads / a.num_key_value_heads;
+    // A task's queries and sums take a quarter of the second-level cache, beside a panel of keys and values.
+    const int64_t cached_rows = cpu_features().l2_bytes / 4 / (a.head_dim * 6);
+    const int64_t rows = std::min<int64_t>(std::max<int64_t>(cached_rows / 32 * 32, 32), kernels.max_rows);
+    const int64_t heads = a.batch * a.num_key_value_heads, wanted = 4 * concurrency;
+    Division d;
+    d.queries = std::max<int64_t>(rows / group, 1);
+    // Too few tasks: first fewer queries in each, down to the rows worked on at a time, then parts of the keys.
+    const int64_t smallest = std::max<int64_t>(32 / group, 1);
+    d.queries = std::max(std::min(d.queries, a.query_length * heads / wanted), smallest);
+    d.query_parts = ceil_divide(a.query_length, d.queries);
+    d.key_parts = 1;
+    if (heads * d.query_parts < wanted && concurrency > 1)
+        d.key_parts = std::max<int64_t>(
+            std::min(ceil_divide(wanted, heads * d.query_parts), blocks / kMinBlocksPerSplit), 1);
+    d.blocks_per_part = ceil_divide(blocks, d.key_parts);
+    d.key_parts = ceil_divide(blocks, d.blocks_per_part);
+    return d;
+}
+
+struct Partial {
+    float* output;  // [rows, head_dim]
+    float* max;
+    float* sum;
+};
+
+// Sums of a row over parts of the keys -> the row of the output.
+void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, int64_t row, int64_t output_offset) {
+    float max = -std::numeric_limits<float>::infinity(), sum = 0;
+    for (const Partial& p : parts) max = std::max(max, p.max[row]);
+    float merged[kMaxHeadDim] = {};
+    for (const Partial& p : parts) {
+        if (p.max[row] == -std::numeric_limits<float>::infinity() && p.sum[row] == 0) continue;  // saw nothing
+        const float factor = std::exp2(p.max[row] - max);
+        const float* output = p.output + row * a.head_dim;
+        for (int64_t d = 0; d < a.head_dim; d++) merged[d] += factor * output[d];
+        sum += factor * p.sum[row];
+    }
+    const float inverse = sum > 0 ? 1.0f / sum : sum;
+    for (int64_t d = 0; d < a.head_dim; d++) {
+        const float value = merged[d] * inverse;
+        if (a.activation_type == ActivationType::f32) {
+            static_cast<float*>(a.output)[output_offset + d] = value;
+        } else {
+            static_cast<uint16_t*>(a.output)[output_offset + d] = to_bf16(value);
+        }
+    }
+}
+
+void attend(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {
+    const int64_t blocks = ceil_divide(a.past_length + a.query_length, kBlockTokens);
+    const std::vector<BlockView> views = view_blocks(a, blocks);
+    const Division d = divide(a, kernels, blocks, executor.concurrency());
+    const int64_t group = a.num_attention_heads / a.num_key_value_heads, rows = d.queries * group;
+    const int64_t units = a.batch * a.num_key_value_heads * d.query_parts;
+    const size_t scratch_bytes = kernels.scratch_bytes(a, rows);
+    std::vector<float> partials;
+    if (d.key_parts > 1) partials.resize(units * d.key_parts * rows * (a.head_dim + 2));
+    const auto partial = [&](int64_t unit, int64_t part) {
+        float* base = partials.data() + (unit * d.key_parts + part) * rows * (a.head_dim + 2);
+        return Partial{base, base + rows * a.head_dim, base + rows * (a.head_dim + 1)};
+    };
+    // Unit -> batch row, KV head, queries; the last queries see the most keys, so they go first.
+    const auto describe = [&](int64_t unit) {
+        AttendTask t{};
+        const int64_t head = unit % (a.batch * a.num_key_value_heads);
+        const int64_t part = d.query_parts - 1 - unit / (a.batch * a.num_key_value_heads);
+        t.batch = head / a.num_key_value_heads;
+        t.kv_head = head % a.num_key_value_heads;
+        t.first_query = part * d.queries;
+        t.last_query = std::min(t.first_query + d.queries, a.query_length);
+        t.blocks = views.data() + t.batch * blocks;
+        t.last_block = blocks;
+        return t;
+    };
+    parallel_for(executor, units * d.key_parts, executor.concurrency(), [&](int64_t i) {
+        AttendTask t = describe(i / d.key_parts);
+        if (d.key_parts > 1) {
+            const Partial p = partial(i / d.key_parts, i % d.key_parts);
+            t.first_block = i % d.key_parts * d.blocks_per_part;
+            t.last_block = std::min(t.first_block + d.blocks_per_part, blocks);
+            t.partial_output = p.output, t.partial_max = p.max, t.partial_sum = p.sum;
+        }
+        kernels.attend(a, t, thread_buffer().reserve(scratch_bytes));
+    });
+    if (d.key_parts == 1) return;
+    const int64_t workers = static_cast<int64_t>(partials.size()) < 65536 ? 1 : executor.concurrency();
+    parallel_for(executor, units, workers, [&](int64_t unit) {
+        const AttendTask t = describe(unit);
+        std::vector<Partial> parts;
+        for (int64_t part = 0; part < d.key_parts; part++) parts.push_back(partial(unit, part));
+        for (int64_t r = 0; r < (t.last_query - t.first_query) * group; r++) {
+            const int64_t token = t.batch * a.query_length + t.first_query + r / group;
+            merge_row(a, parts, r, (token * a.num_attention_heads + t.kv_head * group + r % group) * a.head_dim);
+        }
+    });
+}
+
+}  // namespace
+
+const char* instruction_sets() {
+    static const std::string names = [] {
+        std::string joined;
+        for (const Kernels* k : all_kernels()) joined += (joined.empty() ? "" : ",") + std::string(k->name);
+        return joined;
+    }();
+    return names.c_str();
+}
+
+void require_known_instruction_set(const char* name) {
+    std::string known = instruction_sets();
+    const auto has = [&](const std::string& found) {
+        return ("," + known + ",").find("," + found + ",") != std::string::npos;
+    };
+    std::stringstream others(linear_instruction_sets());
+    for (std::string other; std::getline(others, other, ',');)
+        if (!has(other)) known += "," + other;
+    if (!has(name)) throw std::invalid_argument(std::string("CHATGLM_OV_ISA: ") + name + " is not one of " + known);
+}
+
+bool takes(const char* instruction_set, int64_t head_dim, CachePrecision precision) {
+    for (const Kernels* k : all_kernels())
+        if (std::strcmp(instruction_set, k->name) == 0) return k->accepts(head_dim, precision);
+    return false;
+}
+
+void append_to_cache(const AttentionArguments& a, const Executor& executor) {
+    check_shapes(a);
+    append(a, choose_kernels(a, nullptr), executor);
+}
+
+void fused_attention(const AttentionArguments& a, const Executor& executor, const char* instruction_set) {
+    check_shapes(a);
+    check_beam_table(a);
+    const Kernels& kernels = choose_kernels(a, instruction_set);
+    append(a, kernels, executor);
+    attend(a, kernels, executor);
+}
+
+}  // namespace optimum_chatglm_ov

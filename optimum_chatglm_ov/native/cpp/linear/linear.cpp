@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear layers: packs weights and picks the instruction set.
+#include "linear/linear.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "attention/kernel.hpp"
+#include "linear/linear_kernel.hpp"
+
+namespace optimum_chatglm_ov {
+namespace {
+
+const std::vector<const LinearKernels*>& all_kernels() {
+    static const std::vector<const LinearKernels*> kernels = [] {
+        std::vector<const LinearKernels*> found;
+        const CpuFeatures& cpu = cpu_features();
+        if (cpu.amx && cpu.avx512_fp16 && cpu.avx512_vnni) found.push_back(amx_linear_kernels());
+        if (cpu_features().avx512_vnni) found.push_back(avx512_vnni_linear_kernels());
+        if (cpu_features().avx2_vnni) found.push_back(avx2_vnni_linear_kernels());
+        found.push_back(portable_linear_kernels());
+        found.push_back(amx_model_linear_kernels());
+        found.erase(std::remove(found.begin(), found.end(), nullptr), found.end());
+        return found;
+    }();
+    return kernels;
+}
+
+// The best, or the one that was asked for. A name that only attention knows asks for nothing here.
+const LinearKernels& choose_kernels(const char* name) {
+    if (!name || !*name) name = std::getenv("CHATGLM_OV_ISA");
+    if (!name || !*name) return *all_kernels().front();
+    for (const LinearKernels* k : all_kernels())
+        if (std::strcmp(name, k->name) == 0) return *k;
+    require_known_instruction_set(name);
+    return *all_kernels().front();
+}
+
+// Converting weights to bf16 takes longer than reading them from memory; byte products of a row or two do not.
+bool takes_tiles(const LinearKernels& kernels, const LinearFormat& format, int64_t rows) {
+    return kernels.tiles &&
+           (rows > kernels.bytes->wide_rows || &choose_way(*kernels.tiles, format) != &kernels.tiles->bf16);
+}
+
+// The four halves of two bytes, from the lowest, in the low halves of four bytes.
+uint32_t one_to_a_byte(uint32_t halves) {
+    return (halves & 0xf) | (halves & 0xf0) << 4 | (halves & 0xf00) << 8 | (halves & 0xf000) << 12;
+}
+
+// f16: 1 bit of sign, 5 of exponent, 10 of fraction.
+constexpr int kHalfBias = 15, kHalfInfinity = 31;
+
+double half_magnitude(uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    return exponent ? std::ldexp(1024 + fraction, exponent - kHalfBias - 10) : std::ldexp(fraction, -kHalfBias - 9);
+}
+
+// e with 2^e <= the largest magnitude < 2^(e + 1), or 0 if there is none or it is not finite.
+int largest_exponent(const uint16_t* halves, int64_t count) {
+    uint16_t largest = 0;  // the bits are ordered like the magnitudes
+    for (int64_t i = 0; i < count; i++) largest = std::max<uint16_t>(largest, halves[i] & 0x7fff);
+    return largest == 0 || largest >> 10 == kHalfInfinity ? 0 : std::ilogb(half_magnitude(largest));
+}
+
+// Exact, unless the result is below 2^-14, where f16 has fewer bits.
+uint16_t half_times_power(uint16_t half, int power) {
+    if (power == 0 || (half & 0x7fff) == 0 || (half >> 10 & 31) == kHalfInfinity) return half;
+    const double magnitude = std::ldexp(half_magnitude(half), power);
+    const int exponent = std::max(std::ilogb(magnitude), 1 - kHalfBias);
+    // a fraction that rounds up to 1024, or up from a denormal, carries into the exponent as it should
+    const auto fraction = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+    return static_cast<uint16_t>((half & 0x8000) | (((exponent + kHalfBias - 1) << 10) + fraction));
+}
+
+}  // namespace
+
+const char* linear_format_error(const LinearFormat& f, int64_t out_features) {
+    if (f.bits != 8 && f.bits != 4) return "weights must have 8 or 4 bits";
+    if (f.in_features <= 0 || f.activation_group_size <= 0 || f.group_size <= 0) return "sizes must be positive";
+    if (f.activation_group_size % kActivationGroup) return "activation groups must be multiples of 32";
+    const bool is_whole = f.activation_group_size == f.in_features && f.group_size == f.in_features;
+    if (f.in_features % f.group_size || f.in_features % f.activation_group_size ||
+        (!is_whole && segment_size(f) % f.activation_group_size))
+        return "groups must divide the input features, and activation groups those of the weights";
+    if (f.group_size > kMaxSegment && f.group_size != f.in_features)
+        return "groups must have at most 4096 input features, or all";
+    if (out_features <= 0 || out_features % kPanelColumns) return "output features must be a multiple of 32";
+    return nullptr;
+}
+
+void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* integers, uint8_t flip,
+                 const uint16_t* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed) {
+    constexpr int64_t kLine = 64;  // bytes of a row that are taken at a time, while its cache line is there
+    const int64_t groups = f.in_features / f.group_size, row_bytes = f.in_features * f.bits / 8;
+    const uint32_t flips = flip * 0x01010101u;
+    for (int64_t first = 0; first < out_features; first += kPanelColumns) {
+        uint8_t* panel = packed + first / kPanelColumns * panel_bytes(f);
+        std::memset(panel, 0, panel_header_bytes(f));
+        if (bias) std::memcpy(panel, bias + first, kPanelColumns * 4);
+        auto* multipliers = reinterpret_cast<float*>(panel) + kPanelColumns;
+        auto* panel_scales = reinterpret_cast<uint16_t*>(multipliers + kPanelColumns);
+        uint8_t* panel_zeros = panel + kPanelColumns * (8 + groups * 2);
+        for (int64_t c = 0; c < kPanelColumns; c++) {
+            const uint16_t* column = scales + (first + c) * groups;
+            const int exponent = largest_exponent(column, groups);
+            multipliers[c] = std::ldexp(1.0f, exponent);
+            for (int64_t g = 0; g < groups; g++) {
+                panel_scales[g * kPanelColumns + c] = half_times_power(column[g], -exponent);
+                panel_zeros[g * kPanelColumns + c] = zero_points[(first + c) * groups + g];
+            }
+        }
+        uint8_t* rows = panel + panel_header_bytes(f);
+        for (int64_t line = 0; line < row_bytes; line += kLine)
+            for (int64_t c = 0; c < kPanelColumns; c++)
+                for (int64_t k = line; k < std::min(line + kLine, row_bytes); k += 4) {
+                    uint32_t word;
+                    std::memcpy(&word, integers + (first + c) * row_bytes + k, 4);
+                    word ^= flips;
+                    if (f.bits == 4) word = one_to_a_byte(word & 0xffff) | one_to_a_byte(word >> 16) << 4;
+                    std::memcpy(rows + (k / 4 * kPanelColumns + c) * 4, &word, 4);
+                }
+    }
+}
+
+void linear(const LinearFormat& format, const LinearWeights* weights, int64_t count, int64_t rows, const float* input,
+            float* const* outputs, const Executor& executor, const char* instruction_set) {
+    const LinearKernels& kernels = choose_kernels(instruction_set);
+    if (rows <= 0) return;
+    if (takes_tiles(kernels, format, rows))
+        tile_linear(*kernels.tiles, format, weights, count, rows, input, outputs, executor);
+    else
+        byte_linear(*kernels.bytes, format, weights, count, rows, input, outputs, executor);
+}
+
+void mlp(const LinearFormat& first_format, const LinearWeights* first, Activation activation,
+         const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input, float* output,
+         const Executor& executor, const char* instruction_set) {
+    const LinearKernels& kernels = choose_kernels(instruction_set);
+    if (rows <= 0) return;
+    if (takes_tiles(kernels, down_format, rows))
+        tile_mlp(*kernels.tiles, first_format, first, activation, down_format, down, rows, input, output, executor);
+    else
+        byte_mlp(*kernels.bytes, first_format, first, activation, down_format, down, rows, input, output, executor);
+}
+
+const char* linear_instruction_sets() {
+    static const std::string names = [] {
+        std::string joined;
+        for (const LinearKernels* k : all_kernels()) joined += (joined.empty() ? "" : ",") + std::string(k->name);
+        return joined;
+    }();
+    return names.c_str();
+}
+
+bool linear_is_fast() {
+    return all_kernels().front() != portable_linear_kernels();
+}
+
+}  // namespace optimum_chatglm_ov

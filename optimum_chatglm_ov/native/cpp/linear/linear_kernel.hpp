@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the driver (linear.cpp) asks of the kernels of one instruction set.
+#pragma once
+
+#include "linear/linear.hpp"
+
+namespace optimum_chatglm_ov {
+
+// Products are summed in segments of a row: weights that share a scale, but no more than the first-level caches like.
+constexpr int64_t kMaxSegment = 4096;
+
+static constexpr int64_t segment_size(const LinearFormat& f) {
+    return f.group_size < kMaxSegment ? f.group_size : kMaxSegment;
+}
+static constexpr int64_t segment_count(const LinearFormat& f) {
+    return (f.in_features + segment_size(f) - 1) / segment_size(f);
+}
+
+// A few rows of quantised activations: x = scale * integer, or the sum of two rows of these: high and low bytes.
+//   integers [in_features / 4][rows][4], scales [in_features / activation_group_size][rows],
+//   sums [segments][rows / digits]: of x over a segment
+struct ActivationPanel {
+    int64_t rows;
+    int64_t digits;  // 1, or 2 rows for each of the activations
+    int8_t* integers;
+    float* scales;
+    float* sums;
+};
+
+// How the activations come: input, or the activation function of one or two layers' outputs. Row strides in elements.
+enum class Source { plain, silu, gelu };
+struct ActivationSource {
+    Source kind;
+    const float* input;  // or the gate
+    const float* up;     // silu: what the gate is multiplied with
+    int64_t stride;
+};
+
+// Output columns of one panel of weights for one panel of activations, segments [first_segment, last_segment). The
+// first segment starts from the bias, others add to what output holds.
+struct LinearTask {
+    const LinearFormat* format;
+    ActivationPanel activations;
+    const uint8_t* weights;
+    int64_t first_segment, last_segment;
+    float* output;
+    int64_t stride;
+    bool reads_ahead;  // the weights come from memory, not from a cache
+};
+
+// What the driver of byte products (byte_driver.cpp) asks of an instruction set.
+struct ByteKernels {
+    int64_t rows;       // of a full activation panel
+    int64_t wide_rows;  // so many, or fewer, are as fast in 16 bits
+    // scratch: 8 bytes for each input feature
+    void (*quantize)(const LinearFormat&, const ActivationSource&, const ActivationPanel&, void* scratch);
+    void (*multiply)(const LinearTask&);
+};
+
+// The activation function between the layers of an MLP; none: there is no second layer.
+enum class Gating { none, silu, gelu };
+
+// A few rows of activations as tiles hold them; what `sums` and `scales` are is the way's own business.
+struct RowBlock {
+    void* values;
+    void* sums;
+    float* scales;
+};
+
+// Products of rows with panels of weights, which need not lie together.
+struct TileTask {
+    const LinearFormat* format;
+    const RowBlock* blocks;
+    int64_t rows, panels;
+    const uint8_t* const* weights;
+    // results of panel i at outputs[i], rows `stride` apart; silu: the first half of the panels are gates, and only
+    // the outputs of the others are written, with gate * sigmoid(gate) * up
+    Gating gating;
+    float* const* outputs;
+    int64_t stride;
+};
+
+// A way to multiply with tiles: in bf16, or as bytes.
+struct TileWay {
+    int64_t block_rows;
+    // Bytes of the values, and of the sums, of a block.
+    int64_t (*value_bytes)(const LinearFormat&);
+    int64_t (*sum_bytes)(const LinearFormat&);
+    // Rows [first, last) of a block from f32 rows `stride` apart; those from `rows` on are zeros.
+    void (*pack)(const LinearFormat&, const float* input, int64_t stride, int64_t rows, int64_t first, int64_t last,
+                 const RowBlock& block);
+    size_t (*scratch_bytes)(const TileTask&);
+    void (*multiply)(const TileTask&, void* scratch);
+};
+
+struct TileKernels {
+    TileWay bf16;   // every format
+    TileWay wide;   // 8 bits with one scale a row: activations of 16 bits, as two bytes
+    TileWay bytes;  // the same: activations of 8 bits
+};
+
+constexpr int64_t kTilePanels = 16;  // of a task, at most
+
+struct LinearKernels {
+    const char* name;
+    const ByteKernels* bytes;
+    const TileKernels* tiles;  // or null
+};
+
+// Null where the build's target has no such instructions; whether the CPU has them is the caller's check.
+const LinearKernels* portable_linear_kernels();
+const LinearKernels* avx2_vnni_linear_kernels();
+const LinearKernels* avx512_vnni_linear_kernels();
+const LinearKernels* amx_linear_kernels();
+const LinearKernels* amx_model_linear_kernels();
+
+// The way for a format.
+const TileWay& choose_way(const TileKernels&, const LinearFormat&);
+
+// The drivers: see linear() and mlp().
+void byte_linear(const ByteKernels&, const LinearFormat&, const LinearWeights*, int64_t count, int64_t rows,
+                 const float* input, float* const* outputs, const Executor&);
+void byte_mlp(const ByteKernels&, const LinearFormat& first_format, const LinearWeights* first, Activation,
+              const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input,
+              float* output, const Executor&);
+void tile_linear(const TileKernels&, const LinearFormat&, const LinearWeights*, int64_t count, int64_t rows,
+                 const float* input, float* const* outputs, const Executor&);
+void tile_mlp(const TileKernels&, const LinearFormat& first_format, const LinearWeights* first, Activation,
+              const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input,
+              float* output, const Executor&);
+
+}  // namespace optimum_chatglm_ov

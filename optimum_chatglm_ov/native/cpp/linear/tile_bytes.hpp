@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear layers on byte tiles, for 8-bit weights with one scale a row: the weights are multiplied as they are stored.
+// A row of activations has one scale, too, and is rounded to 16 bits, held as two bytes (x = scale * (256 * high +
+// low)) whose sums are apart, or to 8 bits. Sums are exact. Rounded to 16 bits, the error of a result is less than
+// that of bf16 activations: 2^-16 of the largest activation for each, where bf16 is wrong by up to 2^-9 of it for
+// that one alone.
+//   Tiles, Lines  see tile_linear.hpp
+#pragma once
+
+#include "linear/tile_session.hpp"
+
+namespace optimum_chatglm_ov {
+namespace {
+
+template <class Tiles, class Lines, bool kWide>
+struct TileBytes {
+    using Vector = typename Lines::Vector;
+    using Session = TileSession<Tiles>;
+    static constexpr int64_t kStep = 64;                      // input features of one tile product
+    static constexpr int64_t kRows = kWide ? 16 : 32;         // of a block
+    static constexpr int64_t kStepBytes = 2 * kTileBytes;     // of activations, and of weights
+
+    static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
+    static int64_t sum_bytes(const LinearFormat&) { return 32 * 4; }
+
+    // values [in_features / 64][high bytes, low bytes][16 rows][64], or [..][32 rows][64]; sums i32 [2][16] of those
+    // bytes, or [32]
+    static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t rows, int64_t first,
+                     int64_t last, const RowBlock& block) {
+        auto* sums = static_cast<int32_t*>(block.sums);
+        for (int64_t r = first; r < last; r++) {
+            auto* values = static_cast<int8_t*>(block.values) + r * kStep;
+            if (r >= rows) {
+                for (int64_t k = 0; k < f.in_features; k += kStep) {
+                    std::memset(values + k / kStep * kStepBytes, 0, kStep);
+                    if (kWide) std::memset(values + k / kStep * kStepBytes + kTileBytes, 0, kStep);
+                }
+                sums[r] = 0, block.scales[r] = 0;
+                if (kWide) sums[16 + r] = 0;
+                continue;
+            }
+            const float* x = input + r * stride;
+            const float largest = Lines::largest(x, f.in_features);
+            const float steps = kWide ? 32639.0f : 127.0f;  // 127 * 256 + 127
+            const float inverse = largest > 1e-30f ? steps / largest : 0.0f;
+            // NaN or infinity makes the row NaN: the scale is one of them, or 0 times one
+            block.scales[r] = largest > 1e-30f || largest != largest ? largest / steps : 0.0f;
+            if constexpr (kWide)
+                Lines::round_wide(x, f.in_features, inverse, values, kStepBytes, kTileBytes, sums[r], sums[16 + r]);
+            else
+                Lines::round_bytes(x, f.in_features, inverse, values, kStepBytes, sums[r]);
+        }
+    }
+
+    static size_t scratch_bytes(const TileTask& task) {
+        return task.panels * ((task.rows + kRows - 1) / kRows) * kBlockSums * 4;
+    }
+
+    static void multiply(const TileTask& task, void* scratch) {
+        // Rows of the activations' tiles that count; all where several blocks meet the same weights.
+        const int64_t rows = task.rows < 16 ? task.rows : 16;
+        Session session(rows, kWide ? rows : 16);
+        if (!kWide && task.rows <= 16)
+            multiply_blocks<1>(session, task, static_cast<float*>(scratch));
+        else
+            multiply_blocks<2>(session, task, static_cast<float*>(scratch));
+    }
+
+private:
+    static constexpr int64_t kAheadBytes = 4096;
+    static constexpr float kHigh = 256.0f;
+
+    // Weights are held in the first-level cache, a chunk of a panel at a time, and read once; all blocks of
+    // activations pass by. A single block keeps its sums in the tiles.
+    template <int kRowTiles>
+    static void multiply_blocks(Session& session, const TileTask& task, float* scratch) {
+        const int64_t steps = task.format->in_features / kStep, blocks = (task.rows + kRows - 1) / kRows;
+        // Bytes of the next chunk that each step of a block fetches, in whole lines: weights and activations.
+        const int64_t share = (kStepBytes / 64 + blocks - 1) / blocks * 64;
+        const int64_t other_share = (kStepBytes / 64 + task.panels - 1) / task.panels * 64;
+        const int64_t chunks = blocks == 1 ? 1 : (steps + kChunkSteps - 1) / kChunkSteps;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const int64_t first = chunk * steps / chunks, count = (chunk + 1) * steps / chunks - first;
+            for (int64_t n = 0; n < task.panels; n++) {
+                const uint8_t* weights = chunk_weights(task, n, first);
+                const uint8_t* next = n + 1 < task.panels    ? chunk_weights(task, n + 1, first)
+                                      : chunk + 1 < chunks ? chunk_weights(task, 0, first + count)
+                                                           : weights;
+                for (int64_t m = 0; m < blocks; m++) {
+                    float* sums = scratch + (n * blocks + m) * kBlockSums;
+                    const auto* a = static_cast<const uint8_t*>(task.blocks[m].values) + first * kStepBytes;
+                    if (chunk)
+                        session.template load_sums<kRowTiles>(sums);
+                    else
+                        session.template zero<kRowTiles>();
+                    if (blocks == 1)
+                        for (int64_t step = 0; step < count; step++) {
+                            fetch<3, kStepBytes>(weights + step * kStepBytes + kAheadBytes);
+                            session.template multiply<kRowTiles, true, Session::Streams::none>(
+                                a + step * kStepBytes, weights + step * kStepBytes, 64, 2 * 64);
+                        }
+                    else
+                        multiply_chunk<kRowTiles>(session, a, weights, count, next + m * count * share, share,
+                                                  a + count * (kStepBytes + n * other_share), other_share,
+                                                  chunk ? sums + kBlockSums : nullptr);
+                    session.template store_sums<kRowTiles>(sums);
+                    if (chunk + 1 == chunks) finish(task, n, m, sums, sums - task.panels / 2 * blocks * kBlockSums);
+                }
+            }
+        }
+    }
+
+    template <int kRowTiles>
+    static void multiply_chunk(Session& session, const uint8_t* a, const uint8_t* weights, int64_t count,
+                               const uint8_t* next, int64_t share, const uint8_t* other, int64_t other_share,
+                               const float* next_sums) {
+        for (int64_t step = 0; step < count; step++) {
+            session.template multiply<kRowTiles, true, Session::Streams::activations>(
+                a + step * kStepBytes, weights + step * kStepBytes, 64, 2 * 64);
+            if (next_sums) fetch<3, 256>(reinterpret_cast<const uint8_t*>(next_sums) + step * 256);
+            for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + step * share + byte, 0, 2);
+            for (int64_t byte = 0; byte < other_share; byte += 64)
+                __builtin_prefetch(other + step * other_share + byte, 0, 2);
+        }
+    }
+
+    template <int kLevel, int64_t kBytes>
+    static inline __attribute__((always_inline)) void fetch(const uint8_t* address) {
+#pragma GCC unroll 32
+        for (int64_t byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(address + byte, 0, kLevel);
+    }
+
+    static const uint8_t* chunk_weights(const TileTask& task, int64_t panel, int64_t first_step) {
+        return task.weights[panel] + panel_header_bytes(*task.format) + first_step * kStepBytes;
+    }
+
+    // Integer sums become results, in their places.
+    static void finish(const TileTask& task, int64_t n, int64_t m, float* sums, const float* gates) {
+        const Panel panel(*task.format, task.weights[n]);
+        const int64_t left = task.rows - m * kRows, rows = left < kRows ? left : kRows;
+        const auto* row_sums = static_cast<const int32_t*>(task.blocks[m].sums);
+        for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
+            const ColumnScale<Lines, 8> column(panel, 0, c);
+            const Vector bias = Vector::load(panel.bias + c);
+            for (int64_t r = 0; r < rows; r++) {
+                float* place = sums + sum_at(r, c);
+                Vector sum = Lines::difference(place, row_sums[r] * 128);
+                float row_sum = static_cast<float>(row_sums[r]);
+                if constexpr (kWide) {
+                    const Vector low = Lines::difference(place + 2 * kTileSums, row_sums[16 + r] * 128);
+                    sum = Vector::multiply_add(sum, Vector::all(kHigh), low);
+                    row_sum = row_sum * kHigh + static_cast<float>(row_sums[16 + r]);
+                }
+                sum = Vector::multiply_add(column.minus_zero, Vector::all(row_sum), sum);
+                Vector::multiply_add(Vector::multiply(sum, Vector::all(task.blocks[m].scales[r])), column.scale, bias)
+                    .store(place);
+            }
+        }
+        deliver<Vector>(task, n, m * kRows, rows, sums, gates);
+    }
+};
+
+}  // namespace
+}  // namespace optimum_chatglm_ov

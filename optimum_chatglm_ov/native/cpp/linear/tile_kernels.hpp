@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// All ways of linear layers on tiles, with the tile instructions or their model, and byte products for a row or two.
+#pragma once
+
+#include "linear/lines.hpp"
+#include "linear/tile_bytes.hpp"
+#include "linear/tile_linear.hpp"
+
+namespace optimum_chatglm_ov {
+namespace {
+
+template <class Way>
+constexpr TileWay tile_way() {
+    return {Way::kRows, Way::value_bytes, Way::sum_bytes, Way::pack, Way::scratch_bytes, Way::multiply};
+}
+
+template <class Tiles, class Lines>
+const LinearKernels* make_tile_linear_kernels(const char* name, const LinearKernels* other) {
+    static const TileKernels tiles = {tile_way<TileLinear<Tiles, Lines>>(), tile_way<TileBytes<Tiles, Lines, true>>(),
+                                      tile_way<TileBytes<Tiles, Lines, false>>()};
+    static const LinearKernels kernels = {name, other->bytes, &tiles};
+    return &kernels;
+}
+
+}  // namespace
+}  // namespace optimum_chatglm_ov

@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear layers on bf16 tiles, for every format: weights become bf16 where they are used, activations are rounded to
+// bf16, sums are f32. Activations are held times 2^64 and weights times 2^-112, which costs the conversions nothing.
+//   Tiles   the tile instructions, or their model (tiles.hpp)
+//   Lines   conversion of weights and activations, 64 bytes at a time (lines.hpp); its Vector for what is f32
+#pragma once
+
+#include "linear/tile_session.hpp"
+
+namespace optimum_chatglm_ov {
+namespace {
+
+template <class Tiles, class Lines>
+struct TileLinear {
+    using Vector = typename Lines::Vector;
+    using Session = TileSession<Tiles>;
+    static constexpr int64_t kStep = 32;  // input features of one tile product
+    static constexpr int64_t kRows = 32;  // of a block
+    static constexpr int64_t kStepBytes = 2 * kTileBytes;
+
+    static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
+    static int64_t sum_bytes(const LinearFormat& f) { return f.in_features / f.group_size * kRows * 4; }
+
+    // values [in_features / 32][32 rows][32], of every 8 features the even ones first; sums [groups][32] of x * 2^-48;
+    // scales: 0, or NaN for a row with NaN or infinity
+    static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t rows, int64_t first,
+                     int64_t last, const RowBlock& block) {
+        for (int64_t r = first; r < last; r++) {
+            uint16_t* line = static_cast<uint16_t*>(block.values) + r * kStep;
+            float* sum = static_cast<float*>(block.sums) + r;
+            const float* x = input + r * stride;
+            block.scales[r] = 0.0f;
+            for (int64_t k = 0; k < f.in_features; sum += kRows) {
+                Vector total = Vector::all(0.0f);
+                for (const int64_t end = k + f.group_size; k < end; k += kStep, line += kRows * kStep) {
+                    if (r < rows)
+                        Lines::pack(x + k, line, total);
+                    else
+                        std::memset(line, 0, kStep * 2);
+                }
+                *sum = total.sum_lanes();
+                block.scales[r] += *sum * 0.0f;
+            }
+        }
+    }
+
+    static size_t scratch_bytes(const TileTask& task) {
+        const int64_t blocks = (task.rows + kRows - 1) / kRows;
+        return task.panels * (2 * kChunkSteps * kStepBytes + blocks * kBlockSums * 4);
+    }
+
+    static void multiply(const TileTask& task, void* scratch) {
+        task.format->bits == 8 ? multiply_bits<8>(task, scratch) : multiply_bits<4>(task, scratch);
+    }
+
+private:
+    static constexpr int64_t kUnit = 128;  // numbers that one conversion writes: 8 features of 16 columns
+    static constexpr int64_t kUnitsOfStep = kStepBytes / 2 / kUnit;
+    static constexpr int64_t kAheadBytes = 4096;
+    static constexpr float kUndo = 0x1p48f;
+
+    template <int kBits>
+    static void multiply_bits(const TileTask& task, void* scratch) {
+        const bool has_groups = task.format->group_size != task.format->in_features;
+        auto* results = static_cast<float*>(scratch);
+        if (task.rows <= 16)
+            few<1, kBits>(task, results);
+        else if (task.rows <= kRows)
+            few<2, kBits>(task, results);
+        else
+            has_groups ? many<kBits, true>(task, scratch) : many<kBits, false>(task, scratch);
+    }
+
+    // Bytes of 8 input features of a panel.
+    template <int kBits>
+    static constexpr int64_t kUnitBytes = kPanelColumns * kBits;
+
+    template <int kBits>
+    static inline __attribute__((always_inline)) void convert(const uint8_t* stored, uint16_t* target) {
+        if constexpr (kBits == 8)
+            Lines::convert_bytes(stored, stored + kPanelColumns * 4, target);
+        else
+            Lines::convert_halves(stored, target);
+    }
+
+    // The products of a group of features, scaled, are added to the results.
+    template <int kBits>
+    static void add_group(const TileTask& task, const Panel& panel, int64_t group, const float* products,
+                          float* results) {
+        const float* sums = static_cast<const float*>(task.blocks[0].sums) + group * kRows;
+        for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
+            const ColumnScale<Lines, kBits> column(panel, group, c);
+            const Vector scale = Vector::multiply(column.scale, Vector::all(kUndo));
+            const Vector bias = Vector::load(panel.bias + c);
+            for (int64_t r = 0; r < task.rows; r++) {
+                float* result = results + sum_at(r, c);
+                const Vector sum = Vector::multiply_add(column.minus_zero, Vector::all(sums[r]),
+                                                        Vector::load(products + sum_at(r, c)));
+                const Vector before =
+                    group ? Vector::load(result) : Vector::add(bias, Vector::all(task.blocks[0].scales[r]));
+                Vector::multiply_add(scale, sum, before).store(result);
+            }
+        }
+    }
+
+    // 8 input features of 16 columns, times their scales.
+    template <int kBits>
+    static inline __attribute__((always_inline)) void convert_scaled(const uint8_t* stored, const uint16_t* scales,
+                                                                     const uint8_t* zero_points, uint16_t* target) {
+        if constexpr (kBits == 8)
+            Lines::convert_scaled_bytes(stored, stored + kPanelColumns * 4, scales, zero_points, target);
+        else
+            Lines::convert_scaled_halves(stored, scales, zero_points, target);
+    }
+
+    // Few rows: each weight is converted once, just before its only use.
+    template <int kRowTiles, int kBits>
+    static void few(const TileTask& task, float* scratch) {
+        constexpr int64_t kRing = 4, kDistance = 2;  // steps in the ring, and from a conversion to its use
+        constexpr int64_t kStoredBytes = 4 * kUnitBytes<kBits>;
+        const LinearFormat& f = *task.format;
+        const int64_t steps = f.in_features / kStep, group_steps = f.group_size / kStep;
+        Session session(kRowTiles == 2 ? 16 : task.rows, kRowTiles == 2 ? task.rows - 16 : 16);
+        alignas(64) uint16_t ring[kRing][kStepBytes / 2];
+        alignas(64) float products[2][kBlockSums];  // of two groups: one is added up while the next is multiplied
+        const auto* activations = static_cast<const uint8_t*>(task.blocks[0].values);
+        for (int64_t n = 0; n < task.panels; n++) {
+            const Panel panel(f, task.weights[n]);
+            const uint8_t* stored = panel.integers;
+            const auto convert_step = [&](int64_t step) __attribute__((always_inline)) {
+                uint16_t* target = ring[step % kRing];
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++)
+                        convert<kBits>(stored + i * kUnitBytes<kBits> + half * 64, target + (4 * half + i) * kUnit);
+#pragma GCC unroll 16
+                for (int64_t byte = 0; byte < kStoredBytes; byte += 64)
+                    __builtin_prefetch(stored + kAheadBytes + byte, 0, 3);
+                stored += kStoredBytes;
+            };
+            float* results = scratch + n * kBlockSums;
+            for (int64_t step = 0; step < kDistance && step < steps; step++) convert_step(step);
+            for (int64_t group = 0, step = 0; step < steps; group++) {
+                session.template zero<kRowTiles>();
+                for (const int64_t end = step + group_steps; step < end; step++) {
+                    if (step + kDistance < steps) convert_step(step + kDistance);
+                    session.template multiply<kRowTiles, false, Session::Streams::none>(
+                        activations + step * kStepBytes, reinterpret_cast<const uint8_t*>(ring[step % kRing]),
+                        kTileBytes, 64);
+                }
+                session.template store_sums<kRowTiles>(products[group % 2]);
+                if (group) add_group<kBits>(task, panel, group - 1, products[(group - 1) % 2], results);
+            }
+            const int64_t last = steps / group_steps - 1;
+            add_group<kBits>(task, panel, last, products[last % 2], results);
+            deliver<Vector>(task, n, 0, task.rows, results, results - task.panels / 2 * kBlockSums);
+        }
+    }
+
+    // The weights of one chunk of features, one unit after the other.
+    template <int kBits, bool kScales>
+    class Converter {
+    public:
+        Converter(const TileTask& task, int64_t first, int64_t last, void* target)
+            : format_(*task.format), weights_(task.weights), first_(first), steps_(last - first),
+              target_(static_cast<uint16_t*>(target)),
+              units(task.panels * steps_ * kUnitsOfStep) {
+            if (units) begin_panel();
+        }
+
+        inline __attribute__((always_inline)) void next() {
+            if (units == 0) return;
+            const uint8_t* stored = stored_ + unit_ % 4 * kUnitBytes<kBits> + unit_ / 4 * 64;
+            if constexpr (kScales)
+                convert_scaled<kBits>(stored, scales_ + unit_ / 4 * 16, zero_points_ + unit_ / 4 * 16, target_);
+            else
+                convert<kBits>(stored, target_);
+            target_ += kUnit;
+            units--;
+            if (++unit_ == kUnitsOfStep) next_step();
+        }
+
+    private:
+        void begin_panel() {
+            const Panel panel(format_, *weights_++);
+            step_ = 0;
+            stored_ = panel.integers + first_ * 4 * kUnitBytes<kBits>;
+            if constexpr (kScales) {
+                group_steps_ = format_.group_size / kStep;
+                const int64_t group = first_ / group_steps_;
+                left_ = (group + 1) * group_steps_ - first_;
+                scales_ = panel.scales + group * kPanelColumns;
+                zero_points_ = panel.zero_points + group * kPanelColumns;
+            }
+        }
+        void next_step() {
+            unit_ = 0;
+            stored_ += 4 * kUnitBytes<kBits>;
+            if (++step_ == steps_) {
+                if (units) begin_panel();
+            } else if (kScales && --left_ == 0) {
+                left_ = group_steps_;
+                scales_ += kPanelColumns;
+                zero_points_ += kPanelColumns;
+            }
+        }
+
+        const LinearFormat& format_;
+        const uint8_t* const* weights_;
+        const int64_t first_, steps_;
+        uint16_t* target_;
+        const uint8_t* stored_ = nullptr;
+        uint32_t unit_ = 0;
+        int64_t step_ = 0, group_steps_ = 0, left_ = 0;  // left: steps until the next group
+        const uint16_t* scales_ = nullptr;
+        const uint8_t* zero_points_ = nullptr;
+
+    public:
+        int64_t units;  // that are left
+    };
+
+    // Many rows: weights are converted once for all rows of a task, the next ones while the last are multiplied.
+    template <int kBits, bool kScales>
+    static void many(const TileTask& task, void* scratch) {
+        const int64_t steps = task.format->in_features / kStep, panels = task.panels;
+        const int64_t blocks = (task.rows + kRows - 1) / kRows;
+        const int64_t chunks = (steps + kChunkSteps - 1) / kChunkSteps;
+        const int64_t weight_bytes = panels * kChunkSteps * kStepBytes;
+        uint8_t* const weights[2] = {static_cast<uint8_t*>(scratch), static_cast<uint8_t*>(scratch) + weight_bytes};
+        float* sums = reinterpret_cast<float*>(weights[1] + weight_bytes);
+        // Bytes of the next block of activations that each step with each panel fetches, in whole lines.
+        const int64_t share = (kStepBytes / 64 + panels - 1) / panels * 64;
+        Session session(16, 16);
+        const auto begin = [&](int64_t chunk) { return chunk * steps / chunks; };
+        for (Converter<kBits, kScales> first(task, 0, begin(1), weights[0]); first.units;) first.next();
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const int64_t first = begin(chunk), count = begin(chunk + 1) - first;
+            const bool is_last = chunk + 1 == chunks;
+            Converter<kBits, kScales> converter(task, first + count, begin(is_last ? chunk + 1 : chunk + 2),
+                                                weights[(chunk + 1) % 2]);
+            const int64_t pairs = blocks * panels * ((count + 1) / 2);
+            const int64_t pace = (converter.units + pairs - 1) / pairs;  // units to convert in two steps
+            const auto activations = [&](int64_t m, int64_t step) {
+                return static_cast<const uint8_t*>(task.blocks[m].values) + step * kStepBytes;
+            };
+            for (int64_t m = 0; m < blocks; m++) {
+                const uint8_t* a = activations(m, first);
+                const uint8_t* next = m + 1 < blocks ? activations(m + 1, first) : activations(0, first + count);
+                for (int64_t n = 0; n < panels; n++) {
+                    float* block_sums = sums + (m * panels + n) * kBlockSums;
+                    const uint8_t* b = weights[chunk % 2] + n * count * kStepBytes;
+                    const uint8_t* ahead = next + n * count * share;
+                    if (task.rows - m * kRows > 16)
+                        block<2>(session, a, b, count, block_sums, chunk > 0, ahead, share, converter, pace);
+                    else
+                        block<1>(session, a, b, count, block_sums, chunk > 0, ahead, share, converter, pace);
+                    if (is_last)
+                        finish<kBits, kScales>(task, n, m, block_sums, block_sums - panels / 2 * kBlockSums);
+                }
+            }
+            while (converter.units) converter.next();
+        }
+    }
+
+    template <int kRowTiles, class Converter>
+    static inline __attribute__((always_inline)) void block(Session& session, const uint8_t* a, const uint8_t* b,
+                                                            int64_t steps, float* sums, bool has_sums,
+                                                            const uint8_t* ahead, int64_t share,
+                                                            Converter& converter, int64_t pace) {
+        if (has_sums)
+            session.template load_sums<kRowTiles>(sums);
+        else
+            session.template zero<kRowTiles>();
+        for (int64_t step = 0; step < steps; step++) {
+            session.template multiply<kRowTiles, false, Session::Streams::weights>(
+                a + step * kStepBytes, b + step * kStepBytes, kTileBytes, 64);
+            if (has_sums)
+                for (int i = 0; i < 4; i++) __builtin_prefetch(sums + kBlockSums + step * 64 + i * 16, 1, 3);
+            for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(ahead + step * share + byte, 0, 2);
+            if (step % 2)
+                for (int64_t i = 0; i < pace; i++) converter.next();
+        }
+        session.template store_sums<kRowTiles>(sums);
+    }
+
+    // Sums become results, in their places.
+    template <int kBits, bool kScales>
+    static void finish(const TileTask& task, int64_t n, int64_t m, float* sums, const float* gates) {
+        const Panel panel(*task.format, task.weights[n]);
+        const int64_t left = task.rows - m * kRows, rows = left < kRows ? left : kRows;
+        const auto* row_sums = static_cast<const float*>(task.blocks[m].sums);
+        for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
+            const Vector bias = Vector::load(panel.bias + c);
+            if constexpr (kScales) {  // but for the multipliers they are in the weights
+                const Vector scale = Vector::multiply(Vector::load(panel.multipliers + c), Vector::all(kUndo));
+                for (int64_t r = 0; r < rows; r++) {
+                    const Vector before = Vector::add(bias, Vector::all(task.blocks[m].scales[r]));
+                    Vector::multiply_add(scale, Vector::load(sums + sum_at(r, c)), before).store(sums + sum_at(r, c));
+                }
+            } else {
+                const ColumnScale<Lines, kBits> column(panel, 0, c);
+                const Vector scale = Vector::multiply(column.scale, Vector::all(kUndo));
+                for (int64_t r = 0; r < rows; r++) {
+                    float* place = sums + sum_at(r, c);
+                    const Vector sum =
+                        Vector::multiply_add(column.minus_zero, Vector::all(row_sums[r]), Vector::load(place));
+                    Vector::multiply_add(scale, sum, bias).store(place);
+                }
+            }
+        }
+        deliver<Vector>(task, n, m * kRows, rows, sums, gates);
+    }
+};
+
+}  // namespace
+}  // namespace optimum_chatglm_ov

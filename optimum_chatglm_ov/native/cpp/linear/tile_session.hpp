@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the two ways of linear layers on tiles share: the product of two times two tiles, and what becomes of sums.
+#pragma once
+
+#include "linear/activation.hpp"
+#include "linear/linear_kernel.hpp"
+#include "simd/tiles.hpp"
+
+namespace optimum_chatglm_ov {
+namespace {
+
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kTileSums = 256;                  // of one tile
+constexpr int64_t kBlockSums = 4 * kTileSums;       // [row tile][column tile][16][16]
+constexpr int64_t kChunkSteps = 16;  // products whose held operand, 32 KB, fits the first-level cache
+
+// Offset of a sum of a block.
+inline int64_t sum_at(int64_t row, int64_t column) {
+    return row / 16 * 2 * kTileSums + column / 16 * kTileSums + row % 16 * 16 + column % 16;
+}
+
+// Tiles 0 .. 3: sums [row tile][column tile]; 4, 5: activations; 6, 7: weights.
+template <class Tiles>
+class TileSession {
+public:
+    TileSession(int64_t first_rows, int64_t second_rows) {
+        TileConfiguration c;
+        c.palette = 1;
+        for (int t = 0; t < 8; t++) c.rows[t] = 16, c.row_bytes[t] = 64;
+        c.rows[0] = c.rows[1] = c.rows[4] = static_cast<uint8_t>(first_rows);
+        c.rows[2] = c.rows[3] = c.rows[5] = static_cast<uint8_t>(second_rows);
+        tiles_.configure(c);
+    }
+    ~TileSession() { tiles_.release(); }
+    TileSession(const TileSession&) = delete;
+
+    template <int kRowTiles>
+    void zero() {
+        tiles_.template zero<0>();
+        tiles_.template zero<1>();
+        if constexpr (kRowTiles == 2) {
+            tiles_.template zero<2>();
+            tiles_.template zero<3>();
+        }
+    }
+    template <int kRowTiles>
+    void load_sums(const void* sums) {
+        const auto* base = static_cast<const uint8_t*>(sums);
+        tiles_.template load<0>(base, 64);
+        tiles_.template load<1>(base + kTileBytes, 64);
+        if constexpr (kRowTiles == 2) {
+            tiles_.template load<2>(base + 2 * kTileBytes, 64);
+            tiles_.template load<3>(base + 3 * kTileBytes, 64);
+        }
+    }
+    template <int kRowTiles>
+    void store_sums(void* sums) {
+        auto* base = static_cast<uint8_t*>(sums);
+        tiles_.template store<0>(base, 64);
+        tiles_.template store<1>(base + kTileBytes, 64);
+        if constexpr (kRowTiles == 2) {
+            tiles_.template store<2>(base + 2 * kTileBytes, 64);
+            tiles_.template store<3>(base + 3 * kTileBytes, 64);
+        }
+    }
+
+    // The operand that is read once must not push the other out of the first-level cache: with plain loads for both a
+    // third of the speed is lost.
+    enum class Streams { none, activations, weights };
+
+    // Adds the products of one step. b1 follows b0 after `next` bytes, its rows are `stride` apart.
+    template <int kRowTiles, bool kBytes, Streams kStreams>
+    void multiply(const uint8_t* a, const uint8_t* b, int64_t next, int64_t stride) {
+        load<4, kStreams == Streams::activations>(a, 64);
+        load<6, kStreams == Streams::weights>(b, stride);
+        dot<0, 4, 6, kBytes>();
+        load<7, kStreams == Streams::weights>(b + next, stride);
+        dot<1, 4, 7, kBytes>();
+        if constexpr (kRowTiles == 2) {
+            load<5, kStreams == Streams::activations>(a + kTileBytes, 64);
+            dot<2, 5, 6, kBytes>();
+            dot<3, 5, 7, kBytes>();
+        }
+    }
+
+private:
+    template <int T, bool kStreamed>
+    void load(const uint8_t* base, int64_t stride) {
+        if constexpr (kStreamed)
+            tiles_.template load_streamed<T>(base, stride);
+        else
+            tiles_.template load<T>(base, stride);
+    }
+    template <int C, int A, int B, bool kBytes>
+    void dot() {
+        if constexpr (kBytes)
+            tiles_.template dot_signed_unsigned<C, A, B>();
+        else
+            tiles_.template dot<C, A, B>();
+    }
+
+    Tiles tiles_;
+};
+
+// What a panel of weights holds: linear.hpp.
+struct Panel {
+    const float *bias, *multipliers;
+    const uint16_t* scales;
+    const uint8_t *zero_points, *integers;
+
+    Panel(const LinearFormat& f, const uint8_t* panel)
+        : bias(reinterpret_cast<const float*>(panel)),
+          multipliers(bias + kPanelColumns),
+          scales(reinterpret_cast<const uint16_t*>(multipliers + kPanelColumns)),
+          zero_points(reinterpret_cast<const uint8_t*>(scales + f.in_features / f.group_size * kPanelColumns)),
+          integers(panel + panel_header_bytes(f)) {}
+};
+
+// Scales of as many columns as a vector has, and minus the zero points, counted from the middle of the integers.
+template <class Lines, int kBits>
+struct ColumnScale {
+    using Vector = typename Lines::Vector;
+    Vector scale, minus_zero;
+
+    ColumnScale(const Panel& panel, int64_t group, int64_t column)
+        : scale(Vector::multiply(Lines::from_half(panel.scales + group * kPanelColumns + column),
+                                 Vector::load(panel.multipliers + column))),
+          minus_zero(
+              Vector::multiply_add(Lines::from_bytes(panel.zero_points + group * kPanelColumns + column),
+                                   Vector::all(-1.0f), Vector::all(static_cast<float>(1 << (kBits - 1))))) {}
+};
+
+// The last step of a block: results, in the places of sums, go to the output, or through the activation function.
+template <class Vector>
+void deliver(const TileTask& task, int64_t panel, int64_t first_row, int64_t rows, const float* results,
+             const float* gates) {
+    if (task.gating == Gating::silu && panel < task.panels / 2) return;  // until its partner is there
+    float* output = task.outputs[panel] + first_row * task.stride;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
+            Vector x = Vector::load(results + sum_at(r, c));
+            if (task.gating == Gating::gelu) x = gelu(x);
+            if (task.gating == Gating::silu) x = Vector::multiply(x, silu(Vector::load(gates + sum_at(r, c))));
+            x.store(output + r * task.stride + c);
+        }
+}
+
+}  // namespace
+}  // namespace optimum_chatglm_ov
