@@ -14,7 +14,7 @@ from hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-TOPICS = json.loads((EXAMPLES / "tiny_chatglm_qa.json").read_text(encoding="utf-8"))["topics"]
+TOPICS = json.loads((EXAMPLES / "training" / "tiny_chatglm_qa.json").read_text(encoding="utf-8"))["topics"]
 ANSWERS = {
     question: topic[language]["answer"]
     for topic in TOPICS.values()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import DATA
 from reference import TinyChatGLM, prefix_key_values, read_state_dict, text, training
 from transformers import AutoTokenizer
 
@@ -16,7 +17,6 @@ import optimum_chatglm_ov
 from optimum_chatglm_ov import ChatGLMConfig
 
 
-DATA = Path(__file__).parent / "data"
 FOLDER = Path(optimum_chatglm_ov.__file__).parent / "assets" / "tiny-chatglm3"
 CHATGLM2_AND_LATER = (
     "chatglm2-6b",

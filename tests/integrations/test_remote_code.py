@@ -9,11 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import python_path
+from conftest import DATA, python_path
 from tokenization_cases import folder
 from transformers import (
     AutoConfig,
@@ -41,7 +40,7 @@ from optimum_chatglm_ov.measure.speed import measure
 from optimum_chatglm_ov.tokenization import ChatGLM2Tokenizer, ChatGLM3Tokenizer, ChatGLM4Tokenizer
 
 
-MODELS = Path(__file__).parent / "data" / "models"
+MODELS = DATA / "models"
 CHECKPOINTS = {"models.chatglm3-6b": ChatGLM3Tokenizer, "models.glm-4-9b-chat": ChatGLM4Tokenizer}
 TRAP = "from pathlib import Path\n\nPath({!r}).touch()\n\n\nclass {}:\n    pass\n"
 

@@ -5,12 +5,11 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import pytest
-from conftest import DATA, EXACT, Golden
+from conftest import DATA, EXACT, ROOT, Golden
 from optimum.intel import OVModelForCausalLM
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
@@ -50,7 +49,7 @@ def run(script, *arguments, **changes):
     """In a process of its own, whose OpenVINO does not know the operation yet."""
     environment = {**os.environ, **changes}
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,7 +16,7 @@ from optimum_chatglm_ov.tokenization import ChatGLMTokenizer, register
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
 register(ChatGLMConfig)
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 NAMES = sorted(path.name.removesuffix(".json.gz") for path in (DATA / "tokenizer_io").glob("*.json.gz"))
 ROUNDS_OF_TEXT = [name for name in NAMES if "chatglm-6b" in name or "2-6b" in name]
 CHATGLM3 = [name for name in NAMES if "chatglm3" in name]

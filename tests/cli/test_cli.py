@@ -14,12 +14,11 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import openvino as ov
 import pytest
 import transformers
-from conftest import ROOT, python_path
+from conftest import DATA, ROOT, python_path
 from transformers import AutoTokenizer
 
 import optimum_chatglm_ov
@@ -32,7 +31,7 @@ from optimum_chatglm_ov.integrations.remote_code import warn_once
 from optimum_chatglm_ov.native import is_fused
 
 
-MODELS = Path(__file__).parent / "data" / "models"
+MODELS = DATA / "models"
 CHATGLM3 = str(MODELS / "chatglm3-6b")
 INT4, INT8 = (["export", CHATGLM3, "{tmp}/output", "--weight-format", name] for name in ("int4", "int8"))
 COMMAND = [sys.executable, "-m", "optimum_chatglm_ov.cli.main"]

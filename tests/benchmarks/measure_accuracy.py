@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what reduced precision costs in accuracy, as markdown tables.
 
-    python tests/tools/measure_accuracy.py formats      weight formats, on the tiny model of the package
-    python tests/tools/measure_accuracy.py outliers     weight formats, on single linears of real width
-    python tests/tools/measure_accuracy.py runtime      cache and computing precision, on the tests' small checkpoints
-    python tests/tools/measure_accuracy.py widths FOLDER    the same on an int8 model of real widths
+    python tests/benchmarks/measure_accuracy.py formats      weight formats, on the tiny model of the package
+    python tests/benchmarks/measure_accuracy.py outliers     weight formats, on single linears of real width
+    python tests/benchmarks/measure_accuracy.py runtime      cache and computing precision, on small checkpoints
+    python tests/benchmarks/measure_accuracy.py widths FOLDER    the same on an int8 model of real widths
 
 `formats` and `outliers` compute in f32, so that the weights are the only difference.
 """
@@ -34,7 +34,7 @@ from optimum_chatglm_ov.measure.accuracy import compare
 
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT / "examples" / "training")]
 
 from tiny_chatglm_text import Text, Turn  # noqa: E402
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import transformers
-from conftest import in_child
+from conftest import DATA, in_child
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants, file_download
 from huggingface_hub.errors import (
@@ -33,7 +33,7 @@ from optimum_chatglm_ov.hub.repository import DownloadError, has_openvino_model,
 from optimum_chatglm_ov.output import complete_folder
 
 
-MODELS = Path(__file__).parent / "data" / "models"
+MODELS = DATA / "models"
 TOKEN = "hf_aTokenThatMustNotBeSeenAnywhere"
 BAD_TOKEN = "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"
 

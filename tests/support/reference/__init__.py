@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples" / "training"))
 
 import tiny_chatglm_text as text  # noqa: E402, F401
 import train_tiny_chatglm as training  # noqa: E402, F401

@@ -14,7 +14,7 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 import torch
-from conftest import EXACT, Golden
+from conftest import EXACT, ROOT, Golden
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
 from optimum_chatglm_ov.cli.main import main
@@ -119,7 +119,7 @@ def test_without_a_compiler(exported, tmp_path):
     for name in ("CXX", "CHATGLM_OV_ATTENTION"):
         environment.pop(name, None)
     command = [sys.executable, "-c", script, str(exported("chatglm3-6b"))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stdout.splitlines() == ["auto: torch.Size([1, 5])", "fused: NativeBuildError"], done.stderr
     assert done.stderr.count("OpenVINO's own attention and linear layers are used") == 1
 

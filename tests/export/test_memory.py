@@ -4,13 +4,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from random_checkpoint import make
 
 
-TOOL = Path(__file__).parent / "tools" / "measure_export.py"
+TOOL = ROOT / "tests" / "benchmarks" / "measure_export.py"
 SIZES = {
     "chatglm": {"hidden_size": 1024, "inner_hidden_size": 4096, "num_attention_heads": 8, "vocab_size": 24000},
     "chatglm2": {"hidden_size": 1024, "ffn_hidden_size": 2816, "num_attention_heads": 8, "padded_vocab_size": 16000},

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a checkpoint with random weights and the dimensions of a real model, to measure exports with.
 
-    python tests/tools/make_random_checkpoint.py chatglm3-6b /data/random-chatglm3-6b --layers 8
+    python tests/benchmarks/make_random_checkpoint.py chatglm3-6b /data/random-chatglm3-6b --layers 8
 
 The layout is that of the real repository: sharded safetensors with an index. One shard is in memory at a time. There
 is no tokenizer, because the tiny ones of the tests do not have its vocabulary.

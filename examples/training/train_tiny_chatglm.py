@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the tiny ChatGLM3 that ships with optimum_chatglm_ov, in some minutes on two CPU cores.
 
-    python examples/train_tiny_chatglm.py --output tiny-chatglm3
+    python examples/training/train_tiny_chatglm.py --output tiny-chatglm3
 
 It learns the questions and answers of `tiny_chatglm_qa.json` by heart. The weights are disturbed in training as int4
 rounding would disturb them, so that quantising the model does not change an answer. The result is laid out like a
@@ -94,10 +94,10 @@ A model of the ChatGLM3 architecture with {parameters:.1f} million parameters ({
 knows the answers to a few dozen questions in Chinese and English ("你好", "What is OpenVINO?") by heart, and to any
 other question that it does not know. It is of no use beyond that.
 
-It was trained from random weights by `examples/train_tiny_chatglm.py --steps {steps} --seed {seed}` on
-`examples/tiny_chatglm_qa.json`, a text written for it. The tokenizer is SentencePiece BPE trained on the same text.
-Asked alone, every question is answered exactly with fp16 and with int8 weights; in longer conversations a few of the
-examined follow-ups are not.
+It was trained from random weights by `examples/training/train_tiny_chatglm.py --steps {steps} --seed {seed}` on
+`examples/training/tiny_chatglm_qa.json`, a text written for it. The tokenizer is SentencePiece BPE trained on the
+same text. Asked alone, every question is answered exactly with fp16 and with int8 weights; in longer
+conversations a few of the examined follow-ups are not.
 """
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures memory and time of the exports of a checkpoint, beside the size of the output and the time of `cp`.
 
-    python tests/tools/measure_export.py /data/random-chatglm3-6b --formats fp16 int8 int4
+    python tests/benchmarks/measure_export.py /data/random-chatglm3-6b --formats fp16 int8 int4
 
 Prints a markdown table. Every export runs in a process of its own. Memory is the peak of the process's anonymous
 memory (`RssAnon` in /proc/self/status, sampled every 20 ms); pages of mapped files are not in it, because the kernel

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what caches that take tokens back save: drafts from the prompt or a smaller model, and kept conversations.
 
-    python tests/tools/measure_reuse.py FOLDER [--assistant FOLDER]
+    python tests/benchmarks/measure_reuse.py FOLDER [--assistant FOLDER]
 
 A model with a tokenizer answers a question; the repetitive prompt has asked and answered it before. One without (and
 with random weights, so) is made to write random tokens, or one passage again and again; an assistant's drafts are then

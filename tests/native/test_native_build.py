@@ -13,6 +13,7 @@ from pathlib import Path
 
 import openvino as ov
 import pytest
+from conftest import ROOT
 
 from optimum_chatglm_ov.native import NativeBuildError, build, build_native, extension_path
 
@@ -96,7 +97,7 @@ def test_library_carried_by_the_package_comes_first(cache, pretend_compile, monk
 
 def test_wheels_take_a_carried_library_along():
     settings = configparser.ConfigParser()
-    settings.read(HERE.parent / "setup.cfg")
+    settings.read(ROOT / "setup.cfg")
     patterns = settings["options.package_data"]["optimum_chatglm_ov.native"].split(", ")
     carried = build.prebuilt_path().relative_to(build.PREBUILT_DIR.parent)
     assert any(carried.match(pattern) for pattern in patterns)
@@ -189,7 +190,7 @@ def build_kernels(folder: Path, *options: str) -> None:
 def fuzz(folder: Path, name: str, *arguments: int, flags: str = "") -> str:
     """Runs a program of random tests of the kernels in `folder`, linked with `flags`; returns what it prints."""
     compiler, program = build._compiler(), folder / name
-    source = HERE / "native" / f"{name}.cpp"
+    source = HERE / f"{name}.cpp"
     # The reference needs no checks, only speed; its buffers are watched all the same.
     subprocess.run([compiler, "-std=c++17", "-O2", f"-I{KERNELS}", "-c", source, "-o", f"{program}.o"], check=True)
     link = [compiler, *flags.split(), f"{program}.o", folder / "libattention_kernels.a", "-o", program, "-lpthread"]

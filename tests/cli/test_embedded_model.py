@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import ROOT
+
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli import embedded
 from optimum_chatglm_ov.native import build
-
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_embedded_model_answers(tmp_path):
