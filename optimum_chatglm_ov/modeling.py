@@ -7,29 +7,26 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import openvino as ov
 import torch
-from optimum.intel.openvino import OVModelForCausalLM
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
-from optimum.intel.openvino.modeling_base import core
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from . import native
 from .chat import ChatMixin
-from .choices import ATTENTIONS, FLOATING_FORMATS, LINEARS
+from .choices import FLOATING_FORMATS
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
-from .export import quantization
-from .export.exporter import MODEL_FILE, end_turns, export_model, load_config, log_ignored_cache, model_folder
+from .export.exporter import MODEL_FILE, end_turns, load_config, log_ignored_cache, model_folder
 from .hub.repository import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .integrations.remote_code import read_config, warn_once
+from .loading import Choices, export_temporarily, stored_generation_config, weight_format_of
 from .native import NativeBuildError
 from .originals import OriginalsMixin
-from .runtime.compilation import CompilationMixin, choice
-from .runtime.inference import InferenceMixin
+from .runtime.compilation import core, with_logits_to_keep
+from .runtime.model import EngineForCausalLM
 from .tokenization import has_vocabulary, load_tokenizer
 
 
@@ -52,7 +49,6 @@ _ARGUMENTS_OF_TRANSFORMERS = {
     "use_safetensors",
     "variant",
 }
-_WEIGHT_FORMAT_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class _AutoModelForCausalLM(AutoModelForCausalLM):
@@ -67,7 +63,7 @@ class _AutoModelForCausalLM(AutoModelForCausalLM):
         pass
 
 
-class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, CompilationMixin, OVModelForCausalLM):
+class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalLM):
     r"""A ChatGLM model of any generation, run by OpenVINO.
 
     ```python
@@ -80,7 +76,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
     ```
 
     It is an `OVBaseModel` and a `GenerationMixin`: `generate()`, pipelines, streamers and beam search work as with any
-    optimum-intel model. The key/value cache lives in the inference request; each instance has its own.
+    optimum-intel model. Keys and values live in its `engine`; each instance has its own.
     """
 
     config_class = ChatGLMConfig
@@ -153,32 +149,24 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
             CheckpointError, ExportError, ValueError, OSError: see `export_model`.
             NativeBuildError: see `compile`; also for an IR that was exported fused.
         """
-        hub_arguments = dict(
+        compile_only = bool(compile_only)
+        choices = Choices.of(attention, linear, compile_only)
+        unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
+        if unknown:
+            raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
+        if config is not None:
+            rope_ratio_type = rope_ratio_type or getattr(config, "rope_ratio_type", None)
+        weight_format = weight_format_of(kwargs.pop("torch_dtype", dtype))
+        source = resolve_checkpoint(
+            model_id,
+            subfolder=subfolder,
+            export=bool(export),
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        named = attention is not None
-        attention = choice("attention", attention, ATTENTIONS, "CHATGLM_OV_ATTENTION")
-        own = "openvino" if attention == "sdpa" else "auto"
-        linear = choice("linear", linear, LINEARS, "CHATGLM_OV_LINEAR", own)
-        if compile_only:
-            for argument, chosen in (("attention", attention), ("linear", linear)):
-                if chosen.startswith("fused"):
-                    raise ValueError(
-                        f'`compile_only` compiles the IR as it is; `{argument}="{chosen}"` (or CHATGLM_OV_'
-                        f"{argument.upper()}={chosen}) changes it. Leave one out."
-                    )
-            attention, linear = "sdpa", "openvino"
-        unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
-        if unknown:
-            raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
-        if config is not None:
-            rope_ratio_type = rope_ratio_type or getattr(config, "rope_ratio_type", None)
-        weight_format = _weight_format(kwargs.pop("torch_dtype", dtype))
-        source = resolve_checkpoint(model_id, subfolder=subfolder, export=bool(export), **hub_arguments)
         read_config(source)
         if trust_remote_code:
             warn_once(str(model_id))
@@ -188,76 +176,51 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
                 f"{model_id}: no openvino_model.xml with its .bin was found, and `export=False` forbids making them. "
                 "Leave `export` unset to export the original checkpoint."
             )
-        temporary = None
+        folder, temporary = source, None
         if export or not has_ir:
-            if compile_only:
-                raise ValueError(
-                    "`compile_only` loads an IR and cannot export; run `chatglm-ov export` or `save_pretrained` first."
-                )
-            if quantization_config is None and load_in_8bit:
-                quantization_config = {"bits": 8}
-            if quantization_config is not None:
-                weight_format = None
-            elif load_in_8bit is False:
-                weight_format = weight_format or "original"
-            # not a context manager: the IR must live as long as the model that maps it
-            temporary = TemporaryDirectory(prefix="optimum_chatglm_ov-")
-            folder = export_model(
+            temporary = export_temporarily(
                 source,
-                Path(temporary.name) / "model",
+                compile_only=compile_only,
+                load_in_8bit=load_in_8bit,
                 weight_format=weight_format,
                 quantization_config=quantization_config,
                 rope_ratio_type=rope_ratio_type,
                 adapters=adapters,
                 prefix_encoder=prefix_encoder,
             )
-            quantization_config = None
-            config = None  # the one that was exported
-        else:
-            if adapters or prefix_encoder:
-                raise ValueError(
-                    f"{model_id}: `adapters` and `prefix_encoder` are merged at export, but this is exported already. "
-                    "Export the original checkpoint again with them (`export=True`)."
-                )
-            folder = source
-            if native.is_fused(folder / MODEL_FILE):
-                for argument, is_given in (
-                    ("compile_only", compile_only),
-                    ("attention='sdpa'" if named else "CHATGLM_OV_ATTENTION=sdpa", attention == "sdpa"),
-                    ("load_in_8bit", load_in_8bit),
-                    ("quantization_config", quantization_config is not None),
-                ):
-                    if is_given:
-                        raise ValueError(
-                            f"{model_id}: `{argument}` is not for this IR, which holds the fused attention operation. "
-                            "Leave it out, or export the original checkpoint again in the portable form."
-                        )
-            if load_in_8bit or quantization_config is not None:
-                if compile_only:
-                    raise ValueError("A model loaded with `compile_only=True` cannot be quantised; load it without.")
-                quantization_config = quantization.resolve_config(
-                    load_config(folder), None, quantization_config or {"bits": 8}, 0
-                )
+            folder = Path(temporary.name) / "model"
+            load_in_8bit = quantization_config = config = None  # those of the export
+        elif adapters or prefix_encoder:
+            raise ValueError(
+                f"{model_id}: `adapters` and `prefix_encoder` are merged at export, but this is exported already. "
+                "Export the original checkpoint again with them (`export=True`)."
+            )
+        elif native.is_fused(folder / MODEL_FILE):
+            choices.check_fused_ir(str(model_id), compile_only, load_in_8bit, quantization_config)
         if config is None:
             config = load_config(folder, rope_ratio_type)
         config.name_or_path = str(model_id)
-        model = cls._from_pretrained(
-            model_id=folder,
-            config=config,
+        if compile_only and (load_in_8bit or quantization_config is not None):
+            raise ValueError("A model loaded with `compile_only=True` cannot be quantised; load it without.")
+        model = cls(
+            cls._compiled_alone(folder, device, ov_config) if compile_only else cls.load_model(folder / MODEL_FILE),
+            config,
             device=device,
             ov_config=dict(ov_config or {}),
-            compile=compile and compile_only,  # otherwise below, with the attention that was chosen
+            model_save_dir=folder,
+            compile=compile_only,  # otherwise below, with weights as they are asked for
             compile_only=compile_only,
-            generation_config=generation_config,
+            generation_config=generation_config or stored_generation_config(folder),
+            attention=choices.attention,
+            linear=choices.linear,
         )
-        model._attention, model._linear = attention, linear
-        if quantization_config is not None:
-            model._quantize(quantization_config, folder)
+        model._temporary_folder = temporary
+        if load_in_8bit or quantization_config is not None:
+            model._quantize(quantization_config or {"bits": 8}, folder)
+        elif (folder / OVConfig.CONFIG_NAME).is_file():
+            model._openvino_config = OVConfig.from_pretrained(folder)
         if compile:
             model.compile()
-        model._temporary_folder = temporary
-        if model._openvino_config is None and (folder / OVConfig.CONFIG_NAME).is_file():
-            model._openvino_config = OVConfig.from_pretrained(folder)
         if temporary is None and generation_config is None:
             model._mend_generation_config(folder)
         if not use_cache:
@@ -285,25 +248,19 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
                     f"{file.parent}: this IR holds the fused attention operation and cannot run without: {error}"
                 ) from error
         try:
-            return OVModelForCausalLM.load_model(file, quantization_config)
+            return core.read_model(file, file.with_suffix(".bin"))
         except RuntimeError as error:
             raise ModelFileError(
                 f"{file}: OpenVINO does not read it ({openvino_message(error)}). It or the .bin file beside it is "
                 "damaged, or was not copied to its end: copy or export it again."
             ) from error
 
-    @property
-    def stateful(self) -> bool:
-        """Whether the model keeps its keys and values itself: always."""
-        return True
-
-    @stateful.setter
-    def stateful(self, has_state: bool) -> None:
-        pass  # optimum-intel looks for state variables, and an IR with fused attention has none
-
-    @staticmethod
-    def _has_cache_inputs(model: ov.Model | ov.CompiledModel) -> bool:
-        return True
+    @classmethod
+    def _compiled_alone(cls, folder: Path, device: str, ov_config: Mapping[str, str] | None) -> ov.CompiledModel:
+        """The IR in `folder` as the compiler makes it, without the model that it was made of."""
+        return core.compile_model(
+            with_logits_to_keep(cls.load_model(folder / MODEL_FILE)), device.upper(), dict(ov_config or {})
+        )
 
     def _mend_generation_config(self, folder: Path) -> None:
         """Generation stops where a turn ends and keeps its cache, as an export says, also if the folder does not."""
@@ -321,16 +278,19 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
                 "generation_config.json names."
             )
 
-    def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
+    def _quantize(self, quantization_config: OVWeightQuantizationConfig | Mapping[str, Any], folder: Path) -> None:
+        from .export import quantization  # running a model needs no exporter
+
+        settings = quantization.resolve_config(self.config, None, quantization_config, 0)
         precision = quantization.weight_precision(self.model)
         if precision not in FLOATING_FORMATS:
             raise ValueError(
                 f"{folder}: the weights are {precision} already and cannot be quantised again. Leave out "
                 "`load_in_8bit` and `quantization_config`, or export the original checkpoint with them."
             )
-        tokenizer = None if quantization_config.dataset is None else load_tokenizer(folder)
-        quantization.compress(self.model, quantization_config, tokenizer)
-        self._openvino_config = OVConfig(quantization_config=quantization.for_saving(quantization_config))
+        tokenizer = None if settings.dataset is None else load_tokenizer(folder)
+        quantization.compress(self.model, settings, tokenizer)
+        self._openvino_config = OVConfig(quantization_config=quantization.for_saving(settings))
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any):
         """Writes the IR, configuration, tokenizer and model card; the folder is complete or as it was before.
@@ -352,20 +312,3 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
                 self.save_model_card(folder)
         if push_to_hub:
             return self.push_to_hub(Path(save_directory), **kwargs)
-
-
-def _weight_format(dtype: torch.dtype | str | None) -> str | None:
-    """The `weight_format` that `dtype` of transformers' `from_pretrained` asks for, `None` if it asks for none.
-
-    Raises:
-        ValueError: a type that weights cannot have.
-    """
-    if dtype is None or dtype == "auto":
-        return None
-    weight_format = _WEIGHT_FORMAT_OF_DTYPE.get(str(dtype).removeprefix("torch."))
-    if weight_format is None:
-        raise ValueError(
-            f"`dtype` is {dtype!r}; expected torch.float32, torch.float16, torch.bfloat16 or 'auto'. Integers are "
-            "asked for with `load_in_8bit` or `quantization_config`."
-        )
-    return weight_format

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
-from .chat import RULES, History, Response, StreamedTokens
+from .chat import StreamedTokens
 from .configuration import ChatGLMConfig
 from .runtime.token_stream import TokenStream
+from .tokenization.chat_rules import RULES, History, Response
 from .tokenization.messages import as_messages
 
 
@@ -49,7 +50,7 @@ def _generation_of_messages(config: ChatGLMConfig) -> str:
 
 
 class OriginalsMixin:
-    """Methods of the original model classes for an `InferenceMixin`."""
+    """Methods of the original model classes for a [`ChatMixin`]."""
 
     bfloat16, cpu, cuda, float, half, quantize = map(
         _without_effect, ("bfloat16", "cpu", "cuda", "float", "half", "quantize")

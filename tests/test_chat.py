@@ -16,10 +16,11 @@ from tokenization_cases import NAMES, golden, tokenizer
 from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from optimum_chatglm_ov import OVChatGLMForCausalLM
-from optimum_chatglm_ov.chat import ChatMixin, InvalidScoreLogitsProcessor, ToolCallError, chat_rules
+from optimum_chatglm_ov import OVChatGLMForCausalLM, ToolCallError
+from optimum_chatglm_ov.chat import ChatMixin, InvalidScoreLogitsProcessor, chat_rules
 from optimum_chatglm_ov.configuration import ChatGLMConfig
 from optimum_chatglm_ov.errors import ContextLengthError
+from optimum_chatglm_ov.runtime.model import EngineForCausalLM
 
 
 CHAT_IO = Path(__file__).parent / "data" / "chat_io"
@@ -154,6 +155,8 @@ class Recorder(ChatMixin):
 
     def _turns(self, assistant):
         return contextlib.nullcontext()
+
+    generate_turn, _last_turn = EngineForCausalLM.generate_turn, None
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if golden(name)["chat"]])

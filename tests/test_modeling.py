@@ -114,7 +114,7 @@ def test_two_models_share_no_state(exported, either_model):
     golden = Golden("chatglm3-6b")
     models = [either_model("chatglm3-6b")]
     models.append(
-        OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention=models[0]._attention, ov_config=EXACT)
+        OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention=models[0].attention, ov_config=EXACT)
     )
     cases, results = ("single", "history"), {}
 

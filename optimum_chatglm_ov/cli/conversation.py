@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..chat import PLACEHOLDER
+from ..tokenization.chat_rules import PLACEHOLDER
 
 
 # What the post-processing of an answer may still change when more of it is known: ASCII punctuation next to Chinese

@@ -13,7 +13,6 @@ AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
 tokenization.register(ChatGLMConfig)
 remote_code.replace_remote_code()
 
-from ..chat import ToolCallError  # noqa: E402
 from ..export.exporter import export_model  # noqa: E402  the modules below read checkpoints through the classes above
 from ..hub.repository import DownloadError  # noqa: E402
 from ..modeling import OVChatGLMForCausalLM  # noqa: E402
@@ -27,6 +26,7 @@ from ..tokenization import (  # noqa: E402
     ChatGLMTokenizer,
     CodeGeeX4Tokenizer,
 )
+from ..tokenization.chat_rules import ToolCallError  # noqa: E402
 
 
 AutoModelForCausalLM.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)

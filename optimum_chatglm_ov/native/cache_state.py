@@ -39,8 +39,6 @@ class FusedAttentionState:
         """
         self.layout = layout
         self.max_tokens = max_tokens
-        self.sequence = object()
-        """Stands for the sequence that the caches hold: another one after every `reset`."""
         self._length = layout.prefix_tokens  # of every row, with the prefix
         self._request = request
         self._caches: dict[str, ov.Tensor] = {}
@@ -135,7 +133,15 @@ class FusedAttentionState:
     def reset(self) -> None:
         """Forgets everything; the memory is kept for the next sequence."""
         self._length = self.layout.prefix_tokens
-        self.sequence = object()
+
+    def copy(self, other: FusedAttentionState) -> None:
+        """Holds the same tokens as `other`, a state of another request of the same model, in memory of its own."""
+        self._rows, self._blocks, self._batch = other._rows, other._blocks, other._batch
+        for name, cache in other._caches.items():
+            self._caches[name] = ov.Tensor(cache.data.copy())
+            self._request.set_tensor(name, self._caches[name])
+        self._bind_table(other._table.copy())
+        self._length = other._length
 
     def release(self) -> None:
         """Forgets everything and gives the memory and the request back; this object is of no use any more."""

@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The caches of fused attention as transformers sees them."""
+"""What an engine holds, as transformers sees it: `past_key_values`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from transformers import DynamicCache
 
-from ..native.cache_state import FusedAttentionState
+from .engine import Engine, FusedEngine
+
+
+# transformers wants something that is neither None nor empty.
+_MARKER = ((),)
 
 
 class FusedCache(DynamicCache):
     """What a fused model returns as `past_key_values`: one sequence in the caches of its inference request.
 
-    It holds no tensors. As any `Cache`, it grows with each call that it is given to, and `crop` and `reset` take
-    tokens back (in constant time). The caches hold one sequence at a time: once a call without `past_key_values` has
-    begun another, these raise. What handles the tensors of other caches raises always.
+    It holds no tensors: keys and values are the engine's. As any `Cache`, it grows with each call that it is given to,
+    and `crop` and `reset` take tokens back (in constant time). An engine holds one sequence at a time: once a call
+    without `past_key_values` has begun another, these raise. What handles the tensors of other caches raises always.
 
     `transformers` crops only what is a `DynamicCache` in all its versions.
     """
 
-    def __init__(self, state: FusedAttentionState, uncroppable: int = 0):
+    def __init__(self, engine: FusedEngine, uncroppable: int = 0):
         """
         Args:
-            state: the caches, right after their `reset`.
+            engine: holds the sequences that this stands for.
             uncroppable: tokens at the beginning that cannot be taken back one by one, because each was computed
                 with all of them in view.
         """
@@ -31,17 +37,17 @@ class FusedCache(DynamicCache):
         self.uncroppable = uncroppable
         self.beams_from: int | None = None
         """After a beam search, the length up to which the rows are those of the sequences that it returned."""
-        self._state = state
-        self._sequence = state.sequence
+        self._engine = engine
+        self._sequences = engine.sequences
 
     @property
     def is_outdated(self) -> bool:
         """Whether the caches hold another sequence by now."""
-        return self._sequence is not self._state.sequence
+        return self._sequences is not self._engine.sequences
 
-    def belongs_to(self, state: FusedAttentionState) -> bool:
-        """Whether `state` are the caches that this one shows."""
-        return self._state is state
+    def belongs_to(self, engine: Engine) -> bool:
+        """Whether `engine` holds, or held, what this stands for."""
+        return self._engine is engine
 
     @property
     def batch_size(self) -> int:
@@ -72,7 +78,7 @@ class FusedCache(DynamicCache):
                 f"crop({max_length}): the first {self.uncroppable} tokens are the context of a chatglm-6b prompt, "
                 "which was computed with all of it in view. Start anew without `past_key_values`."
             )
-        self._state.rollback(length - max_length)
+        self._engine.crop(max_length)
         if self.beams_from is not None and max_length <= self.beams_from:
             self.beams_from = None
 
@@ -91,16 +97,67 @@ class FusedCache(DynamicCache):
     __iter__ = __getitem__ = __deepcopy__ = __reduce_ex__ = _no_tensors
 
     def __len__(self) -> int:
-        return len(self._state.layout.layers)
+        return len(self._engine.state.layout.layers)
 
     def __repr__(self) -> str:
         tokens = "outdated" if self.is_outdated else f"{self.get_seq_length()} tokens"
         return f"{type(self).__name__}({tokens})"
 
-    def _current(self) -> FusedAttentionState:
+    def _current(self) -> Engine:
         if self.is_outdated:
             raise ValueError(
                 "These `past_key_values` are outdated: the model has begun another sequence since it returned them, "
                 "and its caches hold one at a time. Leave `past_key_values` out to compute the sequence again."
             )
-        return self._state
+        return self._engine
+
+
+@dataclass(frozen=True)
+class KeptTurn:
+    """What a cache holds after a turn of a conversation.
+
+    Args:
+        input_ids: int64 `[L]`, the tokens that it holds.
+        cache: the cache.
+    """
+
+    input_ids: torch.LongTensor
+    cache: FusedCache
+
+    def cache_for(self, prompt: torch.LongTensor) -> FusedCache | None:
+        """The cache cut to what `prompt` `[L]` starts with; `None` if nothing of it serves."""
+        longest = min(len(self.input_ids), len(prompt) - 1)  # at least one token is computed: its logits are needed
+        same = (self.input_ids[:longest] == prompt[:longest]).int().cumprod(0).sum().item()
+        if not same or self.cache.is_outdated or same < self.cache.uncroppable:
+            return None
+        self.cache.crop(same)
+        return self.cache
+
+
+def past_key_values_of(engine: Engine, uncroppable: int) -> FusedCache | tuple:
+    """What a call that has begun new sequences returns as `past_key_values`; `uncroppable` as in `FusedCache`."""
+    return FusedCache(engine, uncroppable) if engine.can_crop else _MARKER
+
+
+def held_length(engine: Engine | None, past_key_values: Any) -> int:
+    """Tokens that `past_key_values` stand for, 0 for `None`.
+
+    Raises:
+        ValueError: `engine` has not returned them, has begun other sequences since, or holds beams.
+    """
+    if past_key_values is None:
+        return 0
+    if engine is not None and not engine.can_crop and past_key_values == _MARKER and engine.past_length:
+        return engine.past_length
+    if engine is None or not isinstance(past_key_values, FusedCache) or not past_key_values.belongs_to(engine):
+        raise ValueError(
+            f"`past_key_values` is a {type(past_key_values).__name__} that this model has not returned; its "
+            "caches hold nothing of it. Leave it out to start a new sequence."
+        )
+    length = past_key_values.get_seq_length()
+    if past_key_values.beams_from is not None and length > past_key_values.beams_from:
+        raise ValueError(
+            "`past_key_values` hold the beams that a beam search ended with, which are not the sequences that it "
+            f"returned. Leave them out, or `crop({past_key_values.beams_from})` them to the prompt."
+        )
+    return length

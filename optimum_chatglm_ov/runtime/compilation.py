@@ -5,25 +5,27 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import Type
 from openvino import opset13 as ops
-from optimum.intel.openvino.modeling_base import core
 
 from .. import native
 from ..choices import KV_CACHE_PRECISIONS
 from ..native import NativeBuildError
-from ..native.cache_state import FusedAttentionState
 from ..native.fuse_attention import CacheLayout, cache_layout, fuse_attention
 from ..native.fuse_linear import DEFAULT_ACTIVATION_GROUP, fuse_linears
+from .engine import LOGITS_TO_KEEP, Engine, FusedEngine, StatefulEngine
 
 
 logger = logging.getLogger(__name__)
 
-LOGITS_TO_KEEP = "logits_to_keep"
+core = ov.Core()
+"""Reads and compiles models; the native operations are registered with it once they are needed."""
+
 _GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
@@ -40,162 +42,157 @@ def choice(argument: str, value: str | None, choices: tuple[str, ...], variable:
     return value
 
 
-class CompilationMixin:
-    """`compile` of an optimum-intel model class; comes before `OVModelForCausalLM` in the list of base classes."""
+def compile_engine(
+    model: ov.Model,
+    *,
+    device: str,
+    ov_config: Mapping[str, Any],
+    attention: str,
+    linear: str,
+    context_length: int,
+) -> Engine:
+    """Compiles a copy of `model`, and gives the engine that runs it.
 
-    _attention = "sdpa"
-    _linear = "openvino"
-    _fused: FusedAttentionState | None = None
+    Args:
+        model: a portable IR, or one that was exported with fused attention.
+        device: OpenVINO device.
+        ov_config: OpenVINO properties.
+        attention: one of `ATTENTIONS`.
+        linear: one of `LINEARS`.
+        context_length: tokens that a sequence never exceeds.
 
-    @classmethod
-    def _compile_model(
-        cls,
-        model: ov.Model | str | Path,
-        device: str | None = None,
-        ov_config: dict | None = None,
-        model_save_dir=None,
-    ) -> ov.CompiledModel:
-        if isinstance(model, (str, Path)):
-            model_save_dir = model_save_dir or Path(model).parent
-            model = cls.load_model(model)
-        return super()._compile_model(_with_logits_to_keep(model), device, ov_config, model_save_dir)
+    Raises:
+        NativeBuildError: `attention="fused"` or `linear="fused"`, and the native library is not there and cannot be
+            built.
+        ValueError: one of these, or an IR that was exported with fused attention, with another device than CPU;
+            `attention="fused"` or such an IR, with a `KV_CACHE_PRECISION` or a graph that it does not have;
+            `linear="fused"` for a model without layers that it takes, or with activations in smaller groups than
+            it rounds; a `DYNAMIC_QUANTIZATION_GROUP_SIZE` that is no integer.
+    """
+    layout = cache_layout(model)  # of an IR that was exported fused
+    attention = "fused" if layout is not None else attention
+    group_size = _activation_group_size(model, ov_config)
+    rounds = group_size >= DEFAULT_ACTIVATION_GROUP
+    linear = "openvino" if linear == "auto" and not rounds else linear
+    if linear.startswith("fused") and not rounds:
+        raise ValueError(
+            f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}) rounds activations in groups of at least "
+            f"{DEFAULT_ACTIVATION_GROUP}; found {_GROUP_SIZE} {group_size}. Leave one out."
+        )
+    model = with_logits_to_keep(model)
+    is_fused = has_native = False
+    if _loads_native(attention, linear, device, layout is not None):
+        is_fused = attention != "sdpa" and _fuse_attention(model, ov_config, layout, attention == "auto")
+        has_native = _fuse_linears(model, linear, group_size) or is_fused
+    config = _native_config(ov_config) if has_native else dict(ov_config)
+    request = core.compile_model(model, device, config).create_infer_request()
+    if is_fused:
+        return FusedEngine(request, cache_layout(model), context_length)
+    return StatefulEngine(request)
 
-    def compile(self) -> None:
-        """Compiles the model, unless it is compiled already.
 
-        Raises:
-            NativeBuildError: `attention="fused"` or `linear="fused"`, and the native library is not there and cannot
-                be built.
-            ValueError: one of these, or an IR that was exported with fused attention, with another device than CPU;
-                `attention="fused"` or such an IR, with a `KV_CACHE_PRECISION` or a graph that it does not have;
-                `linear="fused"` for a model without layers that it takes, or with activations in smaller groups than
-                it rounds; a `DYNAMIC_QUANTIZATION_GROUP_SIZE` that is no integer.
-        """
-        if self.request is not None:
-            return
-        self._release_caches()
-        layout = cache_layout(self.model)  # of an IR that was exported fused
-        attention = "fused" if layout is not None else self._attention
-        group_size = self._activation_group_size()
-        rounds = group_size >= DEFAULT_ACTIVATION_GROUP
-        linear = "openvino" if self._linear == "auto" and not rounds else self._linear
-        if linear.startswith("fused") and not rounds:
-            raise ValueError(
-                f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}) rounds activations in groups of at least "
-                f"{DEFAULT_ACTIVATION_GROUP}; found {_GROUP_SIZE} {group_size}. Leave one out."
-            )
-        if not self._loads_native(attention, linear, layout is not None):
-            super().compile()
-            return
-        model = _with_logits_to_keep(self.model)
-        has_attention = attention != "sdpa" and self._fuse_attention(model, layout, attention == "auto")
-        if not (self._fuse_linears(model, linear, group_size) or has_attention):
-            super().compile()
-            return
-        self.request = core.compile_model(model, self._device, self._native_config()).create_infer_request()
-        if has_attention:
-            self._fused = FusedAttentionState(self.request, cache_layout(model), self.config.max_position_embeddings)
-            self._fused_inputs = {name for port in model.inputs for name in port.names}
+def _loads_native(attention: str, linear: str, device: str, holds_attention: bool) -> bool:
+    """Whether the native operations are wanted, and are there."""
+    chosen = {"attention": attention, "linear": linear}
+    asked = [f"{name}={value!r}" for name, value in chosen.items() if value.startswith("fused")]
+    if not asked and "auto" not in (attention, linear):
+        return False
+    if device != "CPU":
+        if asked:
+            remedy = "Take a portable IR" if holds_attention else f"Leave out `{asked[0]}`"
+            raise ValueError(f"The native operations run on CPU, not on {device}. {remedy}.")
+        logger.info(f"OpenVINO's own operations are used on {device}.")
+        return False
+    try:
+        native.load(core)
+    except NativeBuildError as error:
+        if asked:
+            raise
+        what, chooser = "linear layers are", "linear='openvino'"
+        if attention == "auto":
+            what, chooser = "attention and linear layers are", "attention='sdpa'"
+        logger.warning(f"OpenVINO's own {what} used (`{chooser}` chooses so without this warning): {error}")
+        return False
+    return True
 
-    def clear_requests(self) -> None:
-        """Forgets the compiled model and its caches."""
-        super().clear_requests()
-        self._release_caches()
 
-    def _release_caches(self) -> None:
-        if self._fused is not None:
-            self._fused.release()  # what a `FusedCache` of it shows is outdated
-            self._fused = None
+def _fuse_attention(
+    model: ov.Model, ov_config: Mapping[str, Any], layout: CacheLayout | None, is_optional: bool
+) -> bool:
+    try:
+        fuse_attention(model, _cache_precision(ov_config, layout))
+    except ValueError as error:
+        if not is_optional:
+            raise
+        logger.warning(
+            f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
+        )
+        return False
+    return True
 
-    def _loads_native(self, attention: str, linear: str, holds_attention: bool) -> bool:
-        """Whether the native operations are wanted, and are there."""
-        chosen = {"attention": attention, "linear": linear}
-        asked = [f"{name}={value!r}" for name, value in chosen.items() if value.startswith("fused")]
-        if not asked and "auto" not in (attention, linear):
-            return False
-        if self._device != "CPU":
-            if asked:
-                remedy = "Take a portable IR" if holds_attention else f"Leave out `{asked[0]}`"
-                raise ValueError(f"The native operations run on CPU, not on {self._device}. {remedy}.")
-            logger.info(f"OpenVINO's own operations are used on {self._device}.")
-            return False
+
+def _fuse_linears(model: ov.Model, linear: str, group_size: int) -> bool:
+    if linear == "openvino" or (linear == "auto" and not native.linear_is_fast()):
+        return False
+    has_linears = fuse_linears(model, group_size, rounds_tokens=linear == "fused-int8") > 0
+    if linear.startswith("fused") and not has_linears:
+        raise ValueError(
+            f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}): the model has no int8 or int4 linear layers "
+            f"that the native operations take, with activations in groups of {group_size}. Leave it out."
+        )
+    return has_linears
+
+
+def _native_config(ov_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`ov_config` for a model with native operations.
+
+    For f16 OpenVINO would turn all numbers of the model to f16, those too that the operations take as f32: rotary
+    angles of a long text would be wrong. bf16 is what it takes for f16 on CPUs that have no f16 arithmetic.
+    """
+    is_f16 = _type_name(ov_config.get("INFERENCE_PRECISION_HINT")) == "f16"
+    return {**ov_config, **({"INFERENCE_PRECISION_HINT": "bf16"} if is_f16 else {})}
+
+
+def _activation_group_size(model: ov.Model, ov_config: Mapping[str, Any]) -> int:
+    """What OpenVINO would take: the property, or the execution mode's, or the IR's, or its default."""
+    if _GROUP_SIZE in ov_config:
         try:
-            native.load(core)
-        except NativeBuildError as error:
-            if asked:
-                raise
-            what, chooser = "linear layers are", "linear='openvino'"
-            if attention == "auto":
-                what, chooser = "attention and linear layers are", "attention='sdpa'"
-            logger.warning(f"OpenVINO's own {what} used (`{chooser}` chooses so without this warning): {error}")
-            return False
-        return True
-
-    def _fuse_attention(self, model: ov.Model, layout: CacheLayout | None, is_optional: bool) -> bool:
-        try:
-            fuse_attention(model, self._fused_cache_precision(layout))
-        except ValueError as error:
-            if not is_optional:
-                raise
-            logger.warning(
-                f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
-            )
-            return False
-        return True
-
-    def _fuse_linears(self, model: ov.Model, linear: str, group_size: int) -> bool:
-        if linear == "openvino" or (linear == "auto" and not native.linear_is_fast()):
-            return False
-        has_linears = fuse_linears(model, group_size, rounds_tokens=linear == "fused-int8") > 0
-        if linear.startswith("fused") and not has_linears:
+            return int(ov_config[_GROUP_SIZE])
+        except (TypeError, ValueError):
             raise ValueError(
-                f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}): the model has no int8 or int4 linear layers "
-                f"that the native operations take, with activations in groups of {group_size}. Leave it out."
-            )
-        return has_linears
-
-    def _native_config(self) -> dict:
-        """`ov_config` for a model with native operations.
-
-        For f16 OpenVINO would turn all numbers of the model to f16, those too that the operations take as f32: rotary
-        angles of a long text would be wrong. bf16 is what it takes for f16 on CPUs that have no f16 arithmetic.
-        """
-        chosen = self.ov_config.get("INFERENCE_PRECISION_HINT")
-        name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
-        return self.ov_config | ({"INFERENCE_PRECISION_HINT": "bf16"} if name == "f16" else {})
-
-    def _activation_group_size(self) -> int:
-        """What OpenVINO would take: the property, or the execution mode's, or the IR's, or its default."""
-        if _GROUP_SIZE in self.ov_config:
-            try:
-                return int(self.ov_config[_GROUP_SIZE])
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"`ov_config` has {_GROUP_SIZE} {self.ov_config[_GROUP_SIZE]!r}; expected an integer."
-                ) from None
-        if "ACCURACY" in str(self.ov_config.get("EXECUTION_MODE_HINT")):
-            return 0
-        path = ["runtime_options", _GROUP_SIZE]
-        if self.model.has_rt_info(path):
-            return int(self.model.get_rt_info(path).astype(str))
-        return DEFAULT_ACTIVATION_GROUP
-
-    def _fused_cache_precision(self, layout: CacheLayout | None) -> str:
-        chosen = self.ov_config.get("KV_CACHE_PRECISION")
-        if chosen is None:
-            return "bf16" if layout is None else layout.cache_precision
-        name = chosen.get_type_name() if isinstance(chosen, Type) else str(chosen).lower()
-        if name not in KV_CACHE_PRECISIONS:
-            raise ValueError(f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}.")
-        if layout is not None and layout.cache_precision != KV_CACHE_PRECISIONS[name]:
-            raise ValueError(
-                f"KV_CACHE_PRECISION is {name!r}, but this IR was exported with fused attention and a cache in "
-                f"{layout.cache_precision}. Leave it out, or export again with `kv_cache_precision={name!r}`."
-            )
-        return KV_CACHE_PRECISIONS[name]
+                f"`ov_config` has {_GROUP_SIZE} {ov_config[_GROUP_SIZE]!r}; expected an integer."
+            ) from None
+    if "ACCURACY" in str(ov_config.get("EXECUTION_MODE_HINT")):
+        return 0
+    path = ["runtime_options", _GROUP_SIZE]
+    if model.has_rt_info(path):
+        return int(model.get_rt_info(path).astype(str))
+    return DEFAULT_ACTIVATION_GROUP
 
 
-def _with_logits_to_keep(model: ov.Model) -> ov.Model:
+def _cache_precision(ov_config: Mapping[str, Any], layout: CacheLayout | None) -> str:
+    """Precision of fused caches that the properties choose, or an IR that was exported fused."""
+    name = _type_name(ov_config.get("KV_CACHE_PRECISION"))
+    if name is None:
+        return "bf16" if layout is None else layout.cache_precision
+    if name not in KV_CACHE_PRECISIONS:
+        raise ValueError(f"KV_CACHE_PRECISION is {name!r}; fused attention has {', '.join(KV_CACHE_PRECISIONS)}.")
+    if layout is not None and layout.cache_precision != KV_CACHE_PRECISIONS[name]:
+        raise ValueError(
+            f"KV_CACHE_PRECISION is {name!r}, but this IR was exported with fused attention and a cache in "
+            f"{layout.cache_precision}. Leave it out, or export again with `kv_cache_precision={name!r}`."
+        )
+    return KV_CACHE_PRECISIONS[name]
+
+
+def _type_name(precision: Any) -> str | None:
+    """The name of an element type in a property, which may be an `ov.Type` or a text."""
+    if precision is None:
+        return None
+    return precision.get_type_name() if isinstance(precision, Type) else str(precision).lower()
+
+
+def with_logits_to_keep(model: ov.Model) -> ov.Model:
     """A copy of `model` with an i64 input `logits_to_keep`: the output layer sees only that many last positions.
 
     The saved model keeps the inputs that every tool knows; constants are shared between the two.

@@ -3,12 +3,111 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..configuration import ChatGLMConfig
+from ..errors import ContextLengthError
+
+
+# What transformers' generation hands to `forward` besides its own arguments, and has no meaning here.
+_ARGUMENTS_OF_GENERATION = {"cache_position", "return_dict", "use_cache"}
+# What callers of any model may name, as long as they ask for nothing with it.
+_ARGUMENTS_OF_OTHER_MODELS = {"inputs_embeds", "labels", "output_attentions", "output_hidden_states", "token_type_ids"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arrays of one call.
+
+    Attributes:
+        input_ids, position_ids: int64 `[batch, new_tokens]`.
+        attention_mask: int64 `[batch, past + new_tokens]`.
+        prompt_layout: i32 `[batch, 2]`, context length and position of the mask token of a chatglm-6b prompt; `None`
+            where the graph finds them in the ids.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    position_ids: np.ndarray
+    prompt_layout: np.ndarray | None = None
+
+    def distinct_rows(self) -> tuple[Call, np.ndarray | None]:
+        """The call with equal rows only once, and for each row here the row there; `None` if all differ."""
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        rows = np.concatenate([array.astype(np.int64) for array in arrays.values()], axis=1)
+        _, first, copies = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        if len(first) == len(rows):
+            return self, None
+        return Call(**{name: array[first] for name, array in arrays.items()}), copies.reshape(-1)
+
+
+def prepare_call(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_length: int,
+    config: ChatGLMConfig,
+    prompt_layout: np.ndarray | None = None,
+) -> Call:
+    """The arrays of a call, whose new tokens follow `past_length` others.
+
+    Positions that are not given count the tokens that the mask shows; padding has position 1. A `prompt_layout` that
+    `position_ids` tell comes before the one given.
+
+    Raises:
+        ValueError: a tensor has another shape.
+    """
+    batch, new_tokens = input_ids.shape
+    mask = two_dimensional_mask(attention_mask, batch, past_length + new_tokens)
+    positions, layout = two_dimensional_positions(position_ids, mask, batch, new_tokens, past_length, config)
+    mask = np.ones((batch, past_length + new_tokens), np.int64) if mask is None else mask.cpu().numpy()
+    if positions is None:
+        positions = np.cumsum(mask, axis=1) - 1
+        positions[mask == 0] = 1
+    else:
+        positions = positions.cpu().numpy()
+    return Call(
+        input_ids.cpu().numpy(),
+        mask,
+        positions[:, -new_tokens:],
+        prompt_layout if layout is None else layout,
+    )
+
+
+def check_arguments(function: str, kwargs: dict[str, Any]) -> None:
+    """
+    Raises:
+        TypeError: `kwargs` ask `function` for what this model does not compute.
+    """
+    unknown = [
+        name
+        for name, value in kwargs.items()
+        if name not in _ARGUMENTS_OF_GENERATION
+        and not (name in _ARGUMENTS_OF_OTHER_MODELS and (value is None or value is False))
+    ]
+    if unknown:
+        raise TypeError(
+            f"{function}() does not know the argument(s) {unknown}: it computes the logits of `input_ids`, and "
+            "nothing else. Leave them out."
+        )
+
+
+def check_context(length: int, config: ChatGLMConfig) -> None:
+    """
+    Raises:
+        ContextLengthError: `length` tokens are more than the context length.
+    """
+    if length > config.max_position_embeddings:
+        raise ContextLengthError(
+            f"{length} tokens (prompt and new ones) were asked for, but the context length of this model is "
+            f"{config.max_position_embeddings}. Shorten the prompt or the history, or lower "
+            "`max_new_tokens`/`max_length`."
+        )
 
 
 def check_input_ids(input_ids: torch.LongTensor, config: ChatGLMConfig) -> None:

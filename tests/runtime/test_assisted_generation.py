@@ -280,7 +280,7 @@ def test_a_call_after_a_beam_search_that_failed(fused_model):
 @pytest.mark.parametrize("attention", ["fused", "sdpa"])
 def test_a_refused_call_leaves_the_running_one_alone(attention, exported):
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention=attention, ov_config=EXACT)
-    long = torch.arange(5, 605)[None].repeat(2, 1)
+    long = torch.stack((torch.arange(5, 605), torch.arange(6, 606)))
     past = model(long).past_key_values
     model.request.reset_state()
     model.request.start_async()  # the same again, as by another thread

@@ -18,6 +18,7 @@ from conftest import EXACT, ROOT, Golden
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
 from optimum_chatglm_ov.cli.main import main
+from optimum_chatglm_ov.runtime.engine import FusedEngine, StatefulEngine
 
 
 def greedy(model, name):
@@ -48,17 +49,17 @@ def test_choice_of_attention(exported, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="optimum_chatglm_ov"):
         for attention, is_fused in ((None, True), ("auto", True), ("fused", True), ("sdpa", False)):
             model = OVChatGLMForCausalLM.from_pretrained(folder, attention=attention)
-            assert (model._fused is not None) == is_fused
+            assert isinstance(model.engine, FusedEngine) == is_fused
     monkeypatch.setenv("CHATGLM_OV_ATTENTION", "sdpa")
-    assert OVChatGLMForCausalLM.from_pretrained(folder)._fused is None
-    assert OVChatGLMForCausalLM.from_pretrained(folder, attention="fused")._fused is not None
+    assert isinstance(OVChatGLMForCausalLM.from_pretrained(folder).engine, StatefulEngine)
+    assert isinstance(OVChatGLMForCausalLM.from_pretrained(folder, attention="fused").engine, FusedEngine)
     assert not caplog.records
 
 
 def test_an_ir_compiled_as_it_is(exported, caplog):
     folder = exported("chatglm3-6b")
     model = OVChatGLMForCausalLM.from_pretrained(folder, compile_only=True, ov_config=EXACT)
-    assert model._fused is None and not caplog.records
+    assert isinstance(model.engine, StatefulEngine) and not caplog.records
     np.testing.assert_array_equal(greedy(model, "chatglm3-6b"), Golden("chatglm3-6b")["greedy_single"])
     with pytest.raises(ValueError, match="Leave one out"):
         OVChatGLMForCausalLM.from_pretrained(folder, compile_only=True, attention="fused")
@@ -67,11 +68,12 @@ def test_an_ir_compiled_as_it_is(exported, caplog):
 def test_another_device(exported, caplog):
     folder = exported("chatglm3-6b")
     model = OVChatGLMForCausalLM.from_pretrained(folder, device="auto:cpu", ov_config=EXACT)
-    assert model._fused is None and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert isinstance(model.engine, StatefulEngine)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     np.testing.assert_array_equal(greedy(model, "chatglm3-6b"), Golden("chatglm3-6b")["greedy_single"])
     model.to("cpu")
     model.compile()
-    assert model._fused is not None
+    assert isinstance(model.engine, FusedEngine)
     with pytest.raises(ValueError, match="run on CPU, not on AUTO"):
         OVChatGLMForCausalLM.from_pretrained(folder, device="auto", attention="fused")
 
@@ -90,7 +92,7 @@ def test_what_fused_attention_does_not_know(exported, tmp_path, caplog):
         caplog.clear()
         model = OVChatGLMForCausalLM.from_pretrained(folder, ov_config=EXACT | changes)
         (record,) = caplog.records
-        assert model._fused is None and message in record.getMessage()
+        assert isinstance(model.engine, StatefulEngine) and message in record.getMessage()
         assert greedy(model, "chatglm3-6b").shape == Golden("chatglm3-6b")["greedy_single"].shape
         with pytest.raises(ValueError, match=message):
             OVChatGLMForCausalLM.from_pretrained(folder, attention="fused", ov_config=EXACT | changes)
@@ -99,7 +101,7 @@ def test_what_fused_attention_does_not_know(exported, tmp_path, caplog):
 @pytest.mark.parametrize("precision, of_caches", [("u8", "i8"), (ov.Type.u8, "i8"), ("f16", "bf16"), ("f32", "f32")])
 def test_cache_precision(precision, of_caches, exported):
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), ov_config={"KV_CACHE_PRECISION": precision})
-    assert model._fused.layout.cache_precision == of_caches
+    assert model.engine.state.layout.cache_precision == of_caches
 
 
 def test_without_a_compiler(exported, tmp_path):

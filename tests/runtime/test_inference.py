@@ -297,7 +297,7 @@ def test_a_model_that_is_compiled_again_gives_the_caches_back(give_back, exporte
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), attention="fused", ov_config=EXACT)
     ids = Golden("chatglm3-6b").inputs("single")["input_ids"]
     output = model(ids)
-    caches = model._fused
+    caches = model.engine.state
     assert caches.caches
     give_back(model)
     again = model(ids)

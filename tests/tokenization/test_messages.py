@@ -9,7 +9,8 @@ from test_chat import Recorder, rules
 from tokenization_cases import CHATGLM3, GLM4, NAMES, ROUNDS_OF_TEXT, folder, tokenizer
 from transformers import AutoTokenizer
 
-from optimum_chatglm_ov.chat import ToolCallError, _continuation, chat_rules
+from optimum_chatglm_ov import ToolCallError
+from optimum_chatglm_ov.chat import _continuation, chat_rules
 from optimum_chatglm_ov.configuration import ChatGLMConfig
 
 
