@@ -202,18 +202,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         config.name_or_path = str(model_id)
         if compile_only and (load_in_8bit or quantization_config is not None):
             raise ValueError("A model loaded with `compile_only=True` cannot be quantised; load it without.")
-        model = cls(
-            cls._compiled_alone(folder, device, ov_config) if compile_only else cls.load_model(folder / MODEL_FILE),
-            config,
-            device=device,
-            ov_config=dict(ov_config or {}),
-            model_save_dir=folder,
-            compile=compile_only,  # otherwise below, with weights as they are asked for
-            compile_only=compile_only,
-            generation_config=generation_config or stored_generation_config(folder),
-            attention=choices.attention,
-            linear=choices.linear,
-        )
+        model = cls._of_folder(folder, config, device, ov_config, compile_only, generation_config, choices)
         model._temporary_folder = temporary
         if load_in_8bit or quantization_config is not None:
             model._quantize(quantization_config or {"bits": 8}, folder)
@@ -256,10 +245,32 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             ) from error
 
     @classmethod
-    def _compiled_alone(cls, folder: Path, device: str, ov_config: Mapping[str, str] | None) -> ov.CompiledModel:
-        """The IR in `folder` as the compiler makes it, without the model that it was made of."""
-        return core.compile_model(
-            with_logits_to_keep(cls.load_model(folder / MODEL_FILE)), device.upper(), dict(ov_config or {})
+    def _of_folder(
+        cls,
+        folder: Path,
+        config: ChatGLMConfig,
+        device: str,
+        ov_config: Mapping[str, str] | None,
+        compile_only: bool,
+        generation_config: GenerationConfig | None,
+        choices: Choices,
+    ) -> OVChatGLMForCausalLM:
+        """The IR in `folder`, compiled already where `compile_only` leaves nothing to change."""
+        ov_config = dict(ov_config or {})
+        model = cls.load_model(folder / MODEL_FILE)
+        if compile_only:
+            model = core.compile_model(with_logits_to_keep(model), device.upper(), ov_config)
+        return cls(
+            model,
+            config,
+            device=device,
+            ov_config=ov_config,
+            model_save_dir=folder,
+            compile=compile_only,
+            compile_only=compile_only,
+            generation_config=generation_config or stored_generation_config(folder),
+            attention=choices.attention,
+            linear=choices.linear,
         )
 
     def _mend_generation_config(self, folder: Path) -> None:
