@@ -22,10 +22,17 @@ from .chat import ChatMixin
 from .choices import ATTENTIONS, FLOATING_FORMATS, LINEARS
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
-from .export import quantization
-from .export.exporter import MODEL_FILE, end_turns, export_model, load_config, log_ignored_cache, model_folder
-from .hub.repository import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
+from .hub.repository import HubMixin, has_own_card, resolve_checkpoint
 from .integrations.remote_code import read_config, warn_once
+from .ir import (
+    MODEL_FILE,
+    end_turns,
+    has_openvino_model,
+    load_config,
+    log_ignored_cache,
+    model_folder,
+    weight_precision,
+)
 from .native import NativeBuildError
 from .originals import OriginalsMixin
 from .runtime.compilation import CompilationMixin, choice
@@ -200,6 +207,8 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
                 weight_format = None
             elif load_in_8bit is False:
                 weight_format = weight_format or "original"
+            from .export.exporter import export_model
+
             # not a context manager: the IR must live as long as the model that maps it
             temporary = TemporaryDirectory(prefix="optimum_chatglm_ov-")
             folder = export_model(
@@ -235,6 +244,8 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
             if load_in_8bit or quantization_config is not None:
                 if compile_only:
                     raise ValueError("A model loaded with `compile_only=True` cannot be quantised; load it without.")
+                from .export import quantization
+
                 quantization_config = quantization.resolve_config(
                     load_config(folder), None, quantization_config or {"bits": 8}, 0
                 )
@@ -322,7 +333,9 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
             )
 
     def _quantize(self, quantization_config: OVWeightQuantizationConfig, folder: Path) -> None:
-        precision = quantization.weight_precision(self.model)
+        from .export import quantization
+
+        precision = weight_precision(self.model)
         if precision not in FLOATING_FORMATS:
             raise ValueError(
                 f"{folder}: the weights are {precision} already and cannot be quantised again. Leave out "
