@@ -19,7 +19,10 @@ def _is_command() -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    """In the process of `chatglm-ov`: the first public name that is asked for imports and registers everything."""
+    """A public name that is not there yet: `export_model`, and in the process of `chatglm-ov` all of them.
+
+    The first one that is asked for imports and registers everything.
+    """
     # `from . import module` asks for a module's name here before it imports it
     if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is None:
         registration = importlib.import_module(".integrations.registration", __name__)
@@ -28,6 +31,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if TYPE_CHECKING or not _is_command():
+if TYPE_CHECKING:
+    from .export.exporter import export_model as export_model
     from .integrations.registration import *  # noqa: F403
     from .integrations.registration import __all__ as __all__
+elif not _is_command():
+    registration = importlib.import_module(".integrations.registration", __name__)
+    __all__ = registration.__all__
+    globals().update({name: value for name, value in vars(registration).items() if name in __all__})
+    del registration

@@ -92,7 +92,7 @@ def export_temporarily(
     Raises:
         ValueError: `compile_only`; or see `export_model`.
     """
-    from .export import export_model  # running a model needs no exporter
+    from .export.exporter import export_model  # running a model needs no exporter
 
     if compile_only:
         raise ValueError(

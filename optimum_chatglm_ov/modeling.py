@@ -19,9 +19,17 @@ from .chat import ChatMixin
 from .choices import FLOATING_FORMATS
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
-from .export.exporter import MODEL_FILE, end_turns, load_config, log_ignored_cache, model_folder
-from .hub.repository import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
+from .hub.repository import HubMixin, has_own_card, resolve_checkpoint
 from .integrations.remote_code import read_config, warn_once
+from .ir import (
+    MODEL_FILE,
+    end_turns,
+    has_openvino_model,
+    load_config,
+    log_ignored_cache,
+    model_folder,
+    weight_precision,
+)
 from .loading import Choices, export_temporarily, stored_generation_config, weight_format_of
 from .native import NativeBuildError
 from .originals import OriginalsMixin
@@ -293,7 +301,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         from .export import quantization  # running a model needs no exporter
 
         settings = quantization.resolve_config(self.config, None, quantization_config, 0)
-        precision = quantization.weight_precision(self.model)
+        precision = weight_precision(self.model)
         if precision not in FLOATING_FORMATS:
             raise ValueError(
                 f"{folder}: the weights are {precision} already and cannot be quantised again. Leave out "

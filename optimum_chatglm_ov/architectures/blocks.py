@@ -16,7 +16,7 @@ import torch
 from openvino import Node, Type
 from openvino import opset13 as ops
 
-from ..checkpoint.checkpoint import Weight
+from ..checkpoint.weights import Weight
 
 
 @dataclass
@@ -110,9 +110,18 @@ def layer_norm(hidden_states: Node, scale: Node, bias: Node, eps: float) -> Node
     return ops.add(ops.multiply(normed, scale), bias)
 
 
-def half_split_order(channels: np.ndarray) -> np.ndarray:
-    """Channels of interleaved rotary pairs (0, 1), (2, 3), ... in half-split order: evens, then odds."""
-    return np.concatenate((channels[0::2], channels[1::2]))
+def swiglu(gate: Node, up: Node) -> Node:
+    """`swish(gate) * up` (Shazeer 2020)."""
+    return ops.multiply(ops.swish(gate), up)
+
+
+def half_split_channels(head_dim: int, rotary_dim: int) -> np.ndarray:
+    """Channels of a head whose first `rotary_dim` rotate in pairs (0, 1), (2, 3), ..., in half-split order.
+
+    Of the pairs, the first of each come first, then the second of each; the channels that do not rotate stay.
+    """
+    channels = np.arange(head_dim)
+    return np.concatenate((channels[0:rotary_dim:2], channels[1:rotary_dim:2], channels[rotary_dim:]))
 
 
 def rotary_embedding(positions: Node, inv_freq: np.ndarray) -> tuple[Node, Node]:

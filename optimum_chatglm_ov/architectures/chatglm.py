@@ -8,13 +8,15 @@ from collections.abc import Mapping
 
 import numpy as np
 import openvino as ov
+import torch
 from openvino import Node, Type
 from openvino import opset13 as ops
 
-from ..checkpoint.checkpoint import Weight
-from ..configuration import ChatGLMConfig
+from ..checkpoint.weights import Weight
 from . import blocks
-from .blocks import Graph
+from .architecture import Architecture
+from .decoder import Decoder
+from .modules import Module, prefix_encoder
 
 
 # The original block takes its layer count from a default argument: the residual scale is that of 28 layers, always.
@@ -23,44 +25,68 @@ _RESIDUAL_SCALE = math.sqrt(2 * 28)
 _UNSEEN = 1 << 24
 
 
-def tensor_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the checkpoint, by canonical name."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    linears = {
-        "self_attn.qkv_proj": (3 * hidden, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    shapes = {"embed_tokens.weight": (config.vocab_size, hidden)}
-    for i in range(config.num_hidden_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"layers.{i}.{norm}.{kind}": (hidden,) for kind in ("weight", "bias")}
-        for module, shape in linears.items():
-            shapes |= {f"layers.{i}.{module}.weight": shape, f"layers.{i}.{module}.bias": shape[:1]}
-    shapes |= {f"norm.{kind}": (hidden,) for kind in ("weight", "bias")}
-    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (config.vocab_size, hidden)}
+class ChatGLM(Architecture):
+    """The architecture of `ChatGLMConfig(architecture="chatglm")`."""
+
+    has_gated_mlp = False
+    has_two_positions = True
+
+    def modules(self) -> tuple[Module, ...]:
+        hidden, inner, vocab = self.config.hidden_size, self.config.intermediate_size, self.config.vocab_size
+        layer = "transformer.layers.{i}"
+        modules: tuple[Module, ...] = (
+            Module("embed_tokens", "transformer.word_embeddings", (vocab, hidden)),
+            Module("layers.{i}.input_layernorm", f"{layer}.input_layernorm", (hidden,), bias=True),
+            Module(
+                "layers.{i}.self_attn.qkv_proj", f"{layer}.attention.query_key_value", (3 * hidden, hidden), bias=True
+            ),
+            Module("layers.{i}.self_attn.o_proj", f"{layer}.attention.dense", (hidden, hidden), bias=True),
+            Module("layers.{i}.post_attention_layernorm", f"{layer}.post_attention_layernorm", (hidden,), bias=True),
+            Module("layers.{i}.mlp.up_proj", f"{layer}.mlp.dense_h_to_4h", (inner, hidden), bias=True),
+            Module("layers.{i}.mlp.down_proj", f"{layer}.mlp.dense_4h_to_h", (hidden, inner), bias=True),
+            Module("norm", "transformer.final_layernorm", (hidden,), bias=True),
+        )
+        if not self.config.tie_word_embeddings:
+            modules += (Module("lm_head", "lm_head", (vocab, hidden)),)
+        return modules
+
+    def prefix_modules(self) -> tuple[Module, ...]:
+        return prefix_encoder(self.config, "transformer.prefix_encoder", self.config.hidden_size)
+
+    def key_channels(self) -> np.ndarray:
+        """The two half-head rotations, quarters (1a 1b) and (2a 2b), become one half-split rotation: 1a 2a 1b 2b."""
+        return np.arange(self.config.head_dim).reshape(4, -1)[[0, 2, 1, 3]].ravel()
+
+    def build(self, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
+        return _Decoder(self, weights, prefix).model("chatglm")
+
+    def prompt_error(self, input_ids: torch.LongTensor) -> str | None:
+        """The context ends at the first `<sop>`, and a mask token says where the answer belongs."""
+        config = self.config
+        masks = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
+        if ((input_ids == config.bos_token_id).any(dim=1) & masks.any(dim=1)).all():
+            return None
+        return (
+            f"A chatglm-6b prompt must hold [gMASK] ({config.gmask_token_id}) or [MASK] ({config.mask_token_id}) and "
+            f"<sop> ({config.bos_token_id}); the tokenizer adds them unless `add_special_tokens=False`."
+        )
+
+    def example_prompt(self, length: int, seed: int = 0) -> torch.LongTensor:
+        """Behind ordinary tokens come the two that every prompt ends with."""
+        prompt = super().example_prompt(length, seed)
+        prompt[0, -2:] = torch.tensor([self.config.gmask_token_id, self.config.bos_token_id])
+        return prompt
+
+    def prompt_layout(self, position_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> np.ndarray:
+        """Context length and position of the mask token, i32 `[B, 2]`."""
+        first, second = position_ids[:, 0], position_ids[:, 1]
+        context_length = ((second == 0) & (attention_mask != 0)).sum(dim=1)
+        return torch.stack((context_length, first[:, -1]), dim=1).int().numpy()
 
 
-def key_channels(config: ChatGLMConfig) -> np.ndarray:
-    """Which channel of the checkpoint's heads each channel of the graph's queries and keys is, `[head_dim]`.
-
-    The two half-head rotations, quarters (1a 1b) and (2a 2b), become one half-split rotation: 1a 2a 1b 2b.
-    """
-    return np.arange(config.head_dim).reshape(4, -1)[[0, 2, 1, 3]].ravel()
-
-
-def build(config: ChatGLMConfig, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
-    """The stateful graph; arguments as in `chatglm2.build`."""
-    return _Assembly(config, weights, prefix).model()
-
-
-class _Assembly:
-    def __init__(self, config: ChatGLMConfig, weights: Mapping[str, Weight], prefix: np.ndarray | None):
-        self.config = config
-        self.weights = weights
-        self.prefix = prefix
-        self.graph = Graph()
+class _Decoder(Decoder):
+    def __init__(self, architecture: Architecture, weights: Mapping[str, Weight], prefix: np.ndarray | None):
+        super().__init__(architecture, weights, prefix)
         context_length, mask_position = self.prompt_layout()
         self.rotary = self.rotary_2d(context_length, mask_position)
         self.mask = blocks.causal_mask(
@@ -68,16 +94,6 @@ class _Assembly:
             0 if prefix is None else prefix.shape[3],
             visible_to_all=ops.less(self.key_positions(), context_length),
         )
-
-    def model(self) -> ov.Model:
-        table = self.graph.weight(self.weights["embed_tokens.weight"], "embed_tokens.weight")
-        hidden_states = blocks.embedding(self.graph.input_ids, table)
-        for i in range(self.config.num_hidden_layers):
-            hidden_states = self.layer(hidden_states, i)
-        hidden_states = self.norm(hidden_states, "norm")
-        if not self.config.tie_word_embeddings:
-            table = self.graph.weight(self.weights["lm_head.weight"], "lm_head.weight")
-        return self.graph.model(blocks.linear(hidden_states, table, None, "lm_head"), "chatglm")
 
     def prompt_layout(self) -> tuple[Node, Node]:
         """Positions of the first `<sop>` (the context length) and of the mask token, i64 `[B, 1]`.
@@ -143,27 +159,15 @@ class _Assembly:
             for part, rows in zip("qkv", self.qkv_rows())
         )
         query, key = (blocks.apply_rotary(states, *self.rotary, head_dim, head_dim) for states in (query, key))
-        key, value = (
-            blocks.key_value_cache(
-                self.graph,
-                states,
-                f"past_key_values.{i}.{kind}present.{i}.{kind}",
-                heads,
-                head_dim,
-                None if self.prefix is None else self.prefix[i, index],
-            )
-            for index, (kind, states) in enumerate((("key", key), ("value", value)))
-        )
-        return self.linear(blocks.attention(query, key, value, self.mask), f"{name}.o_proj")
+        return self.linear(self.cached_attention(query, key, value, self.mask, i), f"{name}.o_proj")
 
     def qkv_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of the fused projection (per head query, key, value) that are query, key and value."""
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
-        rotated = key_channels(self.config)
         first = np.arange(heads)[:, None] * 3 * head_dim
         return (
-            (first + rotated).ravel(),
-            (first + head_dim + rotated).ravel(),
+            (first + self.key_channels).ravel(),
+            (first + head_dim + self.key_channels).ravel(),
             (first + 2 * head_dim + np.arange(head_dim)).ravel(),
         )
 
@@ -172,18 +176,8 @@ class _Assembly:
         up = self.linear(hidden_states, f"{name}.up_proj")
         return self.linear(ops.gelu(up, approximation_mode="tanh"), f"{name}.down_proj")
 
-    def linear(
-        self, hidden_states: Node, module: str, rows: slice | np.ndarray = slice(None), name: str | None = None
-    ) -> Node:
-        name = name or module
-        matrix, bias = (
-            self.graph.weight(self.weights[f"{module}.{kind}"].rows(rows), f"{name}.{kind}")
-            for kind in ("weight", "bias")
-        )
-        return blocks.linear(hidden_states, matrix, bias, name)
-
     def norm(self, hidden_states: Node, module: str) -> Node:
-        scale, bias = (
-            self.graph.weight(self.weights[f"{module}.{kind}"], f"{module}.{kind}") for kind in ("weight", "bias")
-        )
-        return blocks.layer_norm(hidden_states, scale, bias, self.config.layernorm_epsilon)
+        return self.layer_norm(hidden_states, module)
+
+
+ARCHITECTURE = ChatGLM

@@ -17,6 +17,7 @@ class Family:
         name: what this family is called here.
         pattern: found in the name of its checkpoints, and of those made from them; upper and lower case are the same.
         generation: whose tokenizer and prompts it has.
+        architecture: what it computes: the module of this folder that defines it.
         rope_ratio_type: what a `rope_ratio` other than 1 means, see `ChatGLMConfig`; `None`: it has none.
         query_log_scaling: see `ChatGLMConfig`.
         max_length, top_p, temperature: defaults of `chat()`; `max_length` counts prompt and answer.
@@ -27,6 +28,7 @@ class Family:
     name: str
     pattern: str
     generation: str
+    architecture: str = "chatglm2"
     rope_ratio_type: str | None = None
     query_log_scaling: bool = False
     max_length: int = 8192
@@ -64,8 +66,9 @@ FAMILIES = (
     Family("chatglm3-6b", rf"chatglm[-_]?v?3{_END}", "chatglm3", rope_ratio_type="theta"),
     Family("codegeex4-all-9b", rf"codegeex[-_]?4{_END}", "codegeex4", rope_ratio_type="theta"),
     Family("glm-4-9b", rf"glm[-_]?4{_END}|longwriter|longcite", "glm4", rope_ratio_type="theta"),
-    Family("chatglm-6b", r"chatglm[-_]?6b", "chatglm", max_length=2048, top_p=0.7, temperature=0.95),
+    Family("chatglm-6b", r"chatglm[-_]?6b", "chatglm", "chatglm", max_length=2048, top_p=0.7, temperature=0.95),
 )
+ARCHITECTURES = frozenset(family.architecture for family in FAMILIES)
 GENERATIONS = ("chatglm", "chatglm2", "chatglm3", "glm4", "codegeex4")
 # One vocabulary has been published for these, larger than any other.
 GENERATIONS_OF_RANKS = ("glm4", "codegeex4")

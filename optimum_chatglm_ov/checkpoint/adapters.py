@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
-from ..architectures import registry as graph
-from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError
-from .checkpoint import Derived, Shard, Weight, open_shard, original_names, read_tensor, split_name
+from .shards import Shard, open_shard, read_tensor, split_name
+from .weights import Derived, StoredTensor, Weight
 
 
-TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B|embedding_A|embedding_B)(?:\.default)?(?:\.weight)?")
 # Of tensors that take the place of the base's: `modules_to_save`, and embeddings that PEFT saves with an adapter.
@@ -61,10 +60,17 @@ class _Whole:
     weight: float
 
 
+def adapter_targets(tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """The linear layers as adapters name them: the last part of the names of their modules."""
+    modules = (tensor.original.removesuffix(".weight") for tensor in tensors.values() if tensor.is_linear)
+    return tuple(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+
+
 def merge_adapters(
     weights: Mapping[str, Weight],
     adapters: Sequence[str | Path | tuple[str | Path, float]],
-    config: ChatGLMConfig,
+    config: PretrainedConfig,
+    tensors: Mapping[str, StoredTensor],
     dtype: torch.dtype | None = None,
 ) -> Mapping[str, Weight]:
     """`weights` with `W + sum(weight * alpha / r * B @ A)` in place of every linear `W` that an adapter changes.
@@ -76,6 +82,7 @@ def merge_adapters(
         weights: the checkpoint, by canonical name.
         adapters: PEFT LoRA folders, each alone (weight 1) or with a weight.
         config: configuration of the checkpoint.
+        tensors: what the checkpoint holds, by canonical name.
         dtype: of the changed tensors; that of the checkpoint by default.
 
     Raises:
@@ -85,7 +92,7 @@ def merge_adapters(
     """
     if isinstance(adapters, (str, Path)):
         raise ValueError(f"`adapters` is {str(adapters)!r}; expected a list of folders, or of (folder, weight).")
-    if config.quantization_bit:
+    if getattr(config, "quantization_bit", None):
         raise CheckpointError(
             f"The checkpoint is quantised (`quantization_bit`={config.quantization_bit}); adapters cannot be merged "
             "into rounded weights without losing most of the change. Start from the 16-bit checkpoint and quantise at "
@@ -98,7 +105,7 @@ def merge_adapters(
             raise ValueError(f"`adapters` has {adapter!r}; expected a folder, or a tuple (folder, weight).")
         if not _is_number(weight):
             raise ValueError(f"{folder}: the adapter's weight is {weight!r}; expected a finite number.")
-        for name, change in _read(Path(folder), float(weight), config):
+        for name, change in _read(Path(folder), float(weight), config, tensors):
             changes.setdefault(name, []).append(change)
 
     def merge(name: str, base: Weight) -> Weight:
@@ -132,19 +139,21 @@ def _merged(name: str, base: Weight, changes: Sequence[_LoRA | _Whole], dtype: t
     return replace(base, data=merged, bits=8 * merged.element_size())
 
 
-def _read(folder: Path, weight: float, config: ChatGLMConfig) -> Iterator[tuple[str, _LoRA | _Whole]]:
+def _read(
+    folder: Path, weight: float, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]
+) -> Iterator[tuple[str, _LoRA | _Whole]]:
     """The changes that the adapter in `folder` makes, each with the canonical name of the tensor."""
     settings = _settings(folder / "adapter_config.json")
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{folder}: no adapter weights found; expected {' or '.join(ADAPTER_FILES)}.")
     shard = open_shard(file)
-    shapes = graph.tensor_shapes(config)
-    canonical = {original: name for name, original in original_names(config, shapes).items()}
+    canonical = {split_name(tensor.original)[1]: name for name, tensor in tensors.items()}
     if config.tie_word_embeddings:  # PEFT changes it as one of the two alone, and here they are one
         canonical = {original: name for original, name in canonical.items() if name != "embed_tokens.weight"}
     pairs, whole, unknown = _tensors(shard, canonical)
-    adapted = {module for module in pairs if _is_adaptable(canonical.get(f"{module}.weight", ""))}
+    adaptable = {original for original, name in canonical.items() if tensors[name].is_adaptable}
+    adapted = {module for module in pairs if f"{module}.weight" in adaptable}
     unknown += [module for module in pairs if module not in adapted]
     if unknown or not (pairs or whole):
         found = f"cannot merge {_shortened(unknown)}" if unknown else "no lora_A and lora_B tensors found"
@@ -152,7 +161,7 @@ def _read(folder: Path, weight: float, config: ChatGLMConfig) -> Iterator[tuple[
         if config.tie_word_embeddings:
             more = "or whole tensors of it, but not of its embedding, which is its output layer, too"
         raise CheckpointError(
-            f"{file}: {found}. Expected pairs of lora_A and lora_B for {', '.join(TARGETS)} in the "
+            f"{file}: {found}. Expected pairs of lora_A and lora_B for {', '.join(adapter_targets(tensors))} in the "
             f"{config.num_hidden_layers} layers of this model, {more} (modules_to_save); the adapter was trained for "
             "another model or on other modules."
         )
@@ -165,17 +174,18 @@ def _read(folder: Path, weight: float, config: ChatGLMConfig) -> Iterator[tuple[
             )
     for original, stored in whole.items():
         name = canonical[original]
-        data = read_tensor(shard, stored)
-        if tuple(data.shape) != tuple(shapes[name]) or not data.is_floating_point():
+        data, shape = read_tensor(shard, stored), tensors[name].shape
+        if tuple(data.shape) != shape or not data.is_floating_point():
             raise CheckpointError(
                 f"{file}: {stored} is {data.dtype} {list(data.shape)}; expected floating-point numbers "
-                f"{list(shapes[name])}, as in this model. The adapter was trained for another model, or for a changed "
+                f"{list(shape)}, as in this model. The adapter was trained for another model, or for a changed "
                 "vocabulary."
             )
         yield name, _Whole(data, weight)
     for module, sides in pairs.items():
         name = canonical[f"{module}.weight"]
-        yield name, _lora(shard, module, sides, settings, weight, shapes[name])
+        module = tensors[name].original.removesuffix(".weight")  # as rank_pattern names it
+        yield name, _lora(shard, module, sides, settings, weight, tensors[name].shape)
 
 
 def _tensors(
@@ -195,11 +205,6 @@ def _tensors(
         else:
             others.append(stored)
     return pairs, whole, others
-
-
-def _is_adaptable(name: str) -> bool:
-    """Whether PEFT can adapt the tensor of this canonical name: of a linear layer, or the embedding."""
-    return name.endswith("_proj.weight") or name in ("embed_tokens.weight", "lm_head.weight")
 
 
 def _lora(

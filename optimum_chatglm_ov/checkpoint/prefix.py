@@ -10,34 +10,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
-from ..architectures import registry as graph
-from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError
 from .adapters import ADAPTER_FILES
-from .checkpoint import Weight, open_shard, read_tensor, weight_files
+from .shards import open_shard, read_tensor, weight_files
+from .weights import Weight
 
 
+_INSIDE = "prefix_encoder."
 _EMBEDDING = "embedding.weight"
 _OF_PEFT = re.compile(r"(?:.*\.)?prompt_encoder\.(?:default\.)?(?P<name>.+)")
 # Linear, tanh, Linear
 _PROJECTION = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 
 
-def tensor_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of the prefix encoder's tensors inside a checkpoint, by canonical name; none without `pre_seq_len`."""
-    if not config.pre_seq_len:
-        return {}
-    hidden, size = config.hidden_size, _size(config)
-    shapes = {_EMBEDDING: (config.pre_seq_len, size)}
-    if _is_projected(config):
-        embedded = hidden if config.architecture == "chatglm" else size
-        wide = ((hidden, embedded), (hidden,), (size, hidden), (size,))
-        shapes = {_EMBEDDING: (config.pre_seq_len, embedded), **dict(zip(_PROJECTION, wide))}
-    return {f"prefix_encoder.{name}": shape for name, shape in shapes.items()}
+def prefix_size(config: PretrainedConfig) -> int:
+    """Numbers of one token of a prefix: keys and values of all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
-def load_prefix(weights: Mapping[str, Weight], prefix_encoder: str | Path | None, config: ChatGLMConfig) -> np.ndarray:
+def load_prefix(
+    weights: Mapping[str, Weight],
+    prefix_encoder: str | Path | None,
+    config: PretrainedConfig,
+    key_channels: np.ndarray,
+) -> np.ndarray:
     """The prefix of every layer, in the form of the graph's key/value cache.
 
     Args:
@@ -46,25 +44,27 @@ def load_prefix(weights: Mapping[str, Weight], prefix_encoder: str | Path | None
             `PREFIX_TUNING`; its other tensors are not read. Length and projection of the prefix are those of its
             tensors.
         config: configuration of the checkpoint.
+        key_channels: channel of a trained head that each channel of the graph's keys is, int64 `[head_dim]`.
 
     Returns:
         f32 `[num_hidden_layers, 2, num_key_value_heads, P, head_dim]`, keys before values; the channels of the keys
-        are in the order of `graph.key_channels`.
+        are in the order of the graph's.
 
     Raises:
         CheckpointError: tensors are missing, not numbers, or of a prefix for another model.
     """
     if prefix_encoder is None:
         source = "the checkpoint"
-        tensors = {name.partition(".")[2]: weights[name].data for name in tensor_shapes(config)}
+        tensors = {name.removeprefix(_INSIDE): weights[name].data for name in weights if name.startswith(_INSIDE)}
     else:
         source = str(prefix_encoder)
         tensors = _read(Path(prefix_encoder))
     encoded = _encode(tensors, source)
     layers, groups, head_dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    if encoded.shape[1] != _size(config):
+    size = prefix_size(config)
+    if encoded.shape[1] != size:
         raise CheckpointError(
-            f"{source}: the prefix has {encoded.shape[1]} numbers a token, expected {_size(config)} (2 x {layers} "
+            f"{source}: the prefix has {encoded.shape[1]} numbers a token, expected {size} (2 x {layers} "
             f"layers x {groups} key/value heads x {head_dim}). It was trained for another model."
         )
     if not torch.isfinite(encoded).all():
@@ -73,7 +73,7 @@ def load_prefix(weights: Mapping[str, Weight], prefix_encoder: str | Path | None
             "from a diverged training."
         )
     prefix = encoded.view(-1, layers, 2, groups, head_dim).permute(1, 2, 3, 0, 4).contiguous().numpy()
-    prefix[:, 0] = prefix[:, 0][..., graph.key_channels(config)]
+    prefix[:, 0] = prefix[:, 0][..., key_channels]
     return prefix
 
 
@@ -148,13 +148,3 @@ def _files(path: Path) -> list[Path]:
     if file is None:
         raise CheckpointError(f"{path}: no adapter weights found; expected {' or '.join(ADAPTER_FILES)}.")
     return [file]
-
-
-def _size(config: ChatGLMConfig) -> int:
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-
-
-def _is_projected(config: ChatGLMConfig) -> bool:
-    # a published revision of the original configuration class makes it a tuple, (False,), by accident
-    projected = config.prefix_projection
-    return bool(projected[0] if isinstance(projected, (list, tuple)) else projected)

@@ -16,7 +16,7 @@ from filelock import FileLock
 from .. import export_model
 from ..assets import TINY_CHATGLM3
 from ..errors import ExportError
-from ..hub.repository import has_openvino_model
+from ..ir import has_openvino_model
 from .arguments import package_version
 from .progress import export_progress
 

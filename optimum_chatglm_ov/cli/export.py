@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds all but the model and the output, whose form `optimum-cli` prescribes; names and meanings are its own."""
     weights = parser.add_argument_group("weights")
+    _add_weight_options(weights)
+    _add_text_options(weights)
+    _add_model_options(parser.add_argument_group("model"))
+    add_hub_arguments(parser)
+
+
+def _add_weight_options(weights: argparse._ArgumentGroup) -> None:
     add_weight_format(weights)
     weights.add_argument(
         "--sym",
@@ -65,6 +72,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--all-layers", action="store_true", default=None, help="4-bit embedding and output layer as well"
     )
+
+
+def _add_text_options(weights: argparse._ArgumentGroup) -> None:
+    """Methods that look at activations, and the texts that these come of."""
     weights.add_argument(
         "--dataset",
         metavar="TEXT",
@@ -90,7 +101,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     weights.add_argument("--quant-mode", metavar="MODE", help="refused: activations are not quantised, only weights")
 
-    model = parser.add_argument_group("model")
+
+def _add_model_options(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--adapter",
         action="append",
@@ -122,7 +134,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--trust-remote-code", action="store_true", help="has no effect: no code of a repository is ever run"
     )
-    add_hub_arguments(parser)
 
 
 def adapter(text: str) -> str | tuple[str, float]:

@@ -3,61 +3,41 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-from xml.etree import ElementTree
 
-import openvino as ov
+import numpy as np
 import torch
 from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationConfig
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from .. import native
-from ..architectures import registry as graph
-from ..architectures.families import GENERATIONS_OF_RANKS, is_base, rope_ratio_type_of_generation
+from ..architectures.architecture import Architecture
+from ..architectures.registry import architecture_of
 from ..checkpoint.adapters import merge_adapters
-from ..checkpoint.checkpoint import WEIGHT_FILES, Checkpoint, Derived, Scratch, Weight
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.prefix import load_prefix
-from ..checkpoint.prefix import tensor_shapes as prefix_shapes
+from ..checkpoint.shards import WEIGHT_FILES
+from ..checkpoint.weights import Derived, Scratch, Weight
 from ..choices import KV_CACHE_PRECISIONS
-from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError, ExportError
-from ..hub.repository import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
+from ..hub.repository import resolve_checkpoint
 from ..integrations.remote_code import read_config
+from ..ir import MODEL_FILE, OPENVINO_MODEL_FILES, load_config, model_folder
 from ..native.fuse_attention import fuse_attention
-from ..output import complete_folder
 from ..signals import signals_elsewhere
 from ..tokenization import has_vocabulary, load_tokenizer
 from . import quantization
+from .calibration import check_calibration
+from .generation_settings import read_generation_config
+from .saving import save_model
 
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE = "openvino_model.xml"
-# What an export may write: none of it is left over from an earlier one in the same folder.
-_EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
-# Settings of a generation that count in one mode alone.
-_OF_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "top_h",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-)
-_OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
-_OF_RETURNED_DICT = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
-_OF_OTHER_CACHES = ("cache_implementation", "cache_config", "return_legacy_cache")
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Progress = Callable[[str, int, int], None]
@@ -136,45 +116,28 @@ def export_model(
         )
         _check_original(source)
         read_config(source)
-        tokenizer = load_tokenizer(source) if has_vocabulary(source) else None
-        if tokenizer is None:
-            logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
+        tokenizer = _tokenizer(source)
         config = load_config(source, rope_ratio_type, tokenizer)
+        architecture = architecture_of(config)
         quantization_config = quantization.resolve_config(
-            config, weight_format, quantization_config, _parameters(config), dataset
+            config, weight_format, quantization_config, _parameters(architecture), dataset
         )
         if quantization_config:
-            _check_calibration(source, quantization_config, tokenizer, dataset)
-        shapes = graph.tensor_shapes(config) | ({} if prefix_encoder else prefix_shapes(config))
-        generation_config = _generation_config(source, config, tokenizer)
-        weights: Mapping[str, Weight] = Checkpoint(source, config, shapes, Scratch(folder))
-        if adapters:
-            weights = merge_adapters(weights, adapters, config, _DTYPES.get(weight_format))
-        prefix = None
-        if config.pre_seq_len or prefix_encoder:
-            prefix = load_prefix(weights, prefix_encoder, config)
-            config.pre_seq_len = prefix.shape[3]
-        if weight_format in _DTYPES:
-            weights = _in_precision(weights, _DTYPES[weight_format])
+            check_calibration(source, quantization_config, tokenizer, dataset)
+        generation_config = read_generation_config(source, config, tokenizer)
+        weights, prefix = _read_weights(
+            source, architecture, adapters, prefix_encoder, _DTYPES.get(weight_format), Scratch(folder)
+        )
         if quantization_config:
             weights = quantization.int8_rows(weights, quantization_config)
-        model = graph.build_model(config, _counted(weights, progress) if progress else weights, prefix)
+        model = architecture.build(_counted(weights, progress) if progress else weights, prefix)
         if quantization_config:
             with signals_elsewhere():
                 quantization.compress(model, quantization_config, tokenizer, dataset)
         if attention == "fused":
             fuse_attention(model, KV_CACHE_PRECISIONS[kv_cache_precision or "bf16"])
-        _describe(model)
-        ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
-        _check_size(folder / MODEL_FILE)
-        config.quantization_bit = 0
-        config.use_cache = True
-        config.save_pretrained(folder)
-        generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if quantization_config:
-            OVConfig(quantization_config=quantization.for_saving(quantization_config)).save_pretrained(folder)
+        save_model(model, folder / MODEL_FILE)
+        _save_configuration(folder, config, generation_config, tokenizer, quantization_config)
     return output
 
 
@@ -208,195 +171,37 @@ def _check_original(source: Path) -> None:
         raise CheckpointError(f"{source}: an exported model without {', '.join(missing)}. Copy or export it again.")
 
 
-def model_folder(output: str | Path) -> AbstractContextManager[Path]:
-    """A `complete_folder` for a model, with nothing left over of an earlier one.
-
-    Raises:
-        ExportError: `output` holds original weights; or see `complete_folder`.
-    """
-    folder = Path(os.path.realpath(output))
-    weights = next((folder / name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
-    if weights is not None:
-        raise ExportError(
-            f"{output}: a model written here would replace the configuration and tokenizer of the original weights "
-            f"{weights}. Choose another output folder."
-        )
-    return complete_folder(folder, replaces=_EXPORTED_FILES)
+def _tokenizer(source: Path) -> Any:
+    if has_vocabulary(source):
+        return load_tokenizer(source)
+    logger.warning(f"{source}: no tokenizer files; the exported folder will have no tokenizer.")
+    return None
 
 
-def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:
-    """The configuration in folder `source`, where the tokenizer, too, tells what `rope_ratio` means.
-
-    Raises:
-        CheckpointError: config.json is missing, not JSON or of another model type.
-        ValueError: nothing tells what `rope_ratio` means, or the configuration and the tokenizer contradict.
-    """
-    found = read_config(source)
-    config = ChatGLMConfig.from_pretrained(source, **({"rope_ratio_type": rope_ratio_type} if rope_ratio_type else {}))
-    if config.architecture == "chatglm2" and not (rope_ratio_type or found.get("rope_ratio_type")):
-        config.rope_ratio_type = _agreed_rope_ratio_type(config, tokenizer)
-        config.rope_theta  # noqa: B018  raises the explanation where nothing tells
-    return config
+def _parameters(architecture: Architecture) -> int:
+    return sum(math.prod(tensor.shape) for tensor in architecture.tensors().values())
 
 
-def _agreed_rope_ratio_type(config: ChatGLMConfig, tokenizer: Any) -> str | None:
-    """What `rope_ratio` means by the configuration and by the tokenizer.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
-    by_config, generation = config.rope_ratio_type, getattr(tokenizer, "chatglm_generation", None)
-    if config.rope_ratio in (None, 1) or generation is None or getattr(tokenizer, "generation_is_assumed", False):
-        return by_config
-    by_tokenizer = rope_ratio_type_of_generation(generation)
-    if by_tokenizer in (None, by_config):
-        return by_config
-    if by_config is not None and generation not in GENERATIONS_OF_RANKS:  # whose vocabulary leaves no doubt
-        raise ValueError(
-            f"What `rope_ratio`={config.rope_ratio} means is contradictory: the tokenizer is that of {generation}, "
-            f"which makes it {by_tokenizer!r}, and config.json (`_name_or_path` {config.original_name_or_path!r}, "
-            f"`padded_vocab_size` {config.padded_vocab_size}) makes it {by_config!r}. Decide with "
-            'rope_ratio_type="linear" (positions are divided by it) or rope_ratio_type="theta" (the rotary base is '
-            "multiplied by it), in config.json or as an argument of the export (`--rope-ratio-type` on the command "
-            "line)."
-        )
-    logger.info(f"rope_ratio={config.rope_ratio} is read as {by_tokenizer!r}, from the {generation} tokenizer.")
-    return by_tokenizer
-
-
-def end_turns(generation_config: GenerationConfig, config: ChatGLMConfig, tokenizer: Any) -> None:
-    """Lets generation stop at every id that ends a turn, beside those that `generation_config` names.
-
-    A base model, which completes text, knows no turns.
-    """
-    if is_base(config.original_name_or_path):
-        return
-    named = generation_config.eos_token_id
-    named = named if isinstance(named, list) else [] if named is None else [named]
-    ids = list(dict.fromkeys([*named, *tokenizer.turn_end_ids]))
-    generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
-
-
-def _check_calibration(
-    source: Path, quantization_config: OVWeightQuantizationConfig, tokenizer: Any, dataset: Any
-) -> None:
-    """Refuses what would fail after all weights were read.
-
-    Raises:
-        ExportError: the statistics cannot be written.
-        ValueError: there are texts, and no tokenizer for them.
-    """
-    if dataset is None and quantization_config.dataset is None:
-        return
-    if tokenizer is None:
-        raise ValueError(
-            f"{source}: no tokenizer files, but the model is to see the texts of `dataset`. Add them, or choose a "
-            "quantisation without texts."
-        )
-    statistics = quantization_config.statistics_path
-    if statistics is not None and not Path(statistics).is_dir():
-        with complete_folder(statistics):  # removed again: NNCF takes one that is there for written
-            pass
-
-
-def _generation_config(source: Path, config: ChatGLMConfig, tokenizer: Any) -> GenerationConfig:
-    """The defaults of `generate` in folder `source`, without what has no effect or would spoil every generation.
-
-    They name every id that ends a turn.
-
-    Raises:
-        CheckpointError: generation_config.json cannot be read, or asks for what transformers refuses.
-    """
-    file = source / "generation_config.json"
-    if file.is_file():
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            without_effect = _without_effect(settings)
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file}: not a JSON object ({error}). Download it again.") from error
-    else:
-        file = source / "config.json"
-        settings = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        without_effect = _without_effect(settings)
-    if settings.pop("use_cache", True) is False or not config.use_cache:
-        log_ignored_cache(file if config.use_cache else source / "config.json")
-    if without_effect:
-        logger.info(f"{file}: without effect and left out: {', '.join(without_effect)}.")
-    try:
-        generation_config = GenerationConfig.from_dict(
-            {name: value for name, value in settings.items() if name not in without_effect}
-        )
-        if tokenizer is not None:
-            end_turns(generation_config, config, tokenizer)
-        with TemporaryDirectory(prefix="optimum_chatglm_ov-") as folder:
-            generation_config.save_pretrained(folder)  # strict, as when the model is written
-    except ValueError as error:
-        raise CheckpointError(f"{file}: transformers refuses it. Mend or remove the file. {error}") from error
-    return generation_config
-
-
-def _without_effect(settings: Mapping[str, Any]) -> list[str]:
-    """Names of settings of a generation that only count in a mode which the others do not choose.
-
-    transformers does not save those, and some versions do not even read them.
-    """
-    names = set(_OF_OTHER_CACHES)  # keys and values stay inside this model
-    has_beams = (settings.get("num_beams") or 1) > 1
-    if not settings.get("do_sample"):
-        names |= set(_OF_SAMPLING)
-    if not has_beams:
-        names |= set(_OF_BEAMS)
-        if settings.get("num_beams") is None:
-            names.add("num_beams")
-    if not (settings.get("do_sample") or has_beams) or settings.get("num_return_sequences") is None:
-        names.add("num_return_sequences")
-    if not settings.get("return_dict_in_generate"):
-        names |= set(_OF_RETURNED_DICT)
-    if (settings.get("pad_token_id") or 0) < 0:
-        names.add("pad_token_id")
-    return sorted(names & settings.keys())
-
-
-def log_ignored_cache(file: Path) -> None:
-    """Logs that a file would compute every token of a generation from the first, and that this is ignored."""
-    logger.warning(
-        f'{file}: "use_cache": false, as training leaves it, is ignored: every token would cost a pass over the whole '
-        "text. Load the model with `use_cache=False` if that is meant."
+def _read_weights(
+    source: Path,
+    architecture: Architecture,
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    prefix_encoder: str | Path | None,
+    dtype: torch.dtype | None,
+    scratch: Scratch,
+) -> tuple[Mapping[str, Weight], np.ndarray | None]:
+    """The weights that the graph is made of, with adapters merged, all of `dtype` if that is asked for; the prefix."""
+    config, tensors = architecture.config, architecture.tensors()
+    weights: Mapping[str, Weight] = Checkpoint(
+        source, config, tensors | ({} if prefix_encoder else architecture.prefix_tensors()), scratch
     )
-
-
-def _parameters(config: ChatGLMConfig) -> int:
-    return sum(math.prod(shape) for shape in graph.tensor_shapes(config).values())
-
-
-def _describe(model: ov.Model) -> None:
-    """Writes what made the model into its `rt_info`, in the form optimum-intel reads."""
-    for package in ("transformers", "optimum-intel", "nncf", "optimum-chatglm-ov"):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        model.set_rt_info(version, ["optimum", f"{package.replace('-', '_')}_version"])
-    precision, compression = quantization.weight_precision(model), ["nncf", "weight_compression"]
-    if precision in ("int8", "int4") and not model.has_rt_info(compression):
-        # integers that NNCF did not make: marked as its own, so that no tool quantises them again
-        model.set_rt_info(f"{precision}_sym", [*compression, "mode"])
-
-
-def _check_size(xml: Path) -> None:
-    """A disk that fills up while OpenVINO writes does not always raise; its file is then too short.
-
-    Raises:
-        ExportError: the weights are shorter than the graph says.
-    """
-    ends = (int(data.get("offset", 0)) + int(data.get("size", 0)) for data in ElementTree.parse(xml).iter("data"))
-    expected, weights = max(ends, default=0), xml.with_suffix(".bin")
-    found = weights.stat().st_size if weights.is_file() else 0
-    if found < expected:
-        raise ExportError(
-            f"{xml.parent}: only {found} of {expected} bytes of the weights were written; is the disk full? Nothing "
-            "was changed."
-        )
+    if adapters:
+        weights = merge_adapters(weights, adapters, config, tensors, dtype)
+    prefix = None
+    if getattr(config, "pre_seq_len", None) or prefix_encoder:
+        prefix = load_prefix(weights, prefix_encoder, config, architecture.key_channels())
+        config.pre_seq_len = prefix.shape[3]
+    return (weights if dtype is None else _in_precision(weights, dtype)), prefix
 
 
 def _in_precision(weights: Mapping[str, Weight], dtype: torch.dtype) -> Mapping[str, Weight]:
@@ -426,3 +231,21 @@ def _counted(weights: Mapping[str, Weight], progress: Progress) -> Mapping[str, 
         return weight
 
     return Derived(weights, count)
+
+
+def _save_configuration(
+    folder: Path,
+    config: PretrainedConfig,
+    generation_config: GenerationConfig,
+    tokenizer: Any,
+    quantization_config: OVWeightQuantizationConfig | None,
+) -> None:
+    """Writes what belongs to a model in `folder` beside its graph and weights."""
+    config.quantization_bit = 0
+    config.use_cache = True
+    config.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if quantization_config:
+        OVConfig(quantization_config=quantization.for_saving(quantization_config)).save_pretrained(folder)

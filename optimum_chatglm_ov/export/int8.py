@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..checkpoint.checkpoint import Weight
+from ..checkpoint.weights import Weight
 from ..errors import CheckpointError
 
 

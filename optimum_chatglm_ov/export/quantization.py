@@ -8,22 +8,23 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import nncf
-import numpy as np
 import openvino as ov
-import torch
 from nncf.errors import InvalidGroupSizeError, ParameterNotSupportedError, ValidationError
 from optimum.intel.openvino.configuration import OVQuantizationMethod, OVWeightQuantizationConfig
-from optimum.intel.openvino.quantization import _weight_only_quantization
+from transformers import PretrainedConfig
 
-from ..checkpoint.checkpoint import Derived, Weight
+from ..architectures.registry import architecture_of
+from ..checkpoint.weights import Derived, Weight
 from ..choices import FLOATING_FORMATS, WEIGHT_FORMATS
-from ..configuration import ChatGLMConfig
+from ..ir import weight_precision
 from . import texts
+from .calibration import NUM_SAMPLES, SEQUENCE_LENGTH, calibration_inputs
 from .int8 import quantize_rows
 
 
@@ -41,23 +42,9 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mxfp4": _4BIT,
     "cb4": _4BIT,
 }
-# Element type of the weights' constants -> format.
-_NARROWEST_FIRST = {
-    "nf4": "nf4",
-    "f4e2m1": "mxfp4",
-    "u4": "int4",
-    "i4": "int4",
-    "u8": "int8",
-    "i8": "int8",
-    "f16": "fp16",
-    "bf16": "bf16",
-}
 _NEEDING_TEXTS = ("scale_estimation", "gptq", "lora_correction")
 # The one way to choose the layers that stay 8-bit that looks at weights alone.
 _WITHOUT_TEXTS = "weight_quantization_error"
-# Calibration: samples and their tokens, unless the settings say otherwise.
-_NUM_SAMPLES = 128
-_SEQUENCE_LENGTH = 128
 
 
 def refined(weight_format: str, /, **details: Any) -> OVWeightQuantizationConfig:
@@ -84,7 +71,7 @@ def refined(weight_format: str, /, **details: Any) -> OVWeightQuantizationConfig
     details = {"dtype": weight_format, **_DEFAULTS[weight_format], **details}
     dataset = details.get("dataset")
     if dataset is not None and texts.name_and_length(dataset)[0] is None:
-        most = (details.get("num_samples") or _NUM_SAMPLES) * _SEQUENCE_LENGTH  # a text has at least one token
+        most = (details.get("num_samples") or NUM_SAMPLES) * SEQUENCE_LENGTH  # a text has at least one token
         details["dataset"] = list(islice(texts.read_texts(dataset), most))
     quantization_config = OVWeightQuantizationConfig(**details)
     # whatever the class does not know is for NNCF
@@ -98,7 +85,7 @@ def refined(weight_format: str, /, **details: Any) -> OVWeightQuantizationConfig
 
 
 def resolve_config(
-    config: ChatGLMConfig,
+    config: PretrainedConfig,
     weight_format: str | None,
     quantization_config: OVWeightQuantizationConfig | Mapping[str, Any] | None,
     num_parameters: int,
@@ -115,27 +102,20 @@ def resolve_config(
     """
     if quantization_config is not None and weight_format is not None:
         raise ValueError("Give `weight_format` or `quantization_config`, not both.")
+    bits = getattr(config, "quantization_bit", None) or 0
     if isinstance(quantization_config, Mapping):
-        bits = quantization_config.get("bits", 8)
-        quantization_config = refined(quantization_config.get("dtype") or f"int{bits}", **quantization_config)
+        default = f"int{quantization_config.get('bits', 8)}"
+        quantization_config = refined(quantization_config.get("dtype") or default, **quantization_config)
     if quantization_config is None:
-        if weight_format in FLOATING_FORMATS:
-            if config.quantization_bit and weight_format != "original":
-                logger.warning(
-                    f"The int{config.quantization_bit} weights of the checkpoint become {weight_format}, with the "
-                    "same values; the format 'original' keeps the integers, which are smaller and faster."
-                )
-            return None
+        weight_format = _chosen_format(weight_format, bits, num_parameters)
         if weight_format is None:
-            if config.quantization_bit or num_parameters <= _INT8_BY_DEFAULT_ABOVE:
-                return None
-            weight_format = "int8"
+            return None
         quantization_config = refined(weight_format)
-    if config.quantization_bit:
+    if bits:
         raise ValueError(
-            f"The checkpoint is already quantised (`quantization_bit`={config.quantization_bit}) and is exported with "
-            "the same integers; quantising it again would lose accuracy. Leave out `weight_format`, `load_in_8bit` "
-            "and `quantization_config`, or start from the 16-bit checkpoint."
+            f"The checkpoint is already quantised (`quantization_bit`={bits}) and is exported with the same integers; "
+            "quantising it again would lose accuracy. Leave out `weight_format`, `load_in_8bit` and "
+            "`quantization_config`, or start from the 16-bit checkpoint."
         )
     if not isinstance(quantization_config, OVWeightQuantizationConfig):
         raise ValueError(
@@ -145,12 +125,30 @@ def resolve_config(
     if quantization_config.ratio == 0:  # which NNCF takes for 1
         raise ValueError("`ratio` is 0, so no layer would become 4-bit; ask for int8 (`bits` 8) instead.")
     _check_texts(quantization_config, dataset)
-    if quantization_config.quant_method == OVQuantizationMethod.AWQ and config.architecture == "chatglm":
+    is_awq = quantization_config.quant_method == OVQuantizationMethod.AWQ
+    if is_awq and not architecture_of(config).has_gated_mlp:
         logger.warning(
             "AWQ changes nothing in this model: NNCF scales the inputs of a linear behind a Swish or a product, and "
             "ChatGLM-6B has a GELU there. Try scale_estimation or gptq."
         )
     return _with_fallback(quantization_config)
+
+
+def _chosen_format(weight_format: str | None, bits: int, num_parameters: int) -> str | None:
+    """The quantised format that was asked for, or that large models get; `None`: weights stay numbers, or as stored.
+
+    `bits` are those of a checkpoint that is quantised already, else 0.
+    """
+    if weight_format in FLOATING_FORMATS:
+        if bits and weight_format != "original":
+            logger.warning(
+                f"The int{bits} weights of the checkpoint become {weight_format}, with the same values; the format "
+                "'original' keeps the integers, which are smaller and faster."
+            )
+        return None
+    if weight_format is None and not bits and num_parameters > _INT8_BY_DEFAULT_ABOVE:
+        return "int8"
+    return weight_format
 
 
 def uses_texts(quantization_config: OVWeightQuantizationConfig) -> bool:
@@ -224,19 +222,6 @@ def int8_rows(weights: Mapping[str, Weight], quantization_config: OVWeightQuanti
     return weights
 
 
-def weight_precision(model: ov.Model) -> str:
-    """The narrowest format among the weights of `model`: one of `QUANTIZED_FORMATS`, "fp16", "bf16" or "fp32".
-
-    Matrices alone are counted, so shapes, axes and scales do not tell.
-    """
-    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
-    types = [(node.get_element_type().get_type_name(), len(node.get_output_shape(0))) for node in constants]
-    if ("f8e4m3", 1) in types:  # the 16 numbers that the matrices of cb4 are indices of
-        return "cb4"
-    found = {name for name, rank in types if rank >= 2}
-    return next((name for element_type, name in _NARROWEST_FIRST.items() if element_type in found), "fp32")
-
-
 def compress(
     model: ov.Model,
     quantization_config: OVWeightQuantizationConfig,
@@ -246,7 +231,7 @@ def compress(
     """Quantises the weights of `model` in place with NNCF, but for those that `int8_rows` has made int8.
 
     Args:
-        model: a graph of `graph.build_model`, or an IR of one, with floating-point weights.
+        model: a graph of an `Architecture`, or an IR of one, with floating-point weights.
         quantization_config: what to do.
         tokenizer: the model's own; needed by the methods that look at activations.
         dataset: texts for those (see `texts.read_texts`), instead of the settings' own; "auto" takes texts that the
@@ -255,11 +240,11 @@ def compress(
     Raises:
         ValueError: texts without a tokenizer, or settings that NNCF refuses.
     """
+    if quantization_config.dq_group_size is not None:
+        path = ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]  # where optimum-intel writes it
+        model.set_rt_info(str(quantization_config.dq_group_size), path)
     if weight_precision(model) == "int8":  # the work of `int8_rows`
         if quantization_config.bits == 8:
-            if quantization_config.dq_group_size is not None:
-                path = ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]  # where optimum-intel writes it
-                model.set_rt_info(str(quantization_config.dq_group_size), path)
             return
         # else NNCF would take the last linear of the blocks for the output layer
         quantization_config = deepcopy(quantization_config)
@@ -272,65 +257,20 @@ def compress(
         calibration = nncf.Dataset(calibration_inputs(quantization_config, tokenizer, dataset, model))
     with _quiet_nncf():
         try:
-            _weight_only_quantization(model, quantization_config, calibration)
+            nncf.compress_weights(model, dataset=calibration, **_arguments_of_nncf(quantization_config, calibration))
         except (ParameterNotSupportedError, InvalidGroupSizeError, ValidationError) as error:
             raise ValueError(f"NNCF refuses the quantisation settings: {' '.join(str(error).split())}") from error
 
 
-def calibration_inputs(
-    quantization_config: OVWeightQuantizationConfig,
-    tokenizer: Any,
-    dataset: str | Path | Iterable[Any],
-    model: ov.Model | None = None,
-) -> list[dict[str, np.ndarray]]:
-    """Inputs of the stateful graph: up to `num_samples` blocks of `dataset`, each as a model generates it.
-
-    A block has 128 tokens, or the `seq_len` of a data set given as "wikitext2:seq_len=64". The dataset "auto" is what
-    `model` generates.
-
-    Raises:
-        ValueError: `dataset` holds no text.
-    """
-    name, length = texts.name_and_length(dataset)
-    # optimum-intel splits the option from a name in the settings
-    options = getattr(quantization_config, "_dataset_kwargs", None) or {}
-    length = length or options.get("seq_len") or _SEQUENCE_LENGTH
-    samples = quantization_config.num_samples or _NUM_SAMPLES
-    if name == texts.OWN_TEXTS:
-        blocks = _generate(model, tokenizer, samples, length)
-    else:
-        blocks = islice(texts.blocks(texts.read_texts(dataset), tokenizer, length), samples)
-    return [_inputs([texts.generated(block, tokenizer)[0]]) for block in blocks]
-
-
-def _generate(model: ov.Model, tokenizer: Any, samples: int, length: int) -> list[list[int]]:
-    """Blocks of `length` ids that `model` generates: any first token, then samples of its distributions."""
-    generator = torch.Generator().manual_seed(0)
-    prompt = texts.generated([], tokenizer)[0]
-    special = {*prompt, *tokenizer.all_special_ids, tokenizer.eos_token_id}
-    unwanted = [token for token in special if token is not None and token < len(tokenizer)]
-    request = ov.Core().compile_model(model, "CPU").create_infer_request()
-    ids, past = torch.tensor(prompt).expand(samples, -1), 0
-    while ids.shape[1] < len(prompt) + length:
-        logits = torch.from_numpy(request.infer(_inputs(ids.tolist(), past))["logits"][:, -1, : len(tokenizer)].copy())
-        if past == 0:
-            logits.zero_()
-        logits[:, unwanted] = -torch.inf
-        past = ids.shape[1]
-        ids = torch.cat((ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)), dim=1)
-    return ids[:, len(prompt) :].tolist()
-
-
-def _inputs(rows: list[list[int]], past: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of the graph for sequences of equal length, whose first `past` tokens are in its cache."""
-    ids = np.array(rows, dtype=np.int64)
-    positions = np.broadcast_to(np.arange(past, ids.shape[1], dtype=np.int64), (len(ids), ids.shape[1] - past))
-    return {
-        "input_ids": np.ascontiguousarray(ids[:, past:]),
-        "attention_mask": np.ones_like(ids),
-        "position_ids": np.ascontiguousarray(positions),
-        "beam_idx": np.arange(len(ids), dtype=np.int32),
-    }
+def _arguments_of_nncf(
+    quantization_config: OVWeightQuantizationConfig, calibration: nncf.Dataset | None
+) -> dict[str, Any]:
+    """The settings as `nncf.compress_weights` takes them, without a file of statistics that nothing is written to."""
+    arguments = quantization_config.to_nncf_dict()
+    advanced = arguments.get("advanced_parameters")
+    if calibration is None and advanced is not None and advanced.statistics_path is not None:
+        arguments["advanced_parameters"] = replace(advanced, statistics_path=None)
+    return arguments
 
 
 def for_saving(quantization_config: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:

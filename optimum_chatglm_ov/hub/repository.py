@@ -17,29 +17,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
-from ..checkpoint.checkpoint import WEIGHT_FILES, shard_names
+from ..checkpoint.shards import WEIGHT_FILES, shard_names
 from ..choices import QUANTIZED_FORMATS
 from ..errors import ChatGLMError, CheckpointError
-from ..export.quantization import weight_precision
+from ..ir import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, has_openvino_model, weight_precision
 from ..native.fuse_attention import cache_layout
 from ..output import UNFINISHED
 
 
 logger = logging.getLogger(__name__)
 
-OPENVINO_MODEL_FILES = ("openvino_model.xml", "openvino_model.bin")
-# Everything but weights that loading a checkpoint or an exported model can ask for. Never a Python file.
-CONFIGURATION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "openvino_config.json",
-    "ice_text.model",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 _CARD_MARK = "<!-- Written by optimum_chatglm_ov and renewed on every save; delete this line to keep your text. -->"
 
 
@@ -132,11 +119,6 @@ def resolve_checkpoint(
         ) from error
     _check_complete(folder, model_id, export)
     return folder
-
-
-def has_openvino_model(folder: str | Path) -> bool:
-    """Whether `folder` holds an exported model (`openvino_model.xml` and `.bin`)."""
-    return all((Path(folder) / name).is_file() for name in OPENVINO_MODEL_FILES)
 
 
 def _checked_subfolder(subfolder: str) -> str:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names of the package; importing them registers its classes with transformers' auto classes."""
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .. import tokenization
@@ -13,8 +15,7 @@ AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
 tokenization.register(ChatGLMConfig)
 remote_code.replace_remote_code()
 
-from ..export.exporter import export_model  # noqa: E402  the modules below read checkpoints through the classes above
-from ..hub.repository import DownloadError  # noqa: E402
+from ..hub.repository import DownloadError  # noqa: E402  the modules below read checkpoints through the classes above
 from ..modeling import OVChatGLMForCausalLM  # noqa: E402
 from ..tokenization import (  # noqa: E402
     ChatGLM1Tokenizer,
@@ -50,5 +51,14 @@ __all__ = [
     "ModelFileError",
     "OVChatGLMForCausalLM",
     "ToolCallError",
-    "export_model",
+    "export_model",  # noqa: F822  see `__getattr__`
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`export_model`, whose modules are imported by those who export; a model that is exported runs without them."""
+    if name == "export_model":
+        from ..export.exporter import export_model
+
+        return export_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

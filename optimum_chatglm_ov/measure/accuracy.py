@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint.checkpoint import Scratch
+from ..checkpoint.weights import Scratch
 from ..export import texts
 from ..modeling import OVChatGLMForCausalLM
 from ..tokenization import load_tokenizer

@@ -25,9 +25,10 @@ import openvino as ov
 import torch
 
 from .. import native
+from ..architectures.registry import architecture_of
 from ..choices import WAYS
 from ..configuration import ChatGLMConfig
-from ..export.exporter import MODEL_FILE, load_config
+from ..ir import MODEL_FILE, load_config
 from ..modeling import OVChatGLMForCausalLM
 
 
@@ -122,6 +123,7 @@ def measure(
         properties["INFERENCE_NUM_THREADS"] = str(threads)
     for folder in map(Path, models):
         config = load_config(folder)
+        architecture = architecture_of(config)
         for length in prompt_lengths:
             if not 4 <= length <= config.max_position_embeddings - new_tokens:
                 raise ValueError(
@@ -134,7 +136,7 @@ def measure(
             for length in prompt_lengths:
                 bandwidth = stream_bandwidth(threads)
                 # other tokens each time: openvino-genai keeps the cache of a prompt that it has seen
-                prompts = [random_prompt(config, length, seed) for seed in range(repetitions + 1)]
+                prompts = [architecture.example_prompt(length, seed) for seed in range(repetitions + 1)]
                 generator.generate(prompts.pop(), new_tokens)
                 with _cycles_per_instruction() as counted:
                     times = [generator.generate(prompt, new_tokens) for prompt in prompts]
@@ -155,15 +157,6 @@ def measure(
                 )
             del generator
             gc.collect()
-
-
-def random_prompt(config: ChatGLMConfig, length: int, seed: int = 0) -> torch.Tensor:
-    """Int64 `[1, length]`: ordinary tokens, in chatglm-6b behind them the two that every prompt ends with."""
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(5, config.vocab_size // 2, (1, length), generator=generator)
-    if config.architecture == "chatglm":
-        prompt[0, -2:] = torch.tensor([config.gmask_token_id, config.bos_token_id])
-    return prompt
 
 
 def stream_bandwidth(threads: int = 0) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..architectures.registry import architecture_of
 from ..configuration import ChatGLMConfig
 from ..errors import ContextLengthError
 
@@ -130,16 +131,11 @@ def check_input_ids(input_ids: torch.LongTensor, config: ChatGLMConfig) -> None:
 def check_prompt(input_ids: torch.LongTensor, config: ChatGLMConfig) -> None:
     """
     Raises:
-        ValueError: a prompt of chatglm-6b does not say where its context ends.
+        ValueError: it is no prompt of this model's architecture.
     """
-    if config.architecture != "chatglm":
-        return
-    masks = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
-    if not ((input_ids == config.bos_token_id).any(dim=1) & masks.any(dim=1)).all():
-        raise ValueError(
-            f"A chatglm-6b prompt must hold [gMASK] ({config.gmask_token_id}) or [MASK] ({config.mask_token_id}) and "
-            f"<sop> ({config.bos_token_id}); the tokenizer adds them unless `add_special_tokens=False`."
-        )
+    error = architecture_of(config).prompt_error(input_ids)
+    if error is not None:
+        raise ValueError(error)
 
 
 def two_dimensional_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
@@ -180,13 +176,12 @@ def two_dimensional_positions(
     if position_ids is None:
         return None, None
     shape = tuple(position_ids.shape) if isinstance(position_ids, torch.Tensor) else ()
-    if config.architecture == "chatglm" and shape == (batch, 2, new_tokens):
+    architecture = architecture_of(config)
+    if architecture.has_two_positions and shape == (batch, 2, new_tokens):
         if past_length:
             return None, None  # the prompt has said it
-        first, second = position_ids[:, 0], position_ids[:, 1]
-        kept = torch.ones_like(first) if attention_mask is None else attention_mask
-        context_length = ((second == 0) & (kept != 0)).sum(dim=1)
-        return None, torch.stack((context_length, first[:, -1]), dim=1).int().numpy()
+        kept = torch.ones(batch, new_tokens, dtype=torch.long) if attention_mask is None else attention_mask
+        return None, architecture.prompt_layout(position_ids, kept)
     if len(shape) == 2 and shape[0] in (1, batch) and new_tokens <= shape[1] <= past_length + new_tokens:
         return position_ids.expand(batch, -1), None
     raise ValueError(f"`position_ids` is {_description(position_ids)}; expected a tensor [{batch}, {new_tokens}].")

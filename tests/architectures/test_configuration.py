@@ -9,7 +9,7 @@ from conftest import DATA
 from transformers import AutoConfig
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError
-from optimum_chatglm_ov.export.exporter import load_config
+from optimum_chatglm_ov.ir import load_config
 
 
 def original(name, **changes):

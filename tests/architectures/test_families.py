@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig
 from optimum_chatglm_ov.architectures.families import FAMILIES, GENERATIONS, family_of_name, is_base, model_name
-from optimum_chatglm_ov.export.exporter import load_config
+from optimum_chatglm_ov.ir import load_config
 from optimum_chatglm_ov.tokenization import (
     ChatGLM2Tokenizer,
     ChatGLM3Tokenizer,

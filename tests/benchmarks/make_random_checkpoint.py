@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_chatglm_ov import ChatGLMConfig
-from optimum_chatglm_ov.architectures import registry as graph
-from optimum_chatglm_ov.checkpoint.checkpoint import original_names
+from optimum_chatglm_ov.architectures.registry import architecture_of
 
 
 MODELS = {
@@ -94,9 +93,8 @@ def main() -> None:
 
 def write_weights(config: ChatGLMConfig, folder: Path, dtype: torch.dtype, shard_size: float) -> None:
     """Shards of about `shard_size` GB, and their index."""
-    needed = graph.tensor_shapes(config)
-    names = original_names(config, needed)
-    shards = list(split({names[name]: shape for name, shape in needed.items()}, shard_size * 1e9 / dtype.itemsize))
+    shapes = {tensor.original: tensor.shape for tensor in architecture_of(config).tensors().values()}
+    shards = list(split(shapes, shard_size * 1e9 / dtype.itemsize))
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
     for number, shapes in enumerate(shards, start=1):

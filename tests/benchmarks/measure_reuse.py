@@ -24,8 +24,9 @@ from transformers import AutoTokenizer, LogitsProcessor
 from transformers import logging as transformers_logging
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
+from optimum_chatglm_ov.architectures.registry import architecture_of
 from optimum_chatglm_ov.cli.arguments import add_computation_options, computation_options, positive_integer
-from optimum_chatglm_ov.measure.speed import cpu_description, random_prompt
+from optimum_chatglm_ov.measure.speed import cpu_description
 
 
 QUESTION = "What is OpenVINO?"
@@ -105,7 +106,7 @@ def texts(model: OVChatGLMForCausalLM, args: argparse.Namespace) -> Iterator[tup
 
 
 def random_tokens(config: Any, length: int) -> list[int]:
-    return random_prompt(config, length + 2)[0, :length].tolist()
+    return architecture_of(config).example_prompt(length + 2)[0, :length].tolist()
 
 
 def as_prompt(config: Any, ids: list[int]) -> torch.Tensor:

@@ -16,8 +16,8 @@ from reference import TinyChatGLM, read_state_dict
 from safetensors.torch import load_file, save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model
-from optimum_chatglm_ov.architectures import registry as graph
-from optimum_chatglm_ov.checkpoint.adapters import TARGETS, merge_adapters
+from optimum_chatglm_ov.architectures.registry import architecture_of
+from optimum_chatglm_ov.checkpoint.adapters import adapter_targets, merge_adapters
 from optimum_chatglm_ov.checkpoint.checkpoint import Checkpoint
 
 
@@ -84,7 +84,8 @@ def base_weights():
 
 def merged(adapters, dtype=torch.float32):
     config = ChatGLMConfig.from_pretrained(MODEL)
-    return merge_adapters(Checkpoint(MODEL, config, graph.tensor_shapes(config)), adapters, config, dtype)
+    tensors = architecture_of(config).tensors()
+    return merge_adapters(Checkpoint(MODEL, config, tensors), adapters, config, tensors, dtype)
 
 
 def check(weights, expected_change):
@@ -191,14 +192,16 @@ def adapted(name, folder):
     """An adapter of all four linears of the second layer of `name`; what it adds to each, by name of the weight."""
     generator = torch.Generator().manual_seed(3)
     tensors, changes = {}, {}
+    config = ChatGLMConfig.from_pretrained(DATA / "models" / name)
+    targets = adapter_targets(architecture_of(config).tensors())
     for key, weight in read_state_dict(DATA / "models" / name).items():
         module = key.removesuffix(".weight")
-        if ".layers.1." in key and module.rpartition(".")[2] in TARGETS and weight.ndim == 2:
+        if ".layers.1." in key and module.rpartition(".")[2] in targets and weight.ndim == 2:
             rows, columns = weight.shape
             a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((2, columns), (rows, 2)))
             tensors |= {f"base_model.model.{module}.lora_{side}.weight": part for side, part in zip("AB", (a, b))}
             changes[key] = 8 / 2 * b @ a
-    assert len(changes) == len(TARGETS)
+    assert len(changes) == len(targets)
     write_adapter(folder, rank=2)
     save_file(tensors, folder / "adapter_model.safetensors")
     return changes

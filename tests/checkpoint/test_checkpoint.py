@@ -12,9 +12,9 @@ from conftest import DATA, in_child, let_others_read
 from safetensors.torch import load_file, save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError
-from optimum_chatglm_ov.architectures.registry import tensor_shapes
-from optimum_chatglm_ov.checkpoint.checkpoint import Checkpoint, Derived, Scratch, Weight
-from optimum_chatglm_ov.checkpoint.prefix import tensor_shapes as prefix_shapes
+from optimum_chatglm_ov.architectures.registry import architecture_of
+from optimum_chatglm_ov.checkpoint.checkpoint import Checkpoint
+from optimum_chatglm_ov.checkpoint.weights import Derived, Scratch, Weight
 
 
 def copy(name, tmp_path):
@@ -23,7 +23,7 @@ def copy(name, tmp_path):
 
 def open_checkpoint(folder, **arguments):
     config = ChatGLMConfig.from_pretrained(folder)
-    return Checkpoint(folder, config, tensor_shapes(config), **arguments)
+    return Checkpoint(folder, config, architecture_of(config).tensors(), **arguments)
 
 
 def one_file(name, tmp_path):
@@ -249,7 +249,8 @@ def test_a_download_that_ends_in_zeros(tmp_path, caplog):
 @pytest.mark.parametrize("folder", sorted((DATA / "models").iterdir()), ids=lambda folder: folder.name)
 def test_no_warning_about_complete_checkpoints(folder, caplog):
     config = ChatGLMConfig.from_pretrained(folder)
-    checkpoint = Checkpoint(folder, config, tensor_shapes(config) | prefix_shapes(config))
+    architecture = architecture_of(config)
+    checkpoint = Checkpoint(folder, config, architecture.tensors() | architecture.prefix_tensors())
     for name in checkpoint:
         checkpoint[name]
     assert not caplog.records

@@ -14,7 +14,7 @@ from reference import TinyChatGLM, prefix_key_values
 from safetensors.torch import save_file
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, OVChatGLMForCausalLM, export_model
-from optimum_chatglm_ov.architectures import registry as graph
+from optimum_chatglm_ov.architectures.registry import architecture_of
 from optimum_chatglm_ov.checkpoint.prefix import load_prefix
 
 
@@ -103,7 +103,7 @@ def either_attention(request):
 def test_another_adapter_is_no_prefix(peft_type, message, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type} if peft_type else []))
     with pytest.raises(CheckpointError, match=message):
-        load_prefix({}, tmp_path, ChatGLMConfig.from_pretrained(DATA / "models" / "chatglm2-6b"))
+        load_prefix({}, tmp_path, ChatGLMConfig.from_pretrained(DATA / "models" / "chatglm2-6b"), np.arange(8))
 
 
 def test_a_prefix_is_no_lora_adapter(tmp_path):
@@ -210,11 +210,12 @@ def test_projection_equals_past_key_values_in_torch(name, tmp_path):
 def test_keys_are_reordered_and_values_are_not(tmp_path):
     config = ChatGLMConfig.from_pretrained(DATA / "models" / "chatglm2-6b-ptuning-v2")
     torch.save({EMBEDDING: tensors_of("chatglm2-6b-ptuning-v2")[EMBEDDING]}, tmp_path / "prefix.bin")
-    prefix = load_prefix({}, tmp_path / "prefix.bin", config)
+    channels = architecture_of(config).key_channels()
+    prefix = load_prefix({}, tmp_path / "prefix.bin", config, channels)
     stored = tensors_of("chatglm2-6b-ptuning-v2")[EMBEDDING].float().numpy()
     stored = stored.reshape(5, 2, 2, 2, 16).transpose(1, 2, 3, 0, 4)
     np.testing.assert_array_equal(prefix[:, 1], stored[:, 1])
-    np.testing.assert_array_equal(prefix[:, 0], stored[:, 0][..., graph.key_channels(config)])
+    np.testing.assert_array_equal(prefix[:, 0], stored[:, 0][..., channels])
 
 
 def test_prefix_projection_that_is_a_tuple_by_accident_means_false(tmp_path):

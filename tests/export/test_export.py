@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig, CheckpointError, ExportError, OVChatGLMForCausalLM, export_model
-from optimum_chatglm_ov.export.exporter import _check_size
+from optimum_chatglm_ov.export.saving import check_size
 
 
 SOURCE = DATA / "models" / "chatglm3-6b"
@@ -269,15 +269,15 @@ def test_an_exported_model_is_no_checkpoint(tmp_path):
 def test_weights_cut_short(tmp_path):
     """As after a full disk that OpenVINO did not notice."""
     folder = export_model(SOURCE, tmp_path / "ir")
-    _check_size(folder / "openvino_model.xml")
+    check_size(folder / "openvino_model.xml")
     weights = folder / "openvino_model.bin"
     size = weights.stat().st_size
     os.truncate(weights, size - 1)
     with pytest.raises(ExportError, match=f"only {size - 1} of {size} bytes of the weights were written"):
-        _check_size(folder / "openvino_model.xml")
+        check_size(folder / "openvino_model.xml")
     weights.unlink()
     with pytest.raises(ExportError, match=f"only 0 of {size} bytes"):
-        _check_size(folder / "openvino_model.xml")
+        check_size(folder / "openvino_model.xml")
 
 
 def test_interrupted_export(tmp_path):

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model
-from optimum_chatglm_ov.architectures import registry as graph
+from optimum_chatglm_ov.architectures.registry import architecture_of
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
-from optimum_chatglm_ov.checkpoint.checkpoint import Checkpoint, Weight
+from optimum_chatglm_ov.checkpoint.checkpoint import Checkpoint
+from optimum_chatglm_ov.checkpoint.weights import Weight
 from optimum_chatglm_ov.errors import CheckpointError, ExportError
 from optimum_chatglm_ov.export import quantization
 from optimum_chatglm_ov.export.int8 import quantize_rows
@@ -68,7 +69,7 @@ def original_integers(weight):
 def test_the_same_integers_and_scales(name, exported):
     """Every integer and scale of the checkpoint, bit for bit, in an i4 or i8 constant of the IR."""
     config = ChatGLMConfig.from_pretrained(DATA / "models" / name)
-    weights = Checkpoint(DATA / "models" / name, config, graph.tensor_shapes(config))
+    weights = Checkpoint(DATA / "models" / name, config, architecture_of(config).tensors())
     nodes = {
         node.get_friendly_name(): node
         for node in ov.Core().read_model(exported(name) / "openvino_model.xml").get_ops()
@@ -118,7 +119,7 @@ def test_a_named_precision_dequantises(name, weight_format, error, tmp_path, cap
     assert {node.get_element_type().get_type_name() for node in nodes.values()} == {weight_format.replace("fp", "f")}
     assert f"become {weight_format}, with the same values" in caplog.text
     config = ChatGLMConfig.from_pretrained(source)
-    weight = Checkpoint(source, config, graph.tensor_shapes(config))["layers.1.mlp.down_proj.weight"]
+    weight = Checkpoint(source, config, architecture_of(config).tensors())["layers.1.mlp.down_proj.weight"]
     exact = original_integers(weight) * weight.scale.numpy()[:, None].astype(np.float32)
     if weight_format != "bf16":  # which numpy does not have
         found = nodes["layers.1.mlp.down_proj.weight"].data
@@ -254,7 +255,7 @@ def test_int8_is_symmetric_per_output_channel(tmp_path):
     folder = export_model(CHATGLM3, tmp_path / "ir", weight_format="int8")
     nodes = {node.get_friendly_name(): node for node in ov.Core().read_model(folder / "openvino_model.xml").get_ops()}
     assert not [name for name in nodes if "zero_point" in name]
-    weight = Checkpoint(CHATGLM3, ChatGLMConfig.from_pretrained(CHATGLM3), _shapes())["layers.0.mlp.down_proj.weight"]
+    weight = Checkpoint(CHATGLM3, ChatGLMConfig.from_pretrained(CHATGLM3), _tensors())["layers.0.mlp.down_proj.weight"]
     integers, scale = (nodes[f"layers.0.mlp.down_proj.weight{end}"].data for end in ("", "/scale"))
     assert scale.shape == (64, 1)
     scale = scale.astype(np.float32)  # negative where the largest weight of the row is positive
@@ -288,8 +289,8 @@ def test_int8_of_unusual_rows():
         quantize_rows("lm_head.weight", Weight(torch.full((2, 64), 1e30)))
 
 
-def _shapes():
-    return graph.tensor_shapes(ChatGLMConfig.from_pretrained(CHATGLM3))
+def _tensors():
+    return architecture_of(ChatGLMConfig.from_pretrained(CHATGLM3)).tensors()
 
 
 def test_tied_output_layer_shares_its_int8_table(tmp_path):

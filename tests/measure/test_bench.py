@@ -11,11 +11,12 @@ import pytest
 from conftest import DATA, openvino_layers
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.architectures.registry import architecture_of
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli.main import main
-from optimum_chatglm_ov.export.exporter import load_config
+from optimum_chatglm_ov.ir import load_config
 from optimum_chatglm_ov.measure import linear as bench_linear
-from optimum_chatglm_ov.measure.speed import WAYS, measure, random_prompt
+from optimum_chatglm_ov.measure.speed import WAYS, measure
 
 
 SMALL = ["--prompt-tokens", "8", "40", "--new-tokens", "3", "--repetitions", "1"]
@@ -56,7 +57,7 @@ def test_an_ir_that_holds_the_operation_has_one_way(tmp_path):
 
 def test_prompts_differ_and_end_as_the_model_needs(exported):
     config = load_config(exported("chatglm-6b"))
-    first, second = (random_prompt(config, 12, seed) for seed in (0, 1))
+    first, second = (architecture_of(config).example_prompt(12, seed) for seed in (0, 1))
     assert first.shape == (1, 12) and (first != second).any()
     assert first[0, -2:].tolist() == [config.gmask_token_id, config.bos_token_id]
     found = measure([exported("chatglm-6b")], ("sdpa", "fused"), (12,), new_tokens=2, repetitions=1)

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_chatglm_ov import ChatGLMConfig
-from optimum_chatglm_ov.architectures.registry import tensor_shapes
-from optimum_chatglm_ov.checkpoint.checkpoint import original_names
+from optimum_chatglm_ov.architectures.registry import architecture_of
 
 
 SMALL = {
@@ -55,14 +54,13 @@ def make(folder: Path, architecture: str, dtype: torch.dtype = torch.float16, **
     folder.mkdir(parents=True, exist_ok=True)
     values = {**SMALL[architecture], **changes}
     (folder / "config.json").write_text(json.dumps(values))
-    config = ChatGLMConfig(**values)
-    shapes = tensor_shapes(config)
-    names = original_names(config, shapes)
+    declared = architecture_of(ChatGLMConfig(**values)).tensors()
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, shape in shapes.items():
+    for name, stored in declared.items():
+        shape = stored.shape
         scale = shape[1] ** -0.5 if len(shape) == 2 else 0.1
         tensor = torch.randn(shape, generator=generator) * scale
-        tensors[names[name]] = (tensor + ("norm" in name and name.endswith("weight"))).to(dtype)
+        tensors[stored.original] = (tensor + ("norm" in name and name.endswith("weight"))).to(dtype)
     save_file(tensors, folder / "model.safetensors")
     return folder
