@@ -17,15 +17,17 @@ from optimum.intel.openvino.configuration import OVConfig, OVWeightQuantizationC
 from optimum.intel.openvino.modeling_base import core
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from . import native
+from . import environment, native
 from .chat import ChatMixin
 from .choices import ATTENTIONS, FLOATING_FORMATS, LINEARS
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
 from .export import quantization
 from .export.exporter import MODEL_FILE, end_turns, export_model, load_config, log_ignored_cache, model_folder
-from .hub.repository import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
-from .integrations.remote_code import read_config, warn_once
+from .hub.download import has_openvino_model, resolve_checkpoint
+from .hub.model_card import has_own_card
+from .hub.upload import HubMixin
+from .integrations.recognition import read_config, warn_once
 from .native import NativeBuildError
 from .originals import OriginalsMixin
 from .runtime.compilation import CompilationMixin, choice
@@ -135,17 +137,17 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
             compile: compile at once; otherwise at the first call.
             compile_only: hand the IR file straight to the compiler; such a model cannot be saved or changed.
             trust_remote_code: has no effect; no remote code is ever run.
-            attention: "fused" (the native operation of this package, built at first use; an error if it cannot be),
-                "sdpa" (OpenVINO's own) or "auto" (fused on CPU, without `compile_only`; OpenVINO's own, with one
-                warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto". An IR that was exported fused
-                has no other.
-            linear: who computes linear layers with int8 and int4 weights: "fused" (the native operations of this
-                package; an error if they cannot), "fused-int8" (the same, on CPUs with AMX with long prompts in 8
-                bits, one scale a token), "openvino" or "auto" (the native operations on CPUs where they are the
-                faster, which multiply bytes: VNNI, AMX; without `compile_only`). With VNNI they round activations
-                to 8 bits in groups of `DYNAMIC_QUANTIZATION_GROUP_SIZE`, as OpenVINO does, with AMX to 16 bits; where
-                that property is 0, or `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves them to OpenVINO. Unset:
-                `CHATGLM_OV_LINEAR`, else "openvino" with `attention="sdpa"` and "auto" with others.
+            attention: who computes attention: "native" (the operation of this package, built at first use; an error
+                if it cannot be), "openvino" or "auto" (native on CPU, without `compile_only`; OpenVINO, with one
+                warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto". An IR that was exported with
+                native attention has no other. The names "fused" and "sdpa" of version 0.1.0 mean the first two.
+            linear: who computes linear layers with int8 and int4 weights: "native" (the operations of this package;
+                an error if they cannot), "native-int8" (the same; CPUs with AMX round long prompts to 8 bits, one
+                scale a token), "openvino" or "auto" (native on CPUs where that is faster, those with VNNI or AMX;
+                without `compile_only`). With VNNI the operations round activations to 8 bits in groups of
+                `DYNAMIC_QUANTIZATION_GROUP_SIZE`, as OpenVINO does; with AMX, to 16 bits. Where that property is 0,
+                or `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves the layers to OpenVINO. Unset:
+                `CHATGLM_OV_LINEAR`, else "openvino" with `attention="openvino"` and "auto" with others.
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 
@@ -161,17 +163,20 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
             force_download=force_download,
         )
         named = attention is not None
-        attention = choice("attention", attention, ATTENTIONS, "CHATGLM_OV_ATTENTION")
-        own = "openvino" if attention == "sdpa" else "auto"
-        linear = choice("linear", linear, LINEARS, "CHATGLM_OV_LINEAR", own)
+        attention = choice("attention", attention, ATTENTIONS, environment.ATTENTION)
+        own = "openvino" if attention == "openvino" else "auto"
+        linear = choice("linear", linear, LINEARS, environment.LINEAR, own)
         if compile_only:
-            for argument, chosen in (("attention", attention), ("linear", linear)):
-                if chosen.startswith("fused"):
+            for argument, chosen, variable in (
+                ("attention", attention, environment.ATTENTION),
+                ("linear", linear, environment.LINEAR),
+            ):
+                if chosen.startswith("native"):
                     raise ValueError(
-                        f'`compile_only` compiles the IR as it is; `{argument}="{chosen}"` (or CHATGLM_OV_'
-                        f"{argument.upper()}={chosen}) changes it. Leave one out."
+                        f'`compile_only` compiles the IR as it is; `{argument}="{chosen}"` (or {variable}={chosen}) '
+                        "changes it. Leave one out."
                     )
-            attention, linear = "sdpa", "openvino"
+            attention, linear = "openvino", "openvino"
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
@@ -223,7 +228,10 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
             if native.is_fused(folder / MODEL_FILE):
                 for argument, is_given in (
                     ("compile_only", compile_only),
-                    ("attention='sdpa'" if named else "CHATGLM_OV_ATTENTION=sdpa", attention == "sdpa"),
+                    (
+                        "attention='openvino'" if named else f"{environment.ATTENTION}=openvino",
+                        attention == "openvino",
+                    ),
                     ("load_in_8bit", load_in_8bit),
                     ("quantization_config", quantization_config is not None),
                 ):

@@ -23,13 +23,13 @@ def signals_wait() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # no other one is interrupted
             for number in _SIGNALS:
                 if signal.getsignal(number) is not None:  # one that was not set from Python cannot be set again
-                    handlers[number] = signal.signal(number, lambda number, _: arrived.append(number))
+                    handlers[number] = signal.signal(number, lambda received, _: arrived.append(received))
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
+        for received in arrived:
+            signal.raise_signal(received)
 
 
 @contextmanager

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..choices import ATTENTIONS, KV_CACHE_PRECISIONS, LINEARS, WEIGHT_FORMATS
+from ..choices import ATTENTIONS, KV_CACHE_PRECISIONS, LINEARS, WEIGHT_FORMATS, canonical
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
@@ -17,14 +16,6 @@ _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_d
 
 class UsageError(Exception):
     """Arguments that contradict each other; the exit code is 2."""
-
-
-def package_version() -> str:
-    """The installed version of this package."""
-    try:
-        return version("optimum-chatglm-ov")
-    except PackageNotFoundError:  # run from the source folder
-        return "source"
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,19 +51,22 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="CPU", help="device (default: CPU)")
     group.add_argument(
         "--attention",
+        type=canonical,
         choices=ATTENTIONS,
-        help="OpenVINO's own, this package's native operation, or the latter where it can be built (default: auto)",
+        help="who computes attention: OpenVINO, this package's native operation, or the latter where it can be built "
+        "(default: auto)",
     )
     group.add_argument(
         "--linear",
+        type=canonical,
         choices=LINEARS,
         help="who computes int8 and int4 linear layers: OpenVINO, this package's native operations, or the latter on "
-        "CPUs where they are faster (default: auto; openvino with --attention sdpa)",
+        "CPUs where they are faster (default: auto; openvino with --attention openvino)",
     )
     group.add_argument(
         "--kv-cache-precision",
         choices=tuple(KV_CACHE_PRECISIONS),
-        help="of keys and values (default: bf16 with fused attention, whose f16 is bf16; u8 with OpenVINO's on CPU)",
+        help="of keys and values (default: bf16 with native attention, whose f16 is bf16; u8 with OpenVINO's on CPU)",
     )
     add_computation_options(group)
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Yields the folder of an IR: the embedded model's, the one that was named, or that of a temporary export."""
     from .. import export_model
-    from ..hub.repository import has_openvino_model, resolve_checkpoint
+    from ..hub.download import has_openvino_model, resolve_checkpoint
     from .embedded import embedded_model
     from .progress import export_progress
 

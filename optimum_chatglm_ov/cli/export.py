@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..choices import FLOATING_FORMATS, KV_CACHE_PRECISIONS
+from ..choices import FLOATING_FORMATS, KV_CACHE_PRECISIONS, canonical
 from .arguments import UsageError, add_hub_arguments, add_weight_format, hub_arguments, positive_integer
 
 
@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds all but the model and the output, whose form `optimum-cli` prescribes; names and meanings are its own."""
-    weights = parser.add_argument_group("weights")
+    _add_weight_options(parser.add_argument_group("weights"))
+    _add_model_options(parser.add_argument_group("model"))
+    add_hub_arguments(parser)
+
+
+def _add_weight_options(weights: Any) -> None:
     add_weight_format(weights)
     weights.add_argument(
         "--sym",
@@ -90,7 +95,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     weights.add_argument("--quant-mode", metavar="MODE", help="refused: activations are not quantised, only weights")
 
-    model = parser.add_argument_group("model")
+
+def _add_model_options(model: Any) -> None:
     model.add_argument(
         "--adapter",
         action="append",
@@ -101,15 +107,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--attention",
-        choices=("sdpa", "fused"),
-        default="sdpa",
-        help="sdpa: portable, fused when it is loaded; fused: holds this package's native operation, for CPU and this "
-        "package alone (default: %(default)s)",
+        type=canonical,
+        choices=("openvino", "native"),
+        default="openvino",
+        help="openvino: portable, becomes native when it is loaded; native: holds this package's operation, for CPU "
+        "and this package alone (default: %(default)s)",
     )
     model.add_argument(
         "--kv-cache-precision",
         choices=tuple(KV_CACHE_PRECISIONS),
-        help="of the caches of --attention fused, whose f16 is bf16 (default: bf16)",
+        help="of the caches of --attention native, whose f16 is bf16 (default: bf16)",
     )
     model.add_argument(
         "--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training, or of PEFT's PREFIX_TUNING"
@@ -122,7 +129,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--trust-remote-code", action="store_true", help="has no effect: no code of a repository is ever run"
     )
-    add_hub_arguments(parser)
 
 
 def adapter(text: str) -> str | tuple[str, float]:
@@ -138,11 +144,11 @@ def adapter(text: str) -> str | tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Exports and says where the result is."""
-    if args.kv_cache_precision is not None and args.attention == "sdpa":
-        raise UsageError("--kv-cache-precision: only with --attention fused; else it is an option of chatglm-ov chat")
+    if args.kv_cache_precision is not None and args.attention == "openvino":
+        raise UsageError("--kv-cache-precision: only with --attention native; else it is an option of chatglm-ov chat")
     weights = weight_arguments(args)
     from .. import export_model
-    from ..integrations.remote_code import warn_once
+    from ..integrations.recognition import warn_once
     from .progress import export_progress
 
     if args.trust_remote_code:

@@ -10,9 +10,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from ..environment import package_version
 from ..errors import openvino_message
 from ..signals import termination_unwinds
-from .arguments import UsageError, package_version
+from .arguments import UsageError
 
 
 # Name, module beside this one, help. A module has `add_arguments(parser)` and `run(args) -> int`.

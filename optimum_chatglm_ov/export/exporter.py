@@ -27,11 +27,11 @@ from ..checkpoint.adapters import merge_adapters
 from ..checkpoint.checkpoint import WEIGHT_FILES, Checkpoint, Derived, Scratch, Weight
 from ..checkpoint.prefix import load_prefix
 from ..checkpoint.prefix import tensor_shapes as prefix_shapes
-from ..choices import KV_CACHE_PRECISIONS
+from ..choices import KV_CACHE_PRECISIONS, canonical
 from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError, ExportError
-from ..hub.repository import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
-from ..integrations.remote_code import read_config
+from ..hub.download import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
+from ..integrations.recognition import read_config
 from ..native.fuse_attention import fuse_attention
 from ..output import complete_folder
 from ..signals import signals_elsewhere
@@ -79,7 +79,7 @@ def export_model(
     rope_ratio_type: str | None = None,
     adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
     prefix_encoder: str | Path | None = None,
-    attention: str = "sdpa",
+    attention: str = "openvino",
     kv_cache_precision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -106,9 +106,9 @@ def export_model(
         adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight; `modules_to_save` as well.
         prefix_encoder: folder or file with the `prefix_encoder` of a P-Tuning v2 training, if it is not part of the
             checkpoint, or a folder of PEFT's PREFIX_TUNING.
-        attention: "sdpa", a portable IR, which `from_pretrained` fuses where it can; or "fused", an IR that holds the
-            native operation of this package: for CPU, and only for what this package loads.
-        kv_cache_precision: of the caches of `attention="fused"`: "bf16" (default; "f16" means it, too), "u8" or "f32".
+        attention: "openvino", a portable IR, whose attention `from_pretrained` replaces where it can; or "native", an
+            IR that holds the operation of this package: for CPU, and only for what this package loads.
+        kv_cache_precision: of the caches of `attention="native"`: "bf16" (default; also named "f16"), "u8" or "f32".
         progress: called with a description, the number of tensors done and their total.
 
     Returns:
@@ -118,9 +118,10 @@ def export_model(
         CheckpointError: the checkpoint cannot be used.
         ExportError: the output, or statistics of activations, cannot be written.
         OSError: an input cannot be downloaded or read.
-        NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
+        NativeBuildError: `attention="native"`, and the native library is not there and cannot be built.
         ValueError: an argument or a key of config.json is not supported.
     """
+    attention = canonical(attention)
     _check_attention(attention, kv_cache_precision)
     output = Path(output).absolute()
     with model_folder(output) as folder:  # an output that cannot be written is found before a download
@@ -162,7 +163,7 @@ def export_model(
         if quantization_config:
             with signals_elsewhere():
                 quantization.compress(model, quantization_config, tokenizer, dataset)
-        if attention == "fused":
+        if attention == "native":
             fuse_attention(model, KV_CACHE_PRECISIONS[kv_cache_precision or "bf16"])
         _describe(model)
         ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
@@ -179,18 +180,18 @@ def export_model(
 
 
 def _check_attention(attention: str, kv_cache_precision: str | None) -> None:
-    if attention not in ("sdpa", "fused"):
-        raise ValueError(f"`attention` is {attention!r}; expected 'sdpa' or 'fused'.")
-    if attention == "sdpa" and kv_cache_precision is not None:
+    if attention not in ("openvino", "native"):
+        raise ValueError(f"`attention` is {attention!r}; expected 'openvino' or 'native'.")
+    if attention == "openvino" and kv_cache_precision is not None:
         raise ValueError(
-            "`kv_cache_precision` is for `attention='fused'` alone; a portable IR takes KV_CACHE_PRECISION in "
+            "`kv_cache_precision` is for `attention='native'` alone; a portable IR takes KV_CACHE_PRECISION in "
             "`ov_config` when it is loaded."
         )
     if kv_cache_precision not in (None, *KV_CACHE_PRECISIONS):
         raise ValueError(
             f"`kv_cache_precision` is {kv_cache_precision!r}; expected one of {', '.join(KV_CACHE_PRECISIONS)}."
         )
-    if attention == "fused":
+    if attention == "native":
         native.extension_path()  # where it cannot be built, this raises before the checkpoint is read
 
 

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names of the package; importing them registers its classes with transformers' auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from .. import tokenization
 from ..configuration import ChatGLMConfig
 from ..errors import ChatGLMError, CheckpointError, ContextLengthError, ExportError, ModelFileError
-from . import remote_code
+from .transformers import patch, register_model, register_tokenizers
 
 
-AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
-tokenization.register(ChatGLMConfig)
-remote_code.replace_remote_code()
+register_tokenizers()
+patch()
 
 from ..chat import ToolCallError  # noqa: E402
 from ..export.exporter import export_model  # noqa: E402  the modules below read checkpoints through the classes above
-from ..hub.repository import DownloadError  # noqa: E402
+from ..hub.download import DownloadError  # noqa: E402
 from ..modeling import OVChatGLMForCausalLM  # noqa: E402
 from ..tokenization import (  # noqa: E402
     ChatGLM1Tokenizer,
@@ -29,8 +25,7 @@ from ..tokenization import (  # noqa: E402
 )
 
 
-AutoModelForCausalLM.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)
-AutoModel.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)  # the original repositories name it here, too
+register_model(OVChatGLMForCausalLM)
 
 __all__ = [
     "ChatGLM1Tokenizer",

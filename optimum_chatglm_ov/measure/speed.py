@@ -25,7 +25,7 @@ import openvino as ov
 import torch
 
 from .. import native
-from ..choices import WAYS
+from ..choices import WAYS, canonical
 from ..configuration import ChatGLMConfig
 from ..export.exporter import MODEL_FILE, load_config
 from ..modeling import OVChatGLMForCausalLM
@@ -83,28 +83,82 @@ def measure(
 
     Args:
         models: folders of IRs.
-        ways: see `WAYS`.
-        prompt_lengths: tokens of the (random) prompts.
+        ways, prompt_lengths: see `WAYS`, and tokens of the (random) prompts.
         new_tokens: tokens to generate, the first included.
         repetitions: generations at each length, after one to warm up.
         threads: 0 = as many as OpenVINO takes.
         ov_config: OpenVINO properties of every way, for example `{"INFERENCE_PRECISION_HINT": "f32"}`.
-        linear: who computes the linear layers of the fused ways, as `from_pretrained` takes it.
+        linear: who computes the linear layers of the native ways, as `from_pretrained` takes it.
 
     Raises:
         ValueError: an unknown way, a folder without an exported model, a number below its least, a prompt beyond the
             context length, or a property that `ways` or `threads` decide; "paged" for a model that PagedAttention does
             not take.
         ImportError: "paged" without openvino-genai.
-        NativeBuildError: a fused way, and the native library is not there and cannot be built.
+        NativeBuildError: a native way, and the native library is not there and cannot be built.
     """
+    ways = [canonical(way) for way in ways]
+    properties = dict(ov_config or {})
+    _check_numbers(new_tokens=(new_tokens, 2), repetitions=(repetitions, 1))
+    _check_ways(models, ways, properties)
+    if threads:
+        properties["INFERENCE_NUM_THREADS"] = str(threads)
+    for folder in map(Path, models):
+        config = load_config(folder)
+        _check_lengths(folder, config.max_position_embeddings, prompt_lengths, new_tokens)
+        weights, weight_bytes = _weights(folder)
+        for way in ways:
+            generator = _Paged(folder, properties) if way == "paged" else _Stateful(folder, way, properties, linear)
+            for length in prompt_lengths:
+                bandwidth = stream_bandwidth(threads)
+                # other tokens each time: openvino-genai keeps the cache of a prompt that it has seen
+                prompts = [random_prompt(config, length, seed) for seed in range(repetitions + 1)]
+                first, token, cycles_per_instruction = _timed(generator, prompts, new_tokens)
+                cache_bytes = _cache_bytes(config, generator.cache_bits) * (length + new_tokens / 2)
+                gigabytes = (weight_bytes + cache_bytes) / 1e9
+                yield Measurement(
+                    model=str(folder),
+                    weights=weights,
+                    way=way,
+                    prompt_tokens=length,
+                    first_token_seconds=first,
+                    token_seconds=token,
+                    token_gigabytes=gigabytes,
+                    bandwidth=gigabytes / token,
+                    bandwidth_share=gigabytes / token / bandwidth,
+                    cycles_per_instruction=cycles_per_instruction,
+                )
+            del generator
+            gc.collect()
+
+
+def _timed(
+    generator: _Stateful | _Paged, prompts: list[torch.Tensor], new_tokens: int
+) -> tuple[float, float, float | None]:
+    """Times all prompts but the last, which warms up.
+
+    Returns:
+        The medians of the seconds of the first token and of each after it, and cycles per instruction.
+    """
+    generator.generate(prompts.pop(), new_tokens)
+    with _cycles_per_instruction() as counted:
+        times = [generator.generate(prompt, new_tokens) for prompt in prompts]
+    first, token = (statistics.median(seconds) for seconds in zip(*times))
+    return first, token, counted()
+
+
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    """Raises `ValueError` unless each number is at least its second."""
+    for name, (number, least) in numbers.items():
+        if number < least:
+            raise ValueError(f"`{name}` is {number}; expected at least {least}.")
+
+
+def _check_ways(models: Sequence[str | Path], ways: Sequence[str], properties: Mapping[str, str]) -> None:
+    """Raises what `measure` says unless every model can be computed in every way under these properties."""
     for way in ways:
         if way not in WAYS:
             raise ValueError(f"way {way!r} is unknown; expected one of {', '.join(WAYS)}")
-    for name, number, least in (("new_tokens", new_tokens, 2), ("repetitions", repetitions, 1)):
-        if number < least:
-            raise ValueError(f"`{name}` is {number}; expected at least {least}.")
-    properties = dict(ov_config or {})
     for name, argument in _DECIDED.items():
         if name in properties:
             raise ValueError(f"`ov_config` has {name}, which `{argument}` decides. Leave it out.")
@@ -113,48 +167,20 @@ def measure(
     for file in (Path(folder) / MODEL_FILE for folder in models):
         if not file.is_file():
             raise ValueError(f"{file}: not found; expected the folder of an exported model (`chatglm-ov export`).")
-        if native.is_fused(file) and not {"fused", "fused-int8"}.issuperset(ways):
+        if native.is_fused(file) and not {"native", "native-int8"}.issuperset(ways):
             raise ValueError(
-                f"{file.parent}: holds fused attention; expected of the ways only 'fused' or 'fused-int8', the one "
+                f"{file.parent}: holds native attention; expected of the ways only 'native' or 'native-int8', the one "
                 f"with its own cache precision, found {', '.join(ways)}."
             )
-    if threads:
-        properties["INFERENCE_NUM_THREADS"] = str(threads)
-    for folder in map(Path, models):
-        config = load_config(folder)
-        for length in prompt_lengths:
-            if not 4 <= length <= config.max_position_embeddings - new_tokens:
-                raise ValueError(
-                    f"A prompt of {length} tokens and {new_tokens} new ones do not fit the context of {folder}; "
-                    f"expected 4 to {config.max_position_embeddings - new_tokens}."
-                )
-        weights, weight_bytes = _weights(folder)
-        for way in ways:
-            generator = _Paged(folder, properties) if way == "paged" else _Stateful(folder, way, properties, linear)
-            for length in prompt_lengths:
-                bandwidth = stream_bandwidth(threads)
-                # other tokens each time: openvino-genai keeps the cache of a prompt that it has seen
-                prompts = [random_prompt(config, length, seed) for seed in range(repetitions + 1)]
-                generator.generate(prompts.pop(), new_tokens)
-                with _cycles_per_instruction() as counted:
-                    times = [generator.generate(prompt, new_tokens) for prompt in prompts]
-                first, token = (statistics.median(seconds) for seconds in zip(*times))
-                cache = _cache_bytes(config, generator.cache_bits) * (length + new_tokens / 2)
-                gigabytes = (weight_bytes + cache) / 1e9
-                yield Measurement(
-                    str(folder),
-                    weights,
-                    way,
-                    length,
-                    first,
-                    token,
-                    gigabytes,
-                    gigabytes / token,
-                    gigabytes / token / bandwidth,
-                    counted(),
-                )
-            del generator
-            gc.collect()
+
+
+def _check_lengths(folder: Path, context: int, prompt_lengths: Sequence[int], new_tokens: int) -> None:
+    for length in prompt_lengths:
+        if not 4 <= length <= context - new_tokens:
+            raise ValueError(
+                f"A prompt of {length} tokens and {new_tokens} new ones do not fit the context of {folder}; "
+                f"expected 4 to {context - new_tokens}."
+            )
 
 
 def random_prompt(config: ChatGLMConfig, length: int, seed: int = 0) -> torch.Tensor:
@@ -199,9 +225,9 @@ def cpu_description() -> str:
     """Name of the CPU, threads that OpenVINO uses, and the instruction sets that matter here."""
     core = ov.Core()
     try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split()
+        flags = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split()
         features = ", ".join(flag for flag in _CPU_FLAGS if flag in flags)
-    except (OSError, TypeError):
+    except (OSError, IndexError):
         features = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     name = core.get_property("CPU", "FULL_DEVICE_NAME").strip() or platform.processor()
     return f"{name}, {_physical_threads()} threads, {features}, OpenVINO {ov.get_version()}"
@@ -211,16 +237,16 @@ class _Stateful:
     """The stateful graph, all computed by OpenVINO or with the native operations."""
 
     def __init__(self, folder: Path, way: str, ov_config: Mapping[str, str], linear: str | None):
-        if way == "sdpa":
+        if way == "openvino":
             linear = "openvino"
         else:
-            ov_config = {**ov_config, "KV_CACHE_PRECISION": {"fused": "bf16", "fused-int8": "u8"}[way]}
-        attention = "sdpa" if way == "sdpa" else "fused"
+            ov_config = {**ov_config, "KV_CACHE_PRECISION": {"native": "bf16", "native-int8": "u8"}[way]}
+        attention = "openvino" if way == "openvino" else "native"
         self.model = OVChatGLMForCausalLM.from_pretrained(
             folder, attention=attention, linear=linear, ov_config=ov_config
         )
         stock = self.model.request.get_compiled_model().get_property("KV_CACHE_PRECISION").bitwidth
-        self.cache_bits = {"sdpa": stock, "fused": 16, "fused-int8": 8}[way]
+        self.cache_bits = {"openvino": stock, "native": 16, "native-int8": 8}[way]
 
     def generate(self, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
         """Seconds of the first token, and of each of the others."""
@@ -265,8 +291,9 @@ class _Paged:
 
 
 def _weights(folder: Path) -> tuple[str, int]:
-    """The type of most weights, and the bytes of all constants that every token reads (not those of an embedding)."""
-    total, types = 0, Counter()
+    """Finds the type of most weights, and the bytes of the constants that every token reads: all but an embedding."""
+    total = 0
+    types: Counter[str] = Counter()
     for node in OVChatGLMForCausalLM.load_model(folder / MODEL_FILE).get_ops():
         if node.get_type_name() != "Constant" or _is_looked_up(node):
             continue

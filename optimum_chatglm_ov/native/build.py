@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from pathlib import Path
 import openvino
 from filelock import FileLock
 
+from .. import environment
 from ..errors import ChatGLMError
 
 
@@ -32,28 +32,10 @@ SOURCE_DIR = Path(__file__).parent / "cpp"
 PREBUILT_DIR = Path(__file__).parent / "prebuilt"
 LIBRARY_NAME = "libchatglm_attention.so"
 _FLAGS = ("CXXFLAGS", "CPPFLAGS", "LDFLAGS")
-# Headers newer than the wheel's library may ask it for functions that it does not have.
-TBB_REQUIREMENT = '"tbb-devel>=2021.10,<2022"'
 
 
 class NativeBuildError(ChatGLMError, RuntimeError):
     """The native library is not there and cannot be built here; the message says what is missing."""
-
-
-def cache_dir() -> Path:
-    """Folder of built libraries: `$CHATGLM_OV_CACHE`, else `optimum_chatglm_ov` in the user's cache folder.
-
-    Raises `NativeBuildError` for a user who has none.
-    """
-    chosen = os.environ.get("CHATGLM_OV_CACHE")
-    if chosen:
-        return Path(chosen)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_chatglm_ov"
-    except RuntimeError as error:
-        raise NativeBuildError(
-            "the user has no home folder to keep the built library in; set CHATGLM_OV_CACHE to a writable folder"
-        ) from error
 
 
 def _slug(text: str) -> str:
@@ -105,16 +87,6 @@ def _cmake() -> str:
     raise NativeBuildError("no CMake found: pip install cmake")
 
 
-def _tbb_include_dir() -> Path:
-    """Folder that holds `oneapi/tbb/parallel_for.h`, from the PyPI package tbb-devel or the system."""
-    folders = [os.environ.get("TBB_INCLUDE_DIR"), f"{sys.prefix}/include", f"{sysconfig.get_path('data')}/include"]
-    folders += ["/usr/include", "/usr/local/include"]
-    for folder in folders:
-        if folder and Path(folder, "oneapi", "tbb", "parallel_for.h").is_file():
-            return Path(folder)
-    raise NativeBuildError(f"the headers of TBB are missing: pip install {TBB_REQUIREMENT}")
-
-
 def built_path() -> Path:
     """Where the library of the installed OpenVINO, these sources and this compiler is cached.
 
@@ -125,7 +97,11 @@ def built_path() -> Path:
         digest.update(text.encode() + b"\0")
     for source in _sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    folder = cache_dir() / "native" / f"{_slug(openvino.get_version())}-{digest.hexdigest()[:16]}"
+    name = f"{_slug(openvino.get_version())}-{digest.hexdigest()[:16]}"
+    try:
+        folder = environment.cache_dir() / "native" / name
+    except environment.CacheFolderError as error:
+        raise NativeBuildError(str(error)) from error
     try:
         compiler = _compiler_version(_compiler())
     except NativeBuildError:
@@ -154,10 +130,10 @@ def _run(command: list[str]) -> None:
 
 def _compile(target: Path) -> None:
     """Builds in a folder beside the target and renames, so that the target is complete whenever it exists."""
-    compiler, cmake, tbb = _compiler(), _cmake(), _tbb_include_dir()
+    compiler, cmake = _compiler(), _cmake()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         configure = [cmake, "-S", str(SOURCE_DIR), "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
-        configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DTBB_INCLUDE_DIR={tbb}"]
+        configure += [f"-DCMAKE_CXX_COMPILER={compiler}"]
         _run([*configure, f"-DOpenVINO_DIR={Path(openvino.__file__).parent / 'cmake'}"])
         _run([cmake, "--build", folder, "--target", "chatglm_attention", "--parallel"])
         os.replace(Path(folder, LIBRARY_NAME), target)
@@ -184,7 +160,7 @@ def build_native(force: bool = False) -> Path:
             print(f"... done in {time.monotonic() - start:.0f} s: {target}", file=sys.stderr)
     except OSError as error:
         raise NativeBuildError(
-            f"cannot write to {target.parent}: {error}; set CHATGLM_OV_CACHE to a writable folder"
+            f"cannot write to {target.parent}: {error}; set {environment.CACHE} to a writable folder"
         ) from error
     return target
 

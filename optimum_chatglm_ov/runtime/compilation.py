@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ from openvino import Type
 from openvino import opset13 as ops
 from optimum.intel.openvino.modeling_base import core
 
-from .. import native
-from ..choices import KV_CACHE_PRECISIONS
+from .. import environment, native
+from ..choices import KV_CACHE_PRECISIONS, canonical
 from ..native import NativeBuildError
 from ..native.cache_state import FusedAttentionState
 from ..native.fuse_attention import CacheLayout, cache_layout, fuse_attention
@@ -28,13 +27,13 @@ _GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
 def choice(argument: str, value: str | None, choices: tuple[str, ...], variable: str, default: str = "auto") -> str:
-    """`value`, else that of the environment variable, else `default`.
+    """Returns the name in `choices` of `value`, else of the environment variable, else `default`.
 
     Raises:
         ValueError: it is none of them.
     """
     name = f"`{argument}`" if value else f"The variable {variable}"
-    value = value or os.environ.get(variable) or default
+    value = canonical(value or environment.variable(variable) or default)
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
     return value
@@ -43,7 +42,7 @@ def choice(argument: str, value: str | None, choices: tuple[str, ...], variable:
 class CompilationMixin:
     """`compile` of an optimum-intel model class; comes before `OVModelForCausalLM` in the list of base classes."""
 
-    _attention = "sdpa"
+    _attention = "openvino"
     _linear = "openvino"
     _fused: FusedAttentionState | None = None
 
@@ -64,31 +63,31 @@ class CompilationMixin:
         """Compiles the model, unless it is compiled already.
 
         Raises:
-            NativeBuildError: `attention="fused"` or `linear="fused"`, and the native library is not there and cannot
+            NativeBuildError: `attention="native"` or `linear="native"`, and the native library is not there and cannot
                 be built.
             ValueError: one of these, or an IR that was exported with fused attention, with another device than CPU;
-                `attention="fused"` or such an IR, with a `KV_CACHE_PRECISION` or a graph that it does not have;
-                `linear="fused"` for a model without layers that it takes, or with activations in smaller groups than
+                `attention="native"` or such an IR, with a `KV_CACHE_PRECISION` or a graph that it does not have;
+                `linear="native"` for a model without layers that it takes, or with activations in smaller groups than
                 it rounds; a `DYNAMIC_QUANTIZATION_GROUP_SIZE` that is no integer.
         """
         if self.request is not None:
             return
         self._release_caches()
         layout = cache_layout(self.model)  # of an IR that was exported fused
-        attention = "fused" if layout is not None else self._attention
+        attention = "native" if layout is not None else self._attention
         group_size = self._activation_group_size()
         rounds = group_size >= DEFAULT_ACTIVATION_GROUP
         linear = "openvino" if self._linear == "auto" and not rounds else self._linear
-        if linear.startswith("fused") and not rounds:
+        if linear.startswith("native") and not rounds:
             raise ValueError(
-                f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}) rounds activations in groups of at least "
+                f"`linear={linear!r}` (or {environment.LINEAR}={linear}) rounds activations in groups of at least "
                 f"{DEFAULT_ACTIVATION_GROUP}; found {_GROUP_SIZE} {group_size}. Leave one out."
             )
         if not self._loads_native(attention, linear, layout is not None):
             super().compile()
             return
         model = _with_logits_to_keep(self.model)
-        has_attention = attention != "sdpa" and self._fuse_attention(model, layout, attention == "auto")
+        has_attention = attention != "openvino" and self._fuse_attention(model, layout, attention == "auto")
         if not (self._fuse_linears(model, linear, group_size) or has_attention):
             super().compile()
             return
@@ -110,7 +109,7 @@ class CompilationMixin:
     def _loads_native(self, attention: str, linear: str, holds_attention: bool) -> bool:
         """Whether the native operations are wanted, and are there."""
         chosen = {"attention": attention, "linear": linear}
-        asked = [f"{name}={value!r}" for name, value in chosen.items() if value.startswith("fused")]
+        asked = [f"{name}={value!r}" for name, value in chosen.items() if value.startswith("native")]
         if not asked and "auto" not in (attention, linear):
             return False
         if self._device != "CPU":
@@ -126,7 +125,7 @@ class CompilationMixin:
                 raise
             what, chooser = "linear layers are", "linear='openvino'"
             if attention == "auto":
-                what, chooser = "attention and linear layers are", "attention='sdpa'"
+                what, chooser = "attention and linear layers are", "attention='openvino'"
             logger.warning(f"OpenVINO's own {what} used (`{chooser}` chooses so without this warning): {error}")
             return False
         return True
@@ -138,7 +137,7 @@ class CompilationMixin:
             if not is_optional:
                 raise
             logger.warning(
-                f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
+                f"OpenVINO's own attention is used (`attention='openvino'` chooses it without this warning): {error}"
             )
             return False
         return True
@@ -146,10 +145,10 @@ class CompilationMixin:
     def _fuse_linears(self, model: ov.Model, linear: str, group_size: int) -> bool:
         if linear == "openvino" or (linear == "auto" and not native.linear_is_fast()):
             return False
-        has_linears = fuse_linears(model, group_size, rounds_tokens=linear == "fused-int8") > 0
-        if linear.startswith("fused") and not has_linears:
+        has_linears = fuse_linears(model, group_size, rounds_tokens=linear == "native-int8") > 0
+        if linear.startswith("native") and not has_linears:
             raise ValueError(
-                f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}): the model has no int8 or int4 linear layers "
+                f"`linear={linear!r}` (or {environment.LINEAR}={linear}): the model has no int8 or int4 linear layers "
                 f"that the native operations take, with activations in groups of {group_size}. Leave it out."
             )
         return has_linears

@@ -327,7 +327,7 @@ class InferenceMixin:
                 raise ValueError(
                     "Assisted generation (`assistant_model`, `prompt_lookup_num_tokens`) takes tokens back, and the "
                     f"key/value cache inside this {name} cannot. Load it as "
-                    '`OVChatGLMForCausalLM.from_pretrained(..., attention="fused")`.'
+                    '`OVChatGLMForCausalLM.from_pretrained(..., attention="native")`.'
                 )
         if assistant is self:
             raise ValueError("`assistant_model` is this very model; load another, which has caches of its own.")

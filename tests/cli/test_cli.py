@@ -27,7 +27,7 @@ from optimum_chatglm_ov.cli import conversation
 from optimum_chatglm_ov.cli.arguments import add_runtime_options, runtime_options
 from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
-from optimum_chatglm_ov.integrations.remote_code import warn_once
+from optimum_chatglm_ov.integrations.recognition import warn_once
 from optimum_chatglm_ov.native import is_fused
 
 
@@ -129,10 +129,10 @@ def imports(command, **changes):
         *((0, [name, "--help"], f"usage: chatglm-ov {name}") for name, _, _ in SUBCOMMANDS),
         (2, [], "the following arguments are required: SUB-COMMAND"),
         (2, ["export", CHATGLM3, "output", "--weight-format", "int3"], "invalid choice: 'int3'"),
-        (2, ["export", CHATGLM3, "output", "--kv-cache-precision", "u8"], "only with --attention fused"),
+        (2, ["export", CHATGLM3, "output", "--kv-cache-precision", "u8"], "only with --attention native"),
         (2, ["export", CHATGLM3, "output", "--ratio", "1"], "--ratio: only for quantised weights"),
         (2, ["chat", "--prompt", " "], "--prompt is empty"),
-        (2, ["bench", "--attention-only", "chatglm", "--linear", "fused"], "--attention-only measures no linear"),
+        (2, ["bench", "--attention-only", "chatglm", "--linear", "native"], "--attention-only measures no linear"),
         (2, ["compare", "a", "b", "--text", "c", "--json", "no/such/folder/file"], "cannot be written"),
     ],
 )
@@ -335,7 +335,7 @@ def test_optimum_cli_finds_the_command(tmp_path):
     output = tmp_path / "output"
     optimum_cli = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()"]
     arguments = ["export", "chatglm-ov", "--model", CHATGLM3, str(output), "--weight-format", "fp16"]
-    arguments += ["--attention", "fused"]
+    arguments += ["--attention", "native"]
     done = subprocess.run(
         [*optimum_cli, *arguments],
         capture_output=True,
@@ -433,16 +433,16 @@ def test_openvino_options_reach_the_compiled_model(exported):
     assert compiled.get_property("KV_CACHE_PRECISION") == ov.Type.f32
     assert compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
     assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 32
-    fused = runtime_options(parser.parse_args(["--attention", "fused", "--linear", "openvino"]))
+    fused = runtime_options(parser.parse_args(["--attention", "native", "--linear", "openvino"]))
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **fused)
     assert model._fused is not None and model._linear == "openvino"
 
 
 def test_a_conversation_with_openvino_options(exported, capsys):
     arguments = ["chat", "--model", str(exported("chatglm3-6b")), "--prompt", "x", "--max-new-tokens", "2"]
-    assert main([*arguments, "--inference-precision", "f32", "--attention", "fused"]) == 0
+    assert main([*arguments, "--inference-precision", "f32", "--attention", "native"]) == 0
     assert capsys.readouterr().out
-    assert main([*arguments, "--linear", "fused"]) == 1
+    assert main([*arguments, "--linear", "native"]) == 1
     assert "no int8 or int4 linear layers" in capsys.readouterr().err
     assert main([*arguments, "--device", "NO_SUCH_DEVICE"]) == 1
     message = capsys.readouterr().err

@@ -29,7 +29,8 @@ from transformers import AutoTokenizer
 from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.errors import CheckpointError
 from optimum_chatglm_ov.export.quantization import weight_precision
-from optimum_chatglm_ov.hub.repository import DownloadError, has_openvino_model, model_card, resolve_checkpoint
+from optimum_chatglm_ov.hub.download import DownloadError, has_openvino_model, resolve_checkpoint
+from optimum_chatglm_ov.hub.model_card import model_card
 from optimum_chatglm_ov.output import complete_folder
 
 
