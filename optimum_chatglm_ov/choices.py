@@ -20,5 +20,5 @@ openvino-genai with OpenVINO's PagedAttention; each with OpenVINO's own defaults
 
 
 def canonical(value: str) -> str:
-    """Returns today's name of a choice, for a name of version 0.1.0 ("sdpa", "fused", "fused-int8") or of today."""
+    """Returns the name of a choice; version 0.1.0 called some "sdpa", "fused" and "fused-int8"."""
     return _EARLIER_NAMES.get(value, value)

@@ -32,12 +32,12 @@ class CacheFolderError(ChatGLMError, OSError):
 
 
 def variable(name: str) -> str | None:
-    """The value of an environment variable; `None` if it is unset or empty."""
+    """Reads an environment variable; `None` if it is unset or empty."""
     return os.environ.get(name) or None
 
 
 def cache_dir() -> Path:
-    """The package's cache folder: `$CHATGLM_OV_CACHE`, else `optimum_chatglm_ov` in the user's cache folder.
+    """Finds the package's cache folder: `$CHATGLM_OV_CACHE`, else `optimum_chatglm_ov` in the user's cache folder.
 
     Raises `CacheFolderError` for a user who has none.
     """
@@ -53,12 +53,12 @@ def cache_dir() -> Path:
 
 
 def package_version() -> str:
-    """The installed version of this package; "source" if it is run from its source folder."""
+    """Finds the installed version of this package; "source" if it is run from its source folder."""
     return installed_versions(_PACKAGE).get(_PACKAGE, "source")
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """The version of each package that is installed, by its name."""
+    """Finds the versions of those packages that are installed, by name; without names, of those that matter here."""
     versions = {}
     for package in packages or (_PACKAGE, "openvino", "optimum-intel", "nncf", "transformers"):
         try:

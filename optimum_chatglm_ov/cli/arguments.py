@@ -19,7 +19,7 @@ class UsageError(Exception):
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what finds a checkpoint on the Hub."""
+    """Adds the options that find a checkpoint on the Hub."""
     group = parser.add_argument_group("Hugging Face Hub")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the main branch)")
     group.add_argument("--token", help="access token (default: HF_TOKEN, or the one that `hf auth login` stored)")
@@ -32,7 +32,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `resolve_checkpoint` and `export_model`."""
+    """Returns the keyword arguments of `resolve_checkpoint` and `export_model`."""
     return {name: getattr(args, name) for name in _HUB_ARGUMENTS}
 
 
@@ -46,7 +46,7 @@ def add_weight_format(parser: Any) -> None:
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """Adds how OpenVINO runs the model; what is left out is OpenVINO's choice."""
+    """Adds the options of running a model; OpenVINO chooses what is left out."""
     group = parser.add_argument_group("OpenVINO")
     group.add_argument("--device", default="CPU", help="device (default: CPU)")
     group.add_argument(
@@ -87,7 +87,7 @@ def add_computation_options(group: Any) -> None:
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `OVChatGLMForCausalLM.from_pretrained`."""
+    """Returns the keyword arguments of `OVChatGLMForCausalLM.from_pretrained`."""
     ov_config = computation_options(args)
     if args.kv_cache_precision is not None:
         ov_config["KV_CACHE_PRECISION"] = args.kv_cache_precision
@@ -95,7 +95,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def computation_options(args: argparse.Namespace) -> dict[str, str]:
-    """OpenVINO properties that `add_computation_options` chose."""
+    """Returns the OpenVINO properties that the options of `add_computation_options` choose."""
     properties = {
         "INFERENCE_PRECISION_HINT": args.inference_precision,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": args.dynamic_quantization_group_size,
@@ -104,7 +104,7 @@ def computation_options(args: argparse.Namespace) -> dict[str, str]:
 
 
 def check_writable(file: Path) -> None:
-    """Raises `UsageError` if `file` cannot be written, which leaves work that takes long without a result."""
+    """Raises `UsageError` if `file` cannot be written, before long work whose result would be lost."""
     existed = file.exists()
     try:
         file.open("ab").close()
@@ -115,12 +115,12 @@ def check_writable(file: Path) -> None:
 
 
 def unicode_text(text: str) -> str:
-    """An argument that is UTF-8 whatever the locale says."""
+    """Reads an argument as UTF-8, whatever the locale says."""
     return os.fsencode(text).decode("utf-8", "replace")
 
 
 def non_negative_integer(text: str) -> int:
-    """An argument that must be an integer, 0 or above."""
+    """Reads an argument that must be an integer, 0 or above."""
     try:
         value = int(text)
     except ValueError:
@@ -131,7 +131,7 @@ def non_negative_integer(text: str) -> int:
 
 
 def positive_integer(text: str) -> int:
-    """An argument that must be an integer above 0."""
+    """Reads an argument that must be an integer above 0."""
     try:
         value = int(text)
     except ValueError:
@@ -142,7 +142,7 @@ def positive_integer(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """An argument that must be a number above 0."""
+    """Reads an argument that must be a number above 0."""
     try:
         value = float(text)
     except ValueError:

@@ -220,7 +220,7 @@ def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
 
 
 def _peak_texts(peaks: dict[str, float]) -> list[str]:
-    """The peaks of the machine as the header has them."""
+    """Formats the peaks of the machine for the header."""
     units = {"stream": "GB/s"}
     return [f"{kind} {peak:.{1 if peak >= 10 else 2}f} {units.get(kind, 'TFLOP/s')}" for kind, peak in peaks.items()]
 

@@ -97,7 +97,7 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `stream_chat`."""
+    """Returns the keyword arguments of `stream_chat`."""
     settings: dict[str, Any] = {}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
@@ -109,7 +109,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _talk(conversation: Conversation, name: str) -> int:
-    """Reads queries until /exit, the end of the input, or Ctrl-C twice; in a pipe, 1 if one was not answered."""
+    """Reads and answers queries until /exit, the end of the input, or Ctrl-C twice.
+
+    Returns the exit code: in a pipe, 1 if a query was not answered.
+    """
     from .main import one_line
 
     at_terminal = sys.stdin.isatty()

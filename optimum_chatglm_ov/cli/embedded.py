@@ -40,7 +40,7 @@ def embedded_model(weight_format: str | None = None) -> Iterator[Path]:
 
 
 def cache_folder(weight_format: str | None = None) -> Path:
-    """Where the embedded model's IR is kept: another folder for each version, content and precision."""
+    """Names the folder of the embedded model's IR: another one for each version, content and precision."""
     content = hashlib.sha256()
     for file in sorted(TINY_CHATGLM3.iterdir()):
         content.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds all but the model and the output, whose form `optimum-cli` prescribes; names and meanings are its own."""
+    """Adds all options but model and output, which `optimum-cli` has in a form of its own; names as it has them."""
     _add_weight_options(parser.add_argument_group("weights"))
     _add_model_options(parser.add_argument_group("model"))
     add_hub_arguments(parser)
@@ -132,7 +132,7 @@ def _add_model_options(model: Any) -> None:
 
 
 def adapter(text: str) -> str | tuple[str, float]:
-    """`DIR` or `DIR=WEIGHT`; a folder whose name has an equals sign is taken as it is."""
+    """Reads `DIR` or `DIR=WEIGHT`; the name of a folder that is there may have an equals sign."""
     folder, equals, weight = text.rpartition("=")
     if not equals or Path(text).is_dir():
         return text
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `export_model`: a format by name, or the settings that details make of it.
+    """Returns keyword arguments of `export_model`: a format by name, or the settings that details make of it.
 
     Raises:
         UsageError: details without a format that they could refine.

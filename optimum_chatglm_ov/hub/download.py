@@ -91,7 +91,7 @@ def resolve_checkpoint(
 
 
 def _cached_folder(source: dict[str, Any], subfolder: str) -> Path:
-    """What the cache holds of a repository.
+    """Finds what the cache holds of a repository.
 
     Args:
         source: arguments of `snapshot_download`.
@@ -139,7 +139,7 @@ def _downloaded_folder(source: dict[str, Any], subfolder: str, files: set[str], 
 
 
 def has_openvino_model(folder: str | Path) -> bool:
-    """Whether `folder` holds an exported model (`openvino_model.xml` and `.bin`)."""
+    """Tells whether `folder` holds an exported model (`openvino_model.xml` and `.bin`)."""
     return all((Path(folder) / name).is_file() for name in OPENVINO_MODEL_FILES)
 
 
@@ -151,7 +151,7 @@ def _checked_subfolder(subfolder: str) -> str:
 
 
 def is_hub_id(model_id: str) -> bool:
-    """Whether the Hub could have a repository of this name."""
+    """Tells whether the Hub could have a repository of this name."""
     try:
         validate_repo_id(model_id)
     except HFValidationError:
@@ -170,7 +170,7 @@ def _local_folder(model_id: str | Path, subfolder: str) -> Path:
 
 
 def _repository_files(model_id: str, *, revision: str | None, token: bool | str | None) -> list[str] | None:
-    """The names of all files of a repository; `None` when the Hub cannot be reached and the cache must do."""
+    """Lists the files of a repository; `None` when the Hub cannot be reached and the cache must do."""
     reason: Exception
     try:
         return HfApi(token=token).list_repo_files(model_id, revision=revision)
@@ -187,9 +187,9 @@ def _repository_files(model_id: str, *, revision: str | None, token: bool | str 
 
 
 def _weight_files(files: Iterable[str], export: bool) -> set[str]:
-    """Which of `files` hold the weights: an OpenVINO model, or the first kind of original weights that is there.
+    """Picks the files with the weights: an OpenVINO model, or the first kind of original weights that is there.
 
-    Shards are not among them, they are known from the index.
+    Shards are not among them: their index names them.
     """
     files = set(files)
     if not export and files.issuperset(OPENVINO_MODEL_FILES):

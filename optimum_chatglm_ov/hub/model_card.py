@@ -28,7 +28,7 @@ def model_card(
     is_fused: bool = False,
     versions: Mapping[str, str] | None = None,
 ) -> str:
-    """The README.md of an exported model: metadata, where it comes from, and a snippet that runs as pasted.
+    """Writes the README.md of an exported model: metadata, where it comes from, and a snippet that runs as pasted.
 
     Args:
         config: configuration of the model.
@@ -72,13 +72,13 @@ def model_card(
 
 
 def has_own_card(folder: str | Path) -> bool:
-    """Whether `folder` has a README.md that was not generated."""
+    """Tells whether `folder` has a README.md that was not generated."""
     file = Path(folder) / "README.md"
     return file.exists() and _MARK not in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _base_model(config: PretrainedConfig) -> str | None:
-    """Hub id of the original checkpoint, as its authors wrote it into config.json, or as it was loaded from."""
+    """Finds the Hub id of the original checkpoint: the one in its config.json, or the one that it was loaded from."""
     for name in (getattr(config, "original_name_or_path", None), getattr(config, "_name_or_path", None)):
         if name and "/" in name and is_hub_id(name) and not Path(name).exists():
             return name

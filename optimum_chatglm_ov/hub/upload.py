@@ -20,7 +20,7 @@ from .model_card import has_own_card, model_card
 
 
 class HubMixin:
-    """`push_to_hub` in one commit and the model card, for an optimum-intel model class.
+    """Gives a model class of optimum-intel `push_to_hub`, in one commit, and the model card.
 
     Comes before `OVModelForCausalLM` in the list of base classes.
     """

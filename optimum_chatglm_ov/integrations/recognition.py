@@ -108,7 +108,7 @@ def is_chatglm(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -
 
 
 def _classes(entry: Any) -> set[str]:
-    """Names of classes in an `auto_map`, whose entries are "file.Class", or two of them, the second often null."""
+    """Collects the class names of an `auto_map`, whose entries are "file.Class", or two of them, one often null."""
     if isinstance(entry, str):
         return {entry.rpartition(".")[2]}
     entries = entry.values() if isinstance(entry, Mapping) else entry if isinstance(entry, (list, tuple)) else ()

@@ -153,7 +153,7 @@ def _without_remote_code(original: Any) -> Any:
 
 
 def _look(pretrained_model_name_or_path: Any, kwargs: Mapping[str, Any]) -> tuple[bool | None, Mapping[str, Any]]:
-    """Whether a folder or Hub repository is ChatGLM's, and its config.json, empty if there is none."""
+    """Tells whether a folder or Hub repository is ChatGLM's, and reads its config.json, empty if there is none."""
     try:
         config, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **_hub_arguments(kwargs))
     except Exception:  # perhaps a folder with a tokenizer alone; if not, transformers says what is wrong
@@ -165,7 +165,7 @@ def _look(pretrained_model_name_or_path: Any, kwargs: Mapping[str, Any]) -> tupl
 
 
 def _has_local_class(pretrained_model_name_or_path: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether tokenizer_config.json names no tokenizer class, or one that transformers or this package has."""
+    """Tells whether tokenizer_config.json names no class, or one that transformers or this package has."""
     name = _tokenizer_config(pretrained_model_name_or_path, kwargs).get("tokenizer_class")
     return name is None or tokenizer_class_from_name(str(name)) is not None
 

@@ -147,7 +147,7 @@ def _check_vocabularies(*sizes: tuple[str | Path, int]) -> None:
 def _blocks(
     model: OVChatGLMForCausalLM, tokenizer: Any, text: str | Path | Iterable[Any], length: int, max_tokens: int
 ) -> list[list[int]]:
-    """The ids of the text in blocks of `length`, without those that every prompt has."""
+    """Splits a text into blocks of `length` ids, without those that every prompt has."""
     context = model.config.max_position_embeddings - len(texts.generated([], tokenizer)[0])
     if length > context:
         raise ValueError(
@@ -162,7 +162,7 @@ def _blocks(
 def _comparison(
     sums: np.ndarray, tokens: int, expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
 ) -> Comparison:
-    """The result of `_sums` over so many tokens, and of the continuations by reference and candidate."""
+    """Makes the result of the `_sums` of all tokens and of the continuations by reference and candidate."""
     reference_loss, candidate_loss, divergence, agreement = sums / tokens
     return Comparison(
         tokens=tokens,
@@ -184,7 +184,7 @@ def _load(
 
 
 def _measured(blocks: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
-    """`blocks`, the last one cut, with `tokens` tokens besides the first of each."""
+    """Yields blocks until they have `tokens` tokens besides the first of each; the last one is cut."""
     for block in blocks:
         block = block[: tokens + 1]
         if len(block) > 1:
@@ -195,7 +195,7 @@ def _measured(blocks: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
 
 
 def _reserved(shape: tuple[int, int]) -> torch.Tensor:
-    """f32 `shape` in a temporary file, whose room is taken at once."""
+    """Makes an f32 tensor in a temporary file, whose room on the disk is taken at once."""
     folder = tempfile.gettempdir()
     try:
         return Scratch(folder).empty(shape, torch.float32)
@@ -222,7 +222,7 @@ def _log_probabilities(
 
 
 def _sums(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """Sums over the rows `[tokens, vocab]`: both losses, divergence and agreement."""
+    """Sums both losses, divergence and agreement over rows `[tokens, vocab]`."""
     losses = [-part.gather(1, targets[:, None]).double().sum().item() for part in (reference, candidate)]
     divergence = (reference.exp() * (reference - candidate)).sum(-1).double().sum().item()
     agreement = (reference.argmax(-1) == candidate.argmax(-1)).sum().item()

@@ -62,7 +62,7 @@ class Measurement:
 
 
 def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
-    """Attention layers alone, in the portable stateful form; each layer's output is the next one's query.
+    """Builds attention layers alone, in the portable stateful form; each layer's output is the next one's query.
 
     Inputs besides the usual four: f32 `query` `[B, L, H * D]`, `key` and `value` `[B, L, G * D]`. Output:
     `[B, L, H * D]`.
@@ -92,7 +92,7 @@ def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
 
 
 def _random_states(shape: AttentionShape, *tokens: int) -> dict[str, np.ndarray]:
-    """Query, key and value, f32 `[*tokens, width]`."""
+    """Makes query, key and value, f32 `[*tokens, width]`."""
     random = np.random.default_rng(0)
     heads = {
         "query": shape.num_attention_heads,
@@ -103,7 +103,7 @@ def _random_states(shape: AttentionShape, *tokens: int) -> dict[str, np.ndarray]
 
 
 def _fill(cache: ov.Tensor) -> None:
-    """Bytes that are finite numbers in every precision."""
+    """Writes bytes that are finite numbers in every precision."""
     row = np.random.default_rng(0).integers(0, 0x3F, cache.shape[-1], np.uint8)
     cache.data[:] = row
 

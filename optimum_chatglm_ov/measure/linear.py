@@ -124,7 +124,7 @@ class _Stack:
         return self._constant(tensor)
 
     def _scales(self, shape: list[int], in_features: int, largest: int) -> Node:
-        """Such that outputs are about as large as inputs."""
+        """Makes scales with which outputs are about as large as inputs."""
         scales = self.random.uniform(0.5, 1.5, shape) / (largest * in_features**0.5)
         return self._constant(ov.Tensor(scales.astype(np.float16)))
 
@@ -147,7 +147,7 @@ class _Way:
         self.request = compiled.create_infer_request()
 
     def __call__(self, hidden_states: np.ndarray) -> list[np.ndarray]:
-        """The first row of each copy, f32 `[1, 1, out_features]`, for f32 `[1, rows, hidden_size]`."""
+        """Computes the first row of each copy, f32 `[1, 1, out_features]`, from f32 `[1, rows, hidden_size]`."""
         return list(self.request.infer(dict.fromkeys(self.names, hidden_states), share_inputs=True).values())
 
 

@@ -65,7 +65,7 @@ class Measurement:
     cycles_per_instruction: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement as JSON knows it."""
+        """Returns the measurement as JSON knows it."""
         return asdict(self)
 
 
@@ -184,7 +184,7 @@ def _check_lengths(folder: Path, context: int, prompt_lengths: Sequence[int], ne
 
 
 def random_prompt(config: ChatGLMConfig, length: int, seed: int = 0) -> torch.Tensor:
-    """Int64 `[1, length]`: ordinary tokens, in chatglm-6b behind them the two that every prompt ends with."""
+    """Makes a prompt, int64 `[1, length]`, of ordinary tokens; chatglm-6b's ends with the two that it must have."""
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(5, config.vocab_size // 2, (1, length), generator=generator)
     if config.architecture == "chatglm":
@@ -193,7 +193,7 @@ def random_prompt(config: ChatGLMConfig, length: int, seed: int = 0) -> torch.Te
 
 
 def stream_bandwidth(threads: int = 0) -> float:
-    """10^9 bytes a second of reading memory in order: the best of a few sums of 512 MB of f32."""
+    """Measures reading memory in order, in 10^9 bytes a second: the best of a few sums of 512 MB of f32."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or _physical_threads())
@@ -209,7 +209,7 @@ def stream_bandwidth(threads: int = 0) -> float:
 
 
 def machine_peaks(threads: int = 0) -> dict[str, float]:
-    """What the machine reaches at most with so many threads (0 = as many as OpenVINO takes), measured now.
+    """Measures what the machine reaches at most with so many threads (0 = as many as OpenVINO takes).
 
     "stream", the 10^9 bytes a second of `stream_bandwidth`, and 10^12 operations a second for each kind of products
     in `native.PEAKS` that the CPU has; none of them where the native library is not there and cannot be built.
@@ -222,7 +222,7 @@ def machine_peaks(threads: int = 0) -> dict[str, float]:
 
 
 def cpu_description() -> str:
-    """Name of the CPU, threads that OpenVINO uses, and the instruction sets that matter here."""
+    """Names the CPU, the threads that OpenVINO uses, and the instruction sets that matter here."""
     core = ov.Core()
     try:
         flags = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split()
@@ -249,7 +249,7 @@ class _Stateful:
         self.cache_bits = {"openvino": stock, "native": 16, "native-int8": 8}[way]
 
     def generate(self, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-        """Seconds of the first token, and of each of the others."""
+        """Measures the seconds of the first token, and of each of the others."""
         start = time.perf_counter()
         output = self.model(prompt, logits_to_keep=1)
         ids = torch.cat([prompt, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -303,7 +303,7 @@ def _weights(folder: Path) -> tuple[str, int]:
 
 
 def _is_looked_up(node: ov.Node) -> bool:
-    """Whether a constant, decompressed or not, is the table of nothing but `Gather`."""
+    """Tells whether nothing but `Gather` reads a constant, decompressed or not, as its table."""
     readers = [port for port in node.output(0).get_target_inputs()]
     while len(readers) == 1 and readers[0].get_node().get_type_name() in ("Convert", "Multiply", "Subtract"):
         readers = list(readers[0].get_node().output(0).get_target_inputs())
@@ -313,13 +313,13 @@ def _is_looked_up(node: ov.Node) -> bool:
 
 
 def _cache_bytes(config: ChatGLMConfig, bits: int) -> float:
-    """Bytes of keys and values of one token in all layers; 8 bits have one f32 scale for each head."""
+    """Counts the bytes of keys and values of one token in all layers; 8 bits have one f32 scale for each head."""
     head = config.head_dim * bits / 8 + (4 if bits == 8 else 0)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head
 
 
 def _physical_threads() -> int:
-    """Threads that OpenVINO takes on its own: one a physical core."""
+    """Counts the threads that OpenVINO takes on its own: one a physical core."""
     try:
         pairs = set()
         for cpu in os.sched_getaffinity(0):
@@ -332,7 +332,7 @@ def _physical_threads() -> int:
 
 @contextmanager
 def _cycles_per_instruction() -> Iterator[Callable[[], float | None]]:
-    """Counts this process in the block; what it yields tells the result after it."""
+    """Counts cycles and instructions of this process in the block; what it yields tells the result after it."""
     found: list[float] = []
     with tempfile.NamedTemporaryFile("r") as output:
         command = ["perf", "stat", "-x,", "-e", "cycles,instructions", "-o", output.name, "-p", str(os.getpid())]

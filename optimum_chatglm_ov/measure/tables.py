@@ -13,7 +13,7 @@ from rich.table import Table
 
 
 def markdown_lines(rows: Iterable[Mapping[str, str]]) -> Iterator[str]:
-    """Yields the lines of a markdown table: two of the header, and each row's as soon as the row is there.
+    """Yields the lines of a markdown table: two of the header, then one for each row as soon as the row is there.
 
     Args:
         rows: cells by the names of the columns, the same in every row. A sequence is known in advance, and its columns
@@ -37,7 +37,7 @@ def _widen(widths: dict[str, int], row: Mapping[str, str]) -> None:
 
 
 def _lines(widths: Mapping[str, int], row: Mapping[str, str]) -> list[str]:
-    """Header, rule and line of a table with one row."""
+    """Renders header, rule and line of a table with one row."""
     table = Table(box=box.MARKDOWN)
     for name in row:
         table.add_column(name, min_width=widths[name], no_wrap=True)
