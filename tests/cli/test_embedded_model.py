@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
@@ -14,6 +15,7 @@ from optimum_chatglm_ov.environment import cache_dir
 from optimum_chatglm_ov.native import extension_path
 
 
+@pytest.mark.slow
 def test_the_embedded_model_answers(tmp_path):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     library = extension_path()  # built already: the command need not build another

@@ -479,6 +479,7 @@ def test_an_original_checkpoint_is_exported_by_id(hub, name):
     assert not any(file.endswith(".py") for file in hub.downloaded())
 
 
+@pytest.mark.slow
 def test_the_snippet_of_a_pushed_card_runs_as_pasted(hub, model, tmp_path):
     """In a process of its own, which knows the server from its environment alone."""
     model.push_to_hub("user/pushed", token=TOKEN, private=True)

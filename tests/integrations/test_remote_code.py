@@ -369,6 +369,7 @@ def test_commands_neither_ask_nor_run(arguments, places, capsys, caplog):
     assert "no `model_type`" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_command_of_optimum_neither_asks_nor_runs(places, cage):
     environment = {**os.environ, "HF_MODULES_CACHE": str(cage.modules), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(python_path(cage.path / "packages"))

@@ -149,6 +149,7 @@ def test_a_checkpoint_is_compared_in_its_stored_precision(exported, text, monkey
 
 
 @pytest.mark.usefixtures("may_mount")
+@pytest.mark.slow
 def test_no_room_for_the_log_probabilities(exported, text, tmp_path):
     """On a real file system that is full: an error and not a bus error."""
     folder, disk = exported("chatglm3-6b"), tmp_path / "disk"

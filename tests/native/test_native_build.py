@@ -189,6 +189,7 @@ def fuzz_attention(folder: Path, *arguments: int, flags: str = "") -> None:
     assert {"portable", "amx-model"} <= steps.keys() and min(map(int, steps.values())) > 20
 
 
+@pytest.mark.slow
 def test_kernels_under_the_sanitizers(tmp_path):
     """Random shapes and masks, checked for bad addresses and undefined behaviour."""
     flags = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -197,6 +198,7 @@ def test_kernels_under_the_sanitizers(tmp_path):
     assert fuzz(tmp_path, "fuzz_linear", 20, 60, flags=flags).startswith("60 problems, on ")
 
 
+@pytest.mark.slow
 def test_kernels_with_long_sequences(tmp_path):
     """Up to 300 tokens behind up to 4096 others, some of them loud, in the shapes of the ChatGLM models."""
     build_kernels(tmp_path)

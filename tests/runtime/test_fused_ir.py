@@ -75,6 +75,7 @@ def test_saved_model_stays_portable(exported, tmp_path):
     assert "| Attention |" not in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_loaders_register_the_operation(fused_ir):
     script = """
         import sys
@@ -151,6 +152,7 @@ def test_choice_by_environment(fused_ir, monkeypatch):
         OVChatGLMForCausalLM.from_pretrained(fused_ir("chatglm3-6b"))
 
 
+@pytest.mark.slow
 def test_without_a_compiler(fused_ir, tmp_path):
     script = """
         import sys
