@@ -66,29 +66,18 @@ class HubMixin:
             FileNotFoundError: `save_directory` holds no exported model.
             HfHubHTTPError: the Hub refused (an `OSError`).
         """
-        if repository_id and repo_id and repository_id != repo_id:
-            raise ValueError(f"`repository_id` is {repository_id!r} and `repo_id` {repo_id!r}; give one of them.")
-        name = repository_id or repo_id
-        if name is None:
-            if save_directory is None:
-                raise ValueError('No Hub id: call `push_to_hub("user/name")`.')
-            if isinstance(save_directory, str) and is_hub_id(save_directory):
-                name = save_directory
-                save_directory = None
-            else:
-                name = Path(save_directory).resolve().name
-        validate_repo_id(name)
+        folder, name = _target(save_directory, repository_id, repo_id)
         options = {
             "revision": revision,
             "commit_message": commit_message or "Upload model",
             "commit_description": commit_description,
             "create_pr": create_pr,
         }
-        if save_directory is not None:
-            return self._upload(Path(save_directory), name, private, token, options)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return self._upload(Path(folder), name, private, token, options)
+        if folder is not None:
+            return self._upload(folder, name, private, token, options)
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save_pretrained(temporary)
+            return self._upload(Path(temporary), name, private, token, options)
 
     def _upload(
         self, folder: Path, repo_id: str, private: bool | None, token: bool | str | None, options: dict[str, Any]
@@ -115,3 +104,21 @@ class HubMixin:
             described = {"precision": weight_precision(model), "is_fused": cache_layout(model) is not None}
         card = model_card(self.config, repo_id=repo_id, **described)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+
+
+def _target(
+    save_directory: str | Path | None, repository_id: str | None, repo_id: str | None
+) -> tuple[Path | None, str]:
+    """Tells which folder, if any, and which repository the arguments of `push_to_hub` mean."""
+    if repository_id and repo_id and repository_id != repo_id:
+        raise ValueError(f"`repository_id` is {repository_id!r} and `repo_id` {repo_id!r}; give one of them.")
+    name = repository_id or repo_id
+    if name is None:
+        if save_directory is None:
+            raise ValueError('No Hub id: call `push_to_hub("user/name")`.')
+        if isinstance(save_directory, str) and is_hub_id(save_directory):
+            name, save_directory = save_directory, None
+        else:
+            name = Path(save_directory).resolve().name
+    validate_repo_id(name)
+    return None if save_directory is None else Path(save_directory), name

@@ -85,12 +85,11 @@ def compare(
     log-probabilities wait in a temporary file of `max_tokens * vocab_size * 4` bytes.
 
     Args:
-        reference: IR folder, local checkpoint or Hub id.
-        candidate: another one with the same vocabulary, or the same under other properties or attention.
+        reference, candidate: IR folders, local checkpoints or Hub ids with one vocabulary; or one of them twice, under
+            other properties or attention.
         text: text file, strings or rows with a "text" column (see `texts.read_texts`).
         reference_config, candidate_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
-        reference_attention, candidate_attention, reference_linear, candidate_linear: as `attention` and `linear` of
-            `from_pretrained`.
+        reference_attention, candidate_attention, reference_linear, candidate_linear: as in `from_pretrained`.
         max_tokens: tokens of the text to measure.
         block_length: tokens that are read in one call; the context of each token is its own block, and the first of
             each has none and is not measured.
@@ -110,23 +109,17 @@ def compare(
         new_tokens=new_tokens,
     )
     model = _load(reference, reference_config, reference_attention, reference_linear)
-    tokenizer = load_tokenizer(model.model_save_dir)
-    blocks = _blocks(model, tokenizer, text, block_length, max_tokens)
-    ids = [texts.generated(block, tokenizer) for block in blocks]
+    tokenizer, blocks = _blocks(model, text, block_length, max_tokens)
+    ids, targets = _ids_and_targets(tokenizer, blocks)
     beginnings = [texts.generated(block[:prompt_length], tokenizer)[0] for block in blocks[:prompts]]
-    targets = torch.cat([torch.tensor(block[1:]) for block in blocks])
-    kept = _reserved((len(targets), model.config.vocab_size))
-    for rows, log_probabilities in _log_probabilities(model, ids):
-        kept[rows] = log_probabilities
+    kept = _kept_log_probabilities(model, ids, len(targets))
     expected = [_continue(model, prompt, new_tokens) for prompt in beginnings]
     del model
     gc.collect()
 
     model = _load(candidate, candidate_config, candidate_attention, candidate_linear)
     _check_vocabularies((reference, kept.shape[1]), (candidate, model.config.vocab_size))
-    sums = np.zeros(4)
-    for rows, log_probabilities in _log_probabilities(model, ids):
-        sums += _sums(kept[rows], log_probabilities, targets[rows])
+    sums = _all_sums(model, ids, kept, targets)
     found = [_continue(model, prompt, new_tokens) for prompt in beginnings]
     return _comparison(sums, len(targets), expected, found)
 
@@ -145,9 +138,10 @@ def _check_vocabularies(*sizes: tuple[str | Path, int]) -> None:
 
 
 def _blocks(
-    model: OVChatGLMForCausalLM, tokenizer: Any, text: str | Path | Iterable[Any], length: int, max_tokens: int
-) -> list[list[int]]:
-    """Splits a text into blocks of `length` ids, without those that every prompt has."""
+    model: OVChatGLMForCausalLM, text: str | Path | Iterable[Any], length: int, max_tokens: int
+) -> tuple[Any, list[list[int]]]:
+    """Loads the tokenizer, and splits a text into blocks of `length` ids, without those that every prompt has."""
+    tokenizer = load_tokenizer(model.model_save_dir)
     context = model.config.max_position_embeddings - len(texts.generated([], tokenizer)[0])
     if length > context:
         raise ValueError(
@@ -156,7 +150,7 @@ def _blocks(
     blocks = list(_measured(texts.blocks(texts.read_texts(text), tokenizer, length), max_tokens))
     if not blocks:
         raise ValueError("The text has less than two tokens; give a longer one.")
-    return blocks
+    return tokenizer, blocks
 
 
 def _comparison(
@@ -206,6 +200,12 @@ def _reserved(shape: tuple[int, int]) -> torch.Tensor:
         ) from error
 
 
+def _ids_and_targets(tokenizer: Any, blocks: list[list[int]]) -> tuple[list[tuple[list[int], int]], torch.Tensor]:
+    """Makes the prompt of each block, with the number of ids before it, and joins all tokens that have a context."""
+    ids = [texts.generated(block, tokenizer) for block in blocks]
+    return ids, torch.cat([torch.tensor(block[1:]) for block in blocks])
+
+
 def _log_probabilities(
     model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -219,6 +219,26 @@ def _log_probabilities(
         log_probabilities = model(torch.tensor([block])).logits[0, special:-1].log_softmax(-1)
         yield slice(position, position + len(log_probabilities)), log_probabilities
         position += len(log_probabilities)
+
+
+def _kept_log_probabilities(
+    model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]], tokens: int
+) -> torch.Tensor:
+    """Computes the distributions of all tokens, f32 `[tokens, vocab]` in a temporary file."""
+    kept = _reserved((tokens, model.config.vocab_size))
+    for rows, log_probabilities in _log_probabilities(model, ids):
+        kept[rows] = log_probabilities
+    return kept
+
+
+def _all_sums(
+    model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]], kept: torch.Tensor, targets: torch.Tensor
+) -> np.ndarray:
+    """Adds up the `_sums` of all blocks, of the reference's distributions and those of `model`."""
+    sums = np.zeros(4)
+    for rows, log_probabilities in _log_probabilities(model, ids):
+        sums += _sums(kept[rows], log_probabilities, targets[rows])
+    return sums
 
 
 def _sums(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> np.ndarray:

@@ -117,10 +117,7 @@ def measure(
                 cache_bytes = _cache_bytes(config, generator.cache_bits) * (length + new_tokens / 2)
                 gigabytes = (weight_bytes + cache_bytes) / 1e9
                 yield Measurement(
-                    model=str(folder),
-                    weights=weights,
-                    way=way,
-                    prompt_tokens=length,
+                    *(str(folder), weights, way, length),
                     first_token_seconds=first,
                     token_seconds=token,
                     token_gigabytes=gigabytes,
