@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds or builds the library of native operations for the installed OpenVINO.
 
-A library fits one OpenVINO build. It comes, in this order, from the package itself (a wheel may carry it in
-`native/prebuilt`), from the cache of earlier builds, or from a CMake build of the sources in `native/cpp`, which
-takes about half a minute, once.
+A library fits one OpenVINO build. A wheel may carry it in `native/prebuilt`. Else it comes from the cache of earlier
+builds, or CMake builds it from the sources in `native/cpp`, once, in about half a minute.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _slug(text: str) -> str:
 
 
 def prebuilt_path() -> Path:
-    """Where a wheel carries the library for the installed OpenVINO and this kind of machine."""
+    """Names the place where a wheel carries the library for the installed OpenVINO and this kind of machine."""
     return PREBUILT_DIR / _slug(f"{openvino.get_version()}-{platform.machine()}") / LIBRARY_NAME
 
 
@@ -53,7 +52,7 @@ def _sources() -> list[Path]:
 
 
 def _compiler() -> str:
-    """Path of the C++ compiler: `$CXX`, or c++, g++ or clang++ on the path."""
+    """Finds the C++ compiler: `$CXX`, or c++, g++ or clang++ on the path."""
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else ("c++", "g++", "clang++"):
         path = shutil.which(name)
@@ -76,7 +75,7 @@ def _compiler_version(compiler: str) -> str:
 
 
 def _cmake() -> str:
-    """Path of CMake: on the path, or in the PyPI package `cmake`."""
+    """Finds CMake: on the path, or in the PyPI package `cmake`."""
     path = shutil.which("cmake")
     if path:
         return path
@@ -88,9 +87,9 @@ def _cmake() -> str:
 
 
 def built_path() -> Path:
-    """Where the library of the installed OpenVINO, these sources and this compiler is cached.
+    """Names the place in the cache of the library for the installed OpenVINO, these sources and this compiler.
 
-    Without a compiler, where one was built with any; raises `NativeBuildError` if none was.
+    Without a compiler it is one that was built with any; raises `NativeBuildError` if there is none.
     """
     digest = hashlib.sha256()
     for text in (openvino.get_version(), platform.machine()):
@@ -166,7 +165,7 @@ def build_native(force: bool = False) -> Path:
 
 
 def extension_path() -> Path:
-    """Path of the library for the installed OpenVINO: carried by the package, cached, or built now.
+    """Finds the library for the installed OpenVINO: carried by the package, cached, or built now.
 
     Raises `NativeBuildError`.
     """

@@ -195,7 +195,7 @@ class CompilationMixin:
 
 
 def _with_logits_to_keep(model: ov.Model) -> ov.Model:
-    """A copy of `model` with an i64 input `logits_to_keep`: the output layer sees only that many last positions.
+    """Copies `model` with an i64 input `logits_to_keep`: the output layer sees only that many last positions.
 
     The saved model keeps the inputs that every tool knows; constants are shared between the two.
     """
