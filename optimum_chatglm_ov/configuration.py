@@ -145,11 +145,11 @@ class ChatGLMConfig(PretrainedConfig):
 
     @property
     def has_vocabulary_of_ranks(self) -> bool:
-        """Whether the vocabulary is that of GLM-4 and CodeGeeX4, which is larger than any other."""
+        """Tells whether the vocabulary is that of GLM-4 and CodeGeeX4, which is larger than any other."""
         return self.architecture == "chatglm2" and self.padded_vocab_size > LARGEST_SENTENCEPIECE_VOCABULARY
 
     def named_family(self) -> Family | None:
-        """What the name tells, as far as the vocabulary does not contradict."""
+        """Finds the family that the name tells, unless the vocabulary contradicts."""
         possible = GENERATIONS_OF_RANKS if self.has_vocabulary_of_ranks else GENERATIONS
         return family_of_name(self.original_name_or_path, possible)
 
@@ -215,7 +215,7 @@ class ChatGLMConfig(PretrainedConfig):
     # The ecosystem's names -----------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """Standard names for the original keys (called only when normal lookup fails)."""
+        """Reads a standard name from the original key (called only when normal lookup fails)."""
         keys = _ORIGINAL_KEYS.get(name)
         if keys is not None and "architecture" in self.__dict__:
             key = keys[0 if self.architecture == "chatglm" else 1]

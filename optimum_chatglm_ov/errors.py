@@ -30,5 +30,5 @@ _PLACES = re.compile(r"Exception from \S+:\d+:|Check '.*' failed at \S+:\d+:")
 
 
 def openvino_message(error: RuntimeError) -> str:
-    """What an exception of OpenVINO says, on one line and without the places in its sources."""
+    """Puts the message of an exception of OpenVINO on one line, without places in its sources."""
     return " ".join(_PLACES.sub("", str(error)).split())

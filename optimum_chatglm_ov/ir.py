@@ -17,7 +17,7 @@ from .architectures.families import GENERATIONS_OF_RANKS, is_base, rope_ratio_ty
 from .checkpoint.shards import WEIGHT_FILES
 from .configuration import ChatGLMConfig
 from .errors import ExportError
-from .integrations.remote_code import read_config
+from .integrations.recognition import read_config
 from .output import complete_folder
 
 

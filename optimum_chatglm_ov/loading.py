@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from . import environment
 from .choices import ATTENTIONS, LINEARS
 from .runtime.compilation import choice
 
@@ -42,18 +43,21 @@ class Choices:
             ValueError: an unknown value; or native operations with `compile_only`.
         """
         named = attention is not None
-        attention = choice("attention", attention, ATTENTIONS, "CHATGLM_OV_ATTENTION")
-        own = "openvino" if attention == "sdpa" else "auto"
-        linear = choice("linear", linear, LINEARS, "CHATGLM_OV_LINEAR", own)
+        attention = choice("attention", attention, ATTENTIONS, environment.ATTENTION)
+        own = "openvino" if attention == "openvino" else "auto"
+        linear = choice("linear", linear, LINEARS, environment.LINEAR, own)
         if not compile_only:
             return cls(attention, linear, named)
-        for argument, chosen in (("attention", attention), ("linear", linear)):
-            if chosen.startswith("fused"):
+        for argument, chosen, variable in (
+            ("attention", attention, environment.ATTENTION),
+            ("linear", linear, environment.LINEAR),
+        ):
+            if chosen.startswith("native"):
                 raise ValueError(
-                    f'`compile_only` compiles the IR as it is; `{argument}="{chosen}"` (or CHATGLM_OV_'
-                    f"{argument.upper()}={chosen}) changes it. Leave one out."
+                    f'`compile_only` compiles the IR as it is; `{argument}="{chosen}"` (or {variable}={chosen}) '
+                    "changes it. Leave one out."
                 )
-        return cls("sdpa", "openvino", named)
+        return cls("openvino", "openvino", named)
 
     def check_fused_ir(
         self, model_id: str, compile_only: bool, load_in_8bit: bool | None, quantization_config: Any
@@ -64,7 +68,10 @@ class Choices:
         """
         for argument, is_given in (
             ("compile_only", compile_only),
-            ("attention='sdpa'" if self.named else "CHATGLM_OV_ATTENTION=sdpa", self.attention == "sdpa"),
+            (
+                "attention='openvino'" if self.named else f"{environment.ATTENTION}=openvino",
+                self.attention == "openvino",
+            ),
             ("load_in_8bit", load_in_8bit),
             ("quantization_config", quantization_config is not None),
         ):

@@ -19,8 +19,10 @@ from .chat import ChatMixin
 from .choices import FLOATING_FORMATS
 from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
-from .hub.repository import HubMixin, has_own_card, resolve_checkpoint
-from .integrations.remote_code import read_config, warn_once
+from .hub.download import resolve_checkpoint
+from .hub.model_card import has_own_card
+from .hub.upload import HubMixin
+from .integrations.recognition import read_config, warn_once
 from .ir import (
     MODEL_FILE,
     end_turns,
@@ -139,17 +141,17 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             compile: compile at once; otherwise at the first call.
             compile_only: hand the IR file straight to the compiler; such a model cannot be saved or changed.
             trust_remote_code: has no effect; no remote code is ever run.
-            attention: "fused" (the native operation of this package, built at first use; an error if it cannot be),
-                "sdpa" (OpenVINO's own) or "auto" (fused on CPU, without `compile_only`; OpenVINO's own, with one
-                warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto". An IR that was exported fused
-                has no other.
-            linear: who computes linear layers with int8 and int4 weights: "fused" (the native operations of this
-                package; an error if they cannot), "fused-int8" (the same, on CPUs with AMX with long prompts in 8
-                bits, one scale a token), "openvino" or "auto" (the native operations on CPUs where they are the
-                faster, which multiply bytes: VNNI, AMX; without `compile_only`). With VNNI they round activations
-                to 8 bits in groups of `DYNAMIC_QUANTIZATION_GROUP_SIZE`, as OpenVINO does, with AMX to 16 bits; where
-                that property is 0, or `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves them to OpenVINO. Unset:
-                `CHATGLM_OV_LINEAR`, else "openvino" with `attention="sdpa"` and "auto" with others.
+            attention: who computes attention: "native" (the operation of this package, built at first use; an error
+                if it cannot be), "openvino" or "auto" (native on CPU, without `compile_only`; OpenVINO, with one
+                warning, if it cannot be). Unset: `CHATGLM_OV_ATTENTION`, else "auto". An IR that was exported with
+                native attention has no other. The names "fused" and "sdpa" of version 0.1.0 mean the first two.
+            linear: who computes linear layers with int8 and int4 weights: "native" (the operations of this package;
+                an error if they cannot), "native-int8" (the same; CPUs with AMX round long prompts to 8 bits, one
+                scale a token), "openvino" or "auto" (native on CPUs where that is faster, those with VNNI or AMX;
+                without `compile_only`). With VNNI the operations round activations to 8 bits in groups of
+                `DYNAMIC_QUANTIZATION_GROUP_SIZE`, as OpenVINO does; with AMX, to 16 bits. Where that property is 0,
+                or `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves the layers to OpenVINO. Unset:
+                `CHATGLM_OV_LINEAR`, else "openvino" with `attention="openvino"` and "auto" with others.
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 

@@ -42,7 +42,7 @@ def _without_effect(name: str) -> Callable[..., Any]:
 
 
 def _generation_of_messages(config: ChatGLMConfig) -> str:
-    """Of the generations whose conversations are messages, that of a model; a tokenizer would know for sure."""
+    """Guesses a model's generation among those whose conversations are messages; a tokenizer would know for sure."""
     family = config.named_family()
     if family is not None and RULES[family.generation].has_messages:
         return family.generation
@@ -57,7 +57,7 @@ class OriginalsMixin:
     )
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> Any:
-        """Moves the model to an OpenVINO device; "cuda" is none, and changes nothing but a line in the log."""
+        """Moves the model to an OpenVINO device. "cuda" is no such device: nothing moves, and the log says so."""
         if isinstance(device, str) and device.lower().startswith("cuda"):
             return self.cuda()
         return super().to(device, *args, **kwargs)
@@ -65,11 +65,11 @@ class OriginalsMixin:
     def build_inputs(
         self, tokenizer: Any, query: str, history: History | None = None, role: str = "user"
     ) -> BatchEncoding:
-        """The prompt of one more turn, int64 tensors [1, L]; arguments as those of `chat()`."""
+        """Builds the prompt of one more turn, int64 tensors [1, L]; arguments as those of `chat()`."""
         return tokenizer.build_chat_input(query, history=history, role=role).to(self.device)
 
     def process_response(self, output: str, history: History | None = None) -> str | tuple[Response, History]:
-        """What becomes of a generated text.
+        """Makes a response of a generated text.
 
         Args:
             output: the text.

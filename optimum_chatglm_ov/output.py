@@ -23,7 +23,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def complete_folder(output: str | Path, replaces: Collection[str] = ()) -> Iterator[Path]:
-    """A hidden folder inside `output`, whose files move into `output` when the block ends without an exception.
+    """Yields a hidden folder inside `output`; its files move into `output` when the block ends without an exception.
 
     There they replace the files of the same names and those named in `replaces`; nothing else is touched. An exception
     leaves `output` as it was; Ctrl-C and SIGTERM wait while files are moved. Not even a process that is killed then
@@ -129,7 +129,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _writing_failed(error: OSError | RuntimeError, output: Path) -> str | None:
-    """Why `output` could not be written, if that is what `error` is about: inputs are read in the same block."""
+    """Tells why `output` could not be written; `None` if `error` is about something else, such as an input."""
     if not isinstance(error, OSError):
         return "no space left on the disk, or it failed" if "iostream" in str(error) else None  # OpenVINO's way
     files = [os.path.realpath(str(name)) for name in (error.filename, error.filename2) if name is not None]

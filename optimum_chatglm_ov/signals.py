@@ -16,27 +16,27 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Signals take effect at the end of the block."""
+    """Lets signals take effect at the end of the block."""
     arrived: list[int] = []
     handlers = {}
     try:
         if threading.current_thread() is threading.main_thread():  # no other one is interrupted
             for number in _SIGNALS:
                 if signal.getsignal(number) is not None:  # one that was not set from Python cannot be set again
-                    handlers[number] = signal.signal(number, lambda number, _: arrived.append(number))
+                    handlers[number] = signal.signal(number, lambda received, _: arrived.append(received))
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
+        for received in arrived:
+            signal.raise_signal(received)
 
 
 @contextmanager
 def termination_unwinds() -> Iterator[None]:
-    """SIGTERM raises `SystemExit` with the exit code that shells know, unless the process has a use of its own for it.
+    """Makes SIGTERM raise `SystemExit` with the exit code that shells know, unless the process handles it already.
 
-    Python would end without removing what is half written.
+    By default it ends Python at once, and what is half written stays.
     """
     is_main = threading.current_thread() is threading.main_thread()
     is_ours = is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -51,7 +51,7 @@ def termination_unwinds() -> Iterator[None]:
 
 @contextmanager
 def signals_elsewhere() -> Iterator[None]:
-    """Signals interrupt what the block computes as ever, but another thread receives them.
+    """Lets another thread receive signals; they interrupt what the block computes as ever.
 
     OpenVINO's CPU plugin gives the thread that loads it a stack for signals, and does not always take it back before
     it frees it: where several `openvino.Core`s come and go, a signal to that thread is a segmentation fault.

@@ -49,6 +49,13 @@ FLOATING = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of the folder `native`, all of which need the native library, and so a compiler."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "native"):
+            item.add_marker(pytest.mark.native)
+
+
 class Golden:
     """What the original implementation computed from one checkpoint."""
 
@@ -157,6 +164,14 @@ def let_others_read(path: Path) -> None:
         mode = folder.stat().st_mode
         if mode & 0o055 != 0o055 and folder.stat().st_uid == os.getuid():
             folder.chmod(mode | 0o055)
+
+
+def unpatched(auto_class: type) -> Callable[..., object]:
+    """`from_pretrained` of one of transformers' auto classes, as transformers has it."""
+    function = auto_class.from_pretrained.__func__
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
 
 
 @pytest.fixture(scope="session")

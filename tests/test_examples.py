@@ -12,6 +12,7 @@ import pytest
 from hub_server import HubServer
 
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 TOPICS = json.loads((EXAMPLES / "training" / "tiny_chatglm_qa.json").read_text(encoding="utf-8"))["topics"]

@@ -252,7 +252,7 @@ def test_an_explicit_length_beyond_the_context_raises_before_running(argument, e
 def test_assisted_generation_needs_fused_attention(exact_model):
     model, ids = exact_model("chatglm3-6b"), torch.tensor([[5, 6, 7]])
     for arguments in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
-        with pytest.raises(ValueError, match='inside this model cannot.*attention="fused"'):
+        with pytest.raises(ValueError, match='inside this model cannot.*attention="native"'):
             model.generate(ids, max_new_tokens=4, do_sample=False, **arguments)
     with pytest.raises(ValueError, match="DynamicCache that this model has not returned"):
         model.generate(ids, max_new_tokens=4, past_key_values=DynamicCache())

@@ -115,7 +115,7 @@ class Checkpoint(Mapping[str, Weight]):
         return bool(self.quantization_bit) and self.tensors[name].is_linear
 
     def _check(self) -> None:
-        wanted = {}
+        wanted: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
         for name, tensor in self.tensors.items():
             wanted |= self._wanted(name, tensor)
         problems = [problem for original, form in wanted.items() if (problem := self._problem(original, *form))]

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..choices import ATTENTIONS, KV_CACHE_PRECISIONS, LINEARS, WEIGHT_FORMATS
+from ..choices import ATTENTIONS, KV_CACHE_PRECISIONS, LINEARS, WEIGHT_FORMATS, canonical
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
@@ -19,16 +18,8 @@ class UsageError(Exception):
     """Arguments that contradict each other; the exit code is 2."""
 
 
-def package_version() -> str:
-    """The installed version of this package."""
-    try:
-        return version("optimum-chatglm-ov")
-    except PackageNotFoundError:  # run from the source folder
-        return "source"
-
-
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what finds a checkpoint on the Hub."""
+    """Adds the options that find a checkpoint on the Hub."""
     group = parser.add_argument_group("Hugging Face Hub")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the main branch)")
     group.add_argument("--token", help="access token (default: HF_TOKEN, or the one that `hf auth login` stored)")
@@ -41,7 +32,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `resolve_checkpoint` and `export_model`."""
+    """Returns the keyword arguments of `resolve_checkpoint` and `export_model`."""
     return {name: getattr(args, name) for name in _HUB_ARGUMENTS}
 
 
@@ -55,24 +46,27 @@ def add_weight_format(parser: Any) -> None:
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """Adds how OpenVINO runs the model; what is left out is OpenVINO's choice."""
+    """Adds the options of running a model; OpenVINO chooses what is left out."""
     group = parser.add_argument_group("OpenVINO")
     group.add_argument("--device", default="CPU", help="device (default: CPU)")
     group.add_argument(
         "--attention",
+        type=canonical,
         choices=ATTENTIONS,
-        help="OpenVINO's own, this package's native operation, or the latter where it can be built (default: auto)",
+        help="who computes attention: OpenVINO, this package's native operation, or the latter where it can be built "
+        "(default: auto)",
     )
     group.add_argument(
         "--linear",
+        type=canonical,
         choices=LINEARS,
         help="who computes int8 and int4 linear layers: OpenVINO, this package's native operations, or the latter on "
-        "CPUs where they are faster (default: auto; openvino with --attention sdpa)",
+        "CPUs where they are faster (default: auto; openvino with --attention openvino)",
     )
     group.add_argument(
         "--kv-cache-precision",
         choices=tuple(KV_CACHE_PRECISIONS),
-        help="of keys and values (default: bf16 with fused attention, whose f16 is bf16; u8 with OpenVINO's on CPU)",
+        help="of keys and values (default: bf16 with native attention, whose f16 is bf16; u8 with OpenVINO's on CPU)",
     )
     add_computation_options(group)
 
@@ -93,7 +87,7 @@ def add_computation_options(group: Any) -> None:
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `OVChatGLMForCausalLM.from_pretrained`."""
+    """Returns the keyword arguments of `OVChatGLMForCausalLM.from_pretrained`."""
     ov_config = computation_options(args)
     if args.kv_cache_precision is not None:
         ov_config["KV_CACHE_PRECISION"] = args.kv_cache_precision
@@ -101,7 +95,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def computation_options(args: argparse.Namespace) -> dict[str, str]:
-    """OpenVINO properties that `add_computation_options` chose."""
+    """Returns the OpenVINO properties that the options of `add_computation_options` choose."""
     properties = {
         "INFERENCE_PRECISION_HINT": args.inference_precision,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": args.dynamic_quantization_group_size,
@@ -110,7 +104,7 @@ def computation_options(args: argparse.Namespace) -> dict[str, str]:
 
 
 def check_writable(file: Path) -> None:
-    """Raises `UsageError` if `file` cannot be written, which leaves work that takes long without a result."""
+    """Raises `UsageError` if `file` cannot be written, before long work whose result would be lost."""
     existed = file.exists()
     try:
         file.open("ab").close()
@@ -121,12 +115,12 @@ def check_writable(file: Path) -> None:
 
 
 def unicode_text(text: str) -> str:
-    """An argument that is UTF-8 whatever the locale says."""
+    """Reads an argument as UTF-8, whatever the locale says."""
     return os.fsencode(text).decode("utf-8", "replace")
 
 
 def non_negative_integer(text: str) -> int:
-    """An argument that must be an integer, 0 or above."""
+    """Reads an argument that must be an integer, 0 or above."""
     try:
         value = int(text)
     except ValueError:
@@ -137,7 +131,7 @@ def non_negative_integer(text: str) -> int:
 
 
 def positive_integer(text: str) -> int:
-    """An argument that must be an integer above 0."""
+    """Reads an argument that must be an integer above 0."""
     try:
         value = int(text)
     except ValueError:
@@ -148,7 +142,7 @@ def positive_integer(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """An argument that must be a number above 0."""
+    """Reads an argument that must be a number above 0."""
     try:
         value = float(text)
     except ValueError:

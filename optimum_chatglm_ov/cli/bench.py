@@ -9,11 +9,11 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..choices import LINEARS, WAYS
+from ..choices import LINEARS, WAYS, canonical
 from ..errors import ExportError
 from .arguments import (
     UsageError,
@@ -39,11 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         nargs="+",
+        type=canonical,
         choices=WAYS,
         help=f"ways of computing attention; paged is openvino-genai's (default: {' '.join(WAYS[:2])})",
     )
     parser.add_argument(
-        "--linear", choices=LINEARS, help="who computes the linear layers of fused ways (default: auto)"
+        "--linear",
+        type=canonical,
+        choices=LINEARS,
+        help="who computes the linear layers of native ways (default: auto)",
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -89,6 +93,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a markdown table row by row, and writes the files asked for."""
     properties = computation_options(args)
+    _check_options(args, properties)
+    for file in filter(None, (args.json, args.plot)):
+        check_writable(file)
+    from ..measure.speed import cpu_description, machine_peaks
+    from ..measure.tables import markdown_lines
+
+    peaks = machine_peaks(args.threads)
+    header = [cpu_description(), *_peak_texts(peaks), *(f"{name}={value}" for name, value in properties.items())]
+    print(", ".join(header) + "\n")
+    if args.linear_only:
+        found = _linear_only(args, peaks)
+    else:
+        found = _attention_only(args) if args.attention_only else _models(args)
+    rows: list[dict[str, Any]] = []
+    for line in markdown_lines(_kept(found, rows)):
+        print(line, flush=True)
+    try:
+        if args.json:
+            written = {"cpu": cpu_description(), "peaks": peaks, "properties": properties, "measurements": rows}
+            args.json.write_text(json.dumps(written, indent=2) + "\n")
+        if args.plot:
+            plot(rows, args.plot)
+    except OSError as error:
+        raise ExportError(f"{error.filename}: cannot be written ({error.strerror})") from error
+    return 0
+
+
+def _check_options(args: argparse.Namespace, properties: dict[str, str]) -> None:
+    """Raises `UsageError` for options that do not go together, and for a plot that could not be drawn."""
     if args.attention_only:
         if args.models or args.plot or args.attention:
             raise UsageError("--attention-only takes no models, measures every --attention and draws no plot")
@@ -107,38 +140,21 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--rows goes with --linear-only; prompts have --prompt-tokens")
     if args.plot:
         _check_plot(args.plot)
-    for file in filter(None, (args.json, args.plot)):
-        check_writable(file)
-    from ..measure.speed import cpu_description, machine_peaks
-
-    peaks = machine_peaks(args.threads)
-    header = [cpu_description(), *_peak_texts(peaks), *(f"{name}={value}" for name, value in properties.items())]
-    print(", ".join(header) + "\n")
-    rows: list[dict[str, Any]] = []
-    if args.linear_only:
-        found = _linear_only(args, peaks)
-    else:
-        found = _attention_only(args) if args.attention_only else _models(args)
-    for row in found:
-        if not rows:
-            print(f"| {' | '.join(row.cells)} |\n|{'---|' * len(row.cells)}")
-        print(f"| {' | '.join(row.cells.values())} |", flush=True)
-        rows.append(row.values)
-    try:
-        if args.json:
-            written = {"cpu": cpu_description(), "peaks": peaks, "properties": properties, "measurements": rows}
-            args.json.write_text(json.dumps(written, indent=2) + "\n")
-        if args.plot:
-            plot(rows, args.plot)
-    except OSError as error:
-        raise ExportError(f"{error.filename}: cannot be written ({error.strerror})") from error
-    return 0
 
 
+@dataclass(frozen=True)
 class _Row:
-    def __init__(self, values: dict[str, Any], cells: dict[str, str]):
-        self.values = values
-        self.cells = cells
+    values: dict[str, Any]
+    """As JSON has it."""
+    cells: dict[str, str]
+    """As the table has it."""
+
+
+def _kept(found: Iterator[_Row], rows: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    """Yields the cells of each row as soon as it is there, and appends its values to `rows`."""
+    for row in found:
+        rows.append(row.values)
+        yield row.cells
 
 
 def _models(args: argparse.Namespace) -> Iterator[_Row]:
@@ -198,13 +214,13 @@ def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
                     "GFLOP/s": f"{m.gigaflops:.0f}",
                     "read (GB/s)": f"{m.gigabytes:.1f}",
                     "of a stream": f"{100 * m.gigabytes / bandwidth:.0f} %",
-                    "times fused": f"{m.seconds / found[0].seconds:.2f}",
+                    "times native": f"{m.seconds / found[0].seconds:.2f}",
                 }
                 yield _Row(asdict(m), cells)
 
 
 def _peak_texts(peaks: dict[str, float]) -> list[str]:
-    """The peaks of the machine as the header has them."""
+    """Formats the peaks of the machine for the header."""
     units = {"stream": "GB/s"}
     return [f"{kind} {peak:.{1 if peak >= 10 else 2}f} {units.get(kind, 'TFLOP/s')}" for kind, peak in peaks.items()]
 
@@ -215,10 +231,10 @@ def _linear_only(args: argparse.Namespace, peaks: dict[str, float]) -> Iterator[
     shape = {"chatglm3": CHATGLM3, "chatglm": CHATGLM_6B}[args.linear_only]
     # what the native operations compute with
     kind = next((kind for kind in ("tile-bf16", "vnni-int8", "f32") if kind in peaks), None)
-    fused = None
+    native_seconds = 0.0  # of the native way, which comes first
     for m in measure_linear(shape, args.rows or _ROWS, repetitions=args.repetitions, threads=args.threads):
         if m.way == WAYS[0]:
-            fused = m
+            native_seconds = m.seconds
         cells = {
             "layer": m.layer,
             "weights": m.weights,
@@ -229,7 +245,7 @@ def _linear_only(args: argparse.Namespace, peaks: dict[str, float]) -> Iterator[
             f"of {kind}": f"{100 * m.teraflops / peaks[kind]:.0f} %" if kind else "",
             "read (GB/s)": f"{m.gigabytes:.1f}",
             "of a stream": f"{100 * m.gigabytes / peaks['stream']:.0f} %",
-            "times fused": f"{m.seconds / fused.seconds:.2f}",
+            "times native": f"{m.seconds / native_seconds:.2f}",
         }
         yield _Row(asdict(m), cells)
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     """Yields the folder of an IR: the embedded model's, the one that was named, or that of a temporary export."""
     from .. import export_model
-    from ..hub.repository import resolve_checkpoint
+    from ..hub.download import resolve_checkpoint
     from ..ir import has_openvino_model
     from .embedded import embedded_model
     from .progress import export_progress
@@ -98,7 +98,7 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `stream_chat`."""
+    """Returns the keyword arguments of `stream_chat`."""
     settings: dict[str, Any] = {}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
@@ -110,7 +110,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _talk(conversation: Conversation, name: str) -> int:
-    """Reads queries until /exit, the end of the input, or Ctrl-C twice; in a pipe, 1 if one was not answered."""
+    """Reads and answers queries until /exit, the end of the input, or Ctrl-C twice.
+
+    Returns the exit code: in a pipe, 1 if a query was not answered.
+    """
     from .main import one_line
 
     at_terminal = sys.stdin.isatty()

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..choices import ATTENTIONS, LINEARS
+from ..choices import ATTENTIONS, LINEARS, canonical
 from .arguments import check_writable
 
 
@@ -31,10 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for model in ("reference", "candidate"):
         parser.add_argument(
-            f"--{model}-attention", choices=ATTENTIONS, help=f"of the {model} (default: auto; see chatglm-ov chat)"
+            f"--{model}-attention",
+            type=canonical,
+            choices=ATTENTIONS,
+            help=f"of the {model} (default: auto; see chatglm-ov chat)",
         )
         parser.add_argument(
-            f"--{model}-linear", choices=LINEARS, help=f"of the {model} (default: auto; see chatglm-ov chat)"
+            f"--{model}-linear",
+            type=canonical,
+            choices=LINEARS,
+            help=f"of the {model} (default: auto; see chatglm-ov chat)",
         )
         parser.add_argument(
             f"--{model}-property",

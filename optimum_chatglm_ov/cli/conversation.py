@@ -80,7 +80,7 @@ def _show(text: str, shown: str) -> str:
 
 
 def _settled(response: str) -> str:
-    """The part of an unfinished response that later tokens cannot change."""
+    """Returns the part of an unfinished response that later tokens cannot change."""
     for length in range(min(len(PLACEHOLDER) - 1, len(response)), 0, -1):
         if response.endswith(PLACEHOLDER[:length]):
             response = response[:-length]
@@ -100,7 +100,7 @@ class _TokenClock(LogitsProcessor):
         return scores
 
     def summary(self) -> str:
-        """For example "24 tokens, first after 0.31 s, then 18.2 tokens/s"."""
+        """Sums up, for example as "24 tokens, first after 0.31 s, then 18.2 tokens/s"."""
         tokens = len(self._times)
         text = f"{tokens} token{'' if tokens == 1 else 's'}"
         if tokens:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..choices import FLOATING_FORMATS, KV_CACHE_PRECISIONS
+from ..choices import FLOATING_FORMATS, KV_CACHE_PRECISIONS, canonical
 from .arguments import UsageError, add_hub_arguments, add_weight_format, hub_arguments, positive_integer
 
 
@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_hub_arguments(parser)
 
 
-def _add_weight_options(weights: argparse._ArgumentGroup) -> None:
+def _add_weight_options(weights: Any) -> None:
     add_weight_format(weights)
     weights.add_argument(
         "--sym",
@@ -102,7 +102,7 @@ def _add_text_options(weights: argparse._ArgumentGroup) -> None:
     weights.add_argument("--quant-mode", metavar="MODE", help="refused: activations are not quantised, only weights")
 
 
-def _add_model_options(model: argparse._ArgumentGroup) -> None:
+def _add_model_options(model: Any) -> None:
     model.add_argument(
         "--adapter",
         action="append",
@@ -113,15 +113,16 @@ def _add_model_options(model: argparse._ArgumentGroup) -> None:
     )
     model.add_argument(
         "--attention",
-        choices=("sdpa", "fused"),
-        default="sdpa",
-        help="sdpa: portable, fused when it is loaded; fused: holds this package's native operation, for CPU and this "
-        "package alone (default: %(default)s)",
+        type=canonical,
+        choices=("openvino", "native"),
+        default="openvino",
+        help="openvino: portable, becomes native when it is loaded; native: holds this package's operation, for CPU "
+        "and this package alone (default: %(default)s)",
     )
     model.add_argument(
         "--kv-cache-precision",
         choices=tuple(KV_CACHE_PRECISIONS),
-        help="of the caches of --attention fused, whose f16 is bf16 (default: bf16)",
+        help="of the caches of --attention native, whose f16 is bf16 (default: bf16)",
     )
     model.add_argument(
         "--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training, or of PEFT's PREFIX_TUNING"
@@ -137,7 +138,7 @@ def _add_model_options(model: argparse._ArgumentGroup) -> None:
 
 
 def adapter(text: str) -> str | tuple[str, float]:
-    """`DIR` or `DIR=WEIGHT`; a folder whose name has an equals sign is taken as it is."""
+    """Reads `DIR` or `DIR=WEIGHT`; the name of a folder that is there may have an equals sign."""
     folder, equals, weight = text.rpartition("=")
     if not equals or Path(text).is_dir():
         return text
@@ -149,11 +150,11 @@ def adapter(text: str) -> str | tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Exports and says where the result is."""
-    if args.kv_cache_precision is not None and args.attention == "sdpa":
-        raise UsageError("--kv-cache-precision: only with --attention fused; else it is an option of chatglm-ov chat")
+    if args.kv_cache_precision is not None and args.attention == "openvino":
+        raise UsageError("--kv-cache-precision: only with --attention native; else it is an option of chatglm-ov chat")
     weights = weight_arguments(args)
     from .. import export_model
-    from ..integrations.remote_code import warn_once
+    from ..integrations.recognition import warn_once
     from .progress import export_progress
 
     if args.trust_remote_code:
@@ -179,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def weight_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `export_model`: a format by name, or the settings that details make of it.
+    """Returns keyword arguments of `export_model`: a format by name, or the settings that details make of it.
 
     Raises:
         UsageError: details without a format that they could refine.

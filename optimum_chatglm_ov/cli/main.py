@@ -10,9 +10,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from ..environment import package_version
 from ..errors import openvino_message
 from ..signals import termination_unwinds
-from .arguments import UsageError, package_version
+from .arguments import UsageError
 
 
 # Name, module beside this one, help. A module has `add_arguments(parser)` and `run(args) -> int`.
@@ -29,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `chatglm-ov` with these arguments (those of the process by default).
 
     Returns:
-        The exit code: 0, 1 after an error, 2 for arguments that are not understood, 130 after Ctrl-C. SIGTERM ends the
-        process with 143, when what is half written has been removed.
+        The exit code: 0, 1 after an error, 2 for arguments that are not understood, 130 after Ctrl-C. SIGTERM removes
+        what is half written and ends the process with 143.
     """
     parser = argparse.ArgumentParser(prog="chatglm-ov", description="ChatGLM, every generation, on OpenVINO.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
@@ -71,7 +72,7 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
 
 
 def one_line(error: BaseException) -> str:
-    """The message of `error` without line breaks; of an exception that is not meant for users, its class as well."""
+    """Puts the message of `error` on one line, with its class if the exception is not meant for users."""
     if isinstance(error, RuntimeError) and str(error).startswith("Exception from "):
         return f"OpenVINO: {openvino_message(error)}"
     message = " ".join(str(error).split())
@@ -91,7 +92,7 @@ def _quiet_libraries() -> None:
 
 
 def _write_unicode() -> None:
-    """Chinese goes through pipes as UTF-8 whatever the locale says, and a terminal that lacks it shows `?`."""
+    """Makes pipes UTF-8, whatever the locale says, and terminals show `?` for what they lack."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             encoding = stream.encoding if stream.isatty() else "utf-8"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def export_progress() -> Iterator[Callable[[str, int, int], None]]:
         redirect_stdout(sys.stderr),
         Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as bar,
     ):
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def progress(description: str, done: int, total: int) -> None:
             if description not in tasks:

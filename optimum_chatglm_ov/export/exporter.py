@@ -22,10 +22,10 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.prefix import load_prefix
 from ..checkpoint.shards import WEIGHT_FILES
 from ..checkpoint.weights import Derived, Scratch, Weight
-from ..choices import KV_CACHE_PRECISIONS
+from ..choices import KV_CACHE_PRECISIONS, canonical
 from ..errors import CheckpointError, ExportError
-from ..hub.repository import resolve_checkpoint
-from ..integrations.remote_code import read_config
+from ..hub.download import resolve_checkpoint
+from ..integrations.recognition import read_config
 from ..ir import MODEL_FILE, OPENVINO_MODEL_FILES, load_config, model_folder
 from ..native.fuse_attention import fuse_attention
 from ..signals import signals_elsewhere
@@ -59,7 +59,7 @@ def export_model(
     rope_ratio_type: str | None = None,
     adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
     prefix_encoder: str | Path | None = None,
-    attention: str = "sdpa",
+    attention: str = "openvino",
     kv_cache_precision: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -86,9 +86,9 @@ def export_model(
         adapters: folders of PEFT LoRA adapters to merge, each alone or with a weight; `modules_to_save` as well.
         prefix_encoder: folder or file with the `prefix_encoder` of a P-Tuning v2 training, if it is not part of the
             checkpoint, or a folder of PEFT's PREFIX_TUNING.
-        attention: "sdpa", a portable IR, which `from_pretrained` fuses where it can; or "fused", an IR that holds the
-            native operation of this package: for CPU, and only for what this package loads.
-        kv_cache_precision: of the caches of `attention="fused"`: "bf16" (default; "f16" means it, too), "u8" or "f32".
+        attention: "openvino", a portable IR, whose attention `from_pretrained` replaces where it can; or "native", an
+            IR that holds the operation of this package: for CPU, and only for what this package loads.
+        kv_cache_precision: of the caches of `attention="native"`: "bf16" (default; also named "f16"), "u8" or "f32".
         progress: called with a description, the number of tensors done and their total.
 
     Returns:
@@ -98,9 +98,10 @@ def export_model(
         CheckpointError: the checkpoint cannot be used.
         ExportError: the output, or statistics of activations, cannot be written.
         OSError: an input cannot be downloaded or read.
-        NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
+        NativeBuildError: `attention="native"`, and the native library is not there and cannot be built.
         ValueError: an argument or a key of config.json is not supported.
     """
+    attention = canonical(attention)
     _check_attention(attention, kv_cache_precision)
     output = Path(output).absolute()
     with model_folder(output) as folder:  # an output that cannot be written is found before a download
@@ -134,7 +135,7 @@ def export_model(
         if quantization_config:
             with signals_elsewhere():
                 quantization.compress(model, quantization_config, tokenizer, dataset)
-        if attention == "fused":
+        if attention == "native":
             fuse_attention(model, KV_CACHE_PRECISIONS[kv_cache_precision or "bf16"])
         save_model(model, folder / MODEL_FILE)
         _save_configuration(folder, config, generation_config, tokenizer, quantization_config)
@@ -142,18 +143,18 @@ def export_model(
 
 
 def _check_attention(attention: str, kv_cache_precision: str | None) -> None:
-    if attention not in ("sdpa", "fused"):
-        raise ValueError(f"`attention` is {attention!r}; expected 'sdpa' or 'fused'.")
-    if attention == "sdpa" and kv_cache_precision is not None:
+    if attention not in ("openvino", "native"):
+        raise ValueError(f"`attention` is {attention!r}; expected 'openvino' or 'native'.")
+    if attention == "openvino" and kv_cache_precision is not None:
         raise ValueError(
-            "`kv_cache_precision` is for `attention='fused'` alone; a portable IR takes KV_CACHE_PRECISION in "
+            "`kv_cache_precision` is for `attention='native'` alone; a portable IR takes KV_CACHE_PRECISION in "
             "`ov_config` when it is loaded."
         )
     if kv_cache_precision not in (None, *KV_CACHE_PRECISIONS):
         raise ValueError(
             f"`kv_cache_precision` is {kv_cache_precision!r}; expected one of {', '.join(KV_CACHE_PRECISIONS)}."
         )
-    if attention == "fused":
+    if attention == "native":
         native.extension_path()  # where it cannot be built, this raises before the checkpoint is read
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers is told of this package."""
+"""How this package fits into transformers: what is told to it and changed in it, and the public names."""

@@ -3,19 +3,15 @@
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from .. import tokenization
 from ..configuration import ChatGLMConfig
 from ..errors import ChatGLMError, CheckpointError, ContextLengthError, ExportError, ModelFileError
-from . import remote_code
+from .transformers import patch, register_model, register_tokenizers
 
 
-AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
-tokenization.register(ChatGLMConfig)
-remote_code.replace_remote_code()
+register_tokenizers()
+patch()
 
-from ..hub.repository import DownloadError  # noqa: E402  the modules below read checkpoints through the classes above
+from ..hub.download import DownloadError  # noqa: E402  the modules below read checkpoints through the classes above
 from ..modeling import OVChatGLMForCausalLM  # noqa: E402
 from ..tokenization import (  # noqa: E402
     ChatGLM1Tokenizer,
@@ -30,8 +26,7 @@ from ..tokenization import (  # noqa: E402
 from ..tokenization.chat_rules import ToolCallError  # noqa: E402
 
 
-AutoModelForCausalLM.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)
-AutoModel.register(ChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)  # the original repositories name it here, too
+register_model(OVChatGLMForCausalLM)
 
 __all__ = [
     "ChatGLM1Tokenizer",

@@ -18,6 +18,7 @@ from ..checkpoint.weights import Scratch
 from ..export import texts
 from ..modeling import OVChatGLMForCausalLM
 from ..tokenization import load_tokenizer
+from .tables import markdown_lines
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Comparison:
     greedy_tokens: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurements as JSON knows them."""
+        """Returns the measurements as JSON knows them."""
         return asdict(self)
 
     def table(self) -> str:
-        """The measurements as a markdown table."""
+        """Returns the measurements as a markdown table."""
         change = 100 * (self.candidate_perplexity / self.reference_perplexity - 1)
         rows = {
             "tokens": f"{self.tokens}",
@@ -58,10 +59,7 @@ class Comparison:
             "common greedy prefix, sum": f"{sum(self.greedy_prefixes)} of {sum(self.greedy_tokens)} tokens",
             "common greedy prefix, longest": f"{max(self.greedy_prefixes, default=0)}",
         }
-        width = max(map(len, rows))
-        values = max(map(len, rows.values()))
-        lines = [f"| {'measure':<{width}} | {'value':<{values}} |", f"|{'-' * (width + 2)}|{'-' * (values + 2)}|"]
-        return "\n".join(lines + [f"| {name:<{width}} | {value:<{values}} |" for name, value in rows.items()])
+        return "\n".join(markdown_lines([{"measure": name, "value": value} for name, value in rows.items()]))
 
 
 def compare(
@@ -87,17 +85,15 @@ def compare(
     log-probabilities wait in a temporary file of `max_tokens * vocab_size * 4` bytes.
 
     Args:
-        reference: IR folder, local checkpoint or Hub id.
-        candidate: another one with the same vocabulary, or the same under other properties or attention.
+        reference, candidate: IR folders, local checkpoints or Hub ids with one vocabulary; or one of them twice, under
+            other properties or attention.
         text: text file, strings or rows with a "text" column (see `texts.read_texts`).
         reference_config, candidate_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
-        reference_attention, candidate_attention, reference_linear, candidate_linear: as `attention` and `linear` of
-            `from_pretrained`.
+        reference_attention, candidate_attention, reference_linear, candidate_linear: as in `from_pretrained`.
         max_tokens: tokens of the text to measure.
         block_length: tokens that are read in one call; the context of each token is its own block, and the first of
             each has none and is not measured.
-        prompts: blocks whose beginnings are continued greedily.
-        prompt_length: tokens of those beginnings.
+        prompts, prompt_length: how many blocks, and so many of their first tokens, are continued greedily.
         new_tokens: tokens to generate from each.
 
     Raises:
@@ -105,53 +101,65 @@ def compare(
             vocabularies differ.
         OSError: the temporary file has no room.
     """
-    for name, number, least in (
-        ("max_tokens", max_tokens, 1),
-        ("block_length", block_length, 2),
-        ("prompts", prompts, 0),
-        ("prompt_length", prompt_length, 1),
-        ("new_tokens", new_tokens, 1),
-    ):
-        if number < least:
-            raise ValueError(f"`{name}` is {number}; expected at least {least}.")
+    _check_numbers(
+        max_tokens=max_tokens,
+        block_length=block_length,
+        prompts=prompts,
+        prompt_length=prompt_length,
+        new_tokens=new_tokens,
+    )
     model = _load(reference, reference_config, reference_attention, reference_linear)
-    tokenizer = load_tokenizer(model.model_save_dir)
-    context = model.config.max_position_embeddings - len(texts.generated([], tokenizer)[0])
-    if block_length > context:
-        raise ValueError(f"`block_length` is {block_length}; the context of {reference} holds at most {context}.")
-    blocks = list(_measured(texts.blocks(texts.read_texts(text), tokenizer, block_length), max_tokens))
-    if not blocks:
-        raise ValueError("The text has less than two tokens; give a longer one.")
-    ids = [texts.generated(block, tokenizer) for block in blocks]
+    tokenizer, blocks = _blocks(model, text, block_length, max_tokens)
+    ids, targets = _ids_and_targets(tokenizer, blocks)
     beginnings = [texts.generated(block[:prompt_length], tokenizer)[0] for block in blocks[:prompts]]
-
-    counts = [len(block) - 1 for block in blocks]
-    shape = (sum(counts), model.config.vocab_size)
-    kept = _reserved(shape)
-    targets = torch.cat([torch.tensor(block[1:]) for block in blocks])
-    position = 0
-    for log_probabilities in _log_probabilities(model, ids):
-        kept[position : position + len(log_probabilities)] = log_probabilities
-        position += len(log_probabilities)
+    kept = _kept_log_probabilities(model, ids, len(targets))
     expected = [_continue(model, prompt, new_tokens) for prompt in beginnings]
     del model
     gc.collect()
 
     model = _load(candidate, candidate_config, candidate_attention, candidate_linear)
-    if model.config.vocab_size != shape[1]:
-        raise ValueError(
-            f"The vocabularies differ: {shape[1]} ids in {reference}, {model.config.vocab_size} in {candidate}. "
-            "Compare models of one checkpoint."
-        )
-    sums, position = np.zeros(4), 0
-    for candidates in _log_probabilities(model, ids):
-        rows = slice(position, position + len(candidates))
-        sums += _sums(kept[rows], candidates, targets[rows])
-        position = rows.stop
+    _check_vocabularies((reference, kept.shape[1]), (candidate, model.config.vocab_size))
+    sums = _all_sums(model, ids, kept, targets)
     found = [_continue(model, prompt, new_tokens) for prompt in beginnings]
-    reference_loss, candidate_loss, divergence, agreement = sums / shape[0]
+    return _comparison(sums, len(targets), expected, found)
+
+
+def _check_numbers(**numbers: int) -> None:
+    least = {"block_length": 2, "prompts": 0}
+    for name, number in numbers.items():
+        if number < least.get(name, 1):
+            raise ValueError(f"`{name}` is {number}; expected at least {least.get(name, 1)}.")
+
+
+def _check_vocabularies(*sizes: tuple[str | Path, int]) -> None:
+    if len({size for _, size in sizes}) > 1:
+        found = ", ".join(f"{size} ids in {model}" for model, size in sizes)
+        raise ValueError(f"The vocabularies differ: {found}. Compare models of one checkpoint.")
+
+
+def _blocks(
+    model: OVChatGLMForCausalLM, text: str | Path | Iterable[Any], length: int, max_tokens: int
+) -> tuple[Any, list[list[int]]]:
+    """Loads the tokenizer, and splits a text into blocks of `length` ids, without those that every prompt has."""
+    tokenizer = load_tokenizer(model.model_save_dir)
+    context = model.config.max_position_embeddings - len(texts.generated([], tokenizer)[0])
+    if length > context:
+        raise ValueError(
+            f"`block_length` is {length}; the context of {model.config.name_or_path} holds at most {context}."
+        )
+    blocks = list(_measured(texts.blocks(texts.read_texts(text), tokenizer, length), max_tokens))
+    if not blocks:
+        raise ValueError("The text has less than two tokens; give a longer one.")
+    return tokenizer, blocks
+
+
+def _comparison(
+    sums: np.ndarray, tokens: int, expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
+) -> Comparison:
+    """Makes the result of the `_sums` of all tokens and of the continuations by reference and candidate."""
+    reference_loss, candidate_loss, divergence, agreement = sums / tokens
     return Comparison(
-        tokens=shape[0],
+        tokens=tokens,
         reference_perplexity=math.exp(reference_loss),
         candidate_perplexity=math.exp(candidate_loss),
         kl_divergence=float(divergence),
@@ -170,7 +178,7 @@ def _load(
 
 
 def _measured(blocks: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
-    """`blocks`, the last one cut, with `tokens` tokens besides the first of each."""
+    """Yields blocks until they have `tokens` tokens besides the first of each; the last one is cut."""
     for block in blocks:
         block = block[: tokens + 1]
         if len(block) > 1:
@@ -181,7 +189,7 @@ def _measured(blocks: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
 
 
 def _reserved(shape: tuple[int, int]) -> torch.Tensor:
-    """f32 `shape` in a temporary file, whose room is taken at once."""
+    """Makes an f32 tensor in a temporary file, whose room on the disk is taken at once."""
     folder = tempfile.gettempdir()
     try:
         return Scratch(folder).empty(shape, torch.float32)
@@ -192,15 +200,49 @@ def _reserved(shape: tuple[int, int]) -> torch.Tensor:
         ) from error
 
 
-def _log_probabilities(model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]]) -> Iterable[torch.Tensor]:
-    """Of each block, f32 `[tokens - 1, vocab]`: the distributions of all its tokens but the first."""
+def _ids_and_targets(tokenizer: Any, blocks: list[list[int]]) -> tuple[list[tuple[list[int], int]], torch.Tensor]:
+    """Makes the prompt of each block, with the number of ids before it, and joins all tokens that have a context."""
+    ids = [texts.generated(block, tokenizer) for block in blocks]
+    return ids, torch.cat([torch.tensor(block[1:]) for block in blocks])
+
+
+def _log_probabilities(
+    model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Computes the distributions of all tokens of each block but the first.
+
+    Yields:
+        Their places among those of all blocks, and f32 `[tokens - 1, vocab]`.
+    """
+    position = 0
     for block, special in ids:
-        logits = model(torch.tensor([block])).logits[0]
-        yield logits[special:-1].log_softmax(-1)
+        log_probabilities = model(torch.tensor([block])).logits[0, special:-1].log_softmax(-1)
+        yield slice(position, position + len(log_probabilities)), log_probabilities
+        position += len(log_probabilities)
+
+
+def _kept_log_probabilities(
+    model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]], tokens: int
+) -> torch.Tensor:
+    """Computes the distributions of all tokens, f32 `[tokens, vocab]` in a temporary file."""
+    kept = _reserved((tokens, model.config.vocab_size))
+    for rows, log_probabilities in _log_probabilities(model, ids):
+        kept[rows] = log_probabilities
+    return kept
+
+
+def _all_sums(
+    model: OVChatGLMForCausalLM, ids: Sequence[tuple[list[int], int]], kept: torch.Tensor, targets: torch.Tensor
+) -> np.ndarray:
+    """Adds up the `_sums` of all blocks, of the reference's distributions and those of `model`."""
+    sums = np.zeros(4)
+    for rows, log_probabilities in _log_probabilities(model, ids):
+        sums += _sums(kept[rows], log_probabilities, targets[rows])
+    return sums
 
 
 def _sums(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """Sums over the rows `[tokens, vocab]`: both losses, divergence and agreement."""
+    """Sums both losses, divergence and agreement over rows `[tokens, vocab]`."""
     losses = [-part.gather(1, targets[:, None]).double().sum().item() for part in (reference, candidate)]
     divergence = (reference.exp() * (reference - candidate)).sum(-1).double().sum().item()
     agreement = (reference.argmax(-1) == candidate.argmax(-1)).sum().item()

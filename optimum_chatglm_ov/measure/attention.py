@@ -28,7 +28,7 @@ from ..native.fuse_attention import cache_layout, fuse_attention
 
 
 _PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
-_CACHE_BITS = {"fused": 16, "fused-int8": 8, "sdpa": 8, "paged": 8, "torch-bf16": 16, "torch-f32": 32}
+_CACHE_BITS = {"native": 16, "native-int8": 8, "openvino": 8, "paged": 8, "torch-bf16": 16, "torch-f32": 32}
 _PAUSE_SECONDS = 0.05  # for so long threads of another library may spin where they have just computed
 
 
@@ -62,7 +62,7 @@ class Measurement:
 
 
 def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
-    """Attention layers alone, in the portable stateful form; each layer's output is the next one's query.
+    """Builds attention layers alone, in the portable stateful form; each layer's output is the next one's query.
 
     Inputs besides the usual four: f32 `query` `[B, L, H * D]`, `key` and `value` `[B, L, G * D]`. Output:
     `[B, L, H * D]`.
@@ -79,21 +79,20 @@ def attention_stack(shape: AttentionShape, layers: int) -> ov.Model:
     mask = blocks.causal_mask(graph)
     query = states[0]
     for i in range(layers):
-        parts = []
-        for kind, source in (("key", states[1]), ("value", states[2])):
-            part = blocks.split_heads(source, groups, head_dim)
-            if kind == "key":
-                part = blocks.apply_rotary(part, *rotary, shape.rotary_dim, head_dim)
-            part = blocks.key_value_cache(graph, part, f"{kind}.{i}", groups, head_dim, None)
-            parts.append(blocks.repeat_key_value(part, groups, heads, head_dim))
+        key = blocks.apply_rotary(blocks.split_heads(states[1], groups, head_dim), *rotary, shape.rotary_dim, head_dim)
+        cached = [
+            blocks.key_value_cache(graph, part, f"{kind}.{i}", groups, head_dim, None)
+            for kind, part in (("key", key), ("value", blocks.split_heads(states[2], groups, head_dim)))
+        ]
+        keys, values = (blocks.repeat_key_value(part, groups, heads, head_dim) for part in cached)
         turned = blocks.apply_rotary(blocks.split_heads(query, heads, head_dim), *rotary, shape.rotary_dim, head_dim)
-        query = blocks.attention(turned, *parts, mask)
+        query = blocks.attention(turned, keys, values, mask)
     inputs = [graph.input_ids, graph.attention_mask, graph.position_ids, graph.beam_idx]
     return ov.Model([ops.result(query)], graph.assignments, [*inputs, *states], "attention_stack")
 
 
 def _random_states(shape: AttentionShape, *tokens: int) -> dict[str, np.ndarray]:
-    """Query, key and value, f32 `[*tokens, width]`."""
+    """Makes query, key and value, f32 `[*tokens, width]`."""
     random = np.random.default_rng(0)
     heads = {
         "query": shape.num_attention_heads,
@@ -104,7 +103,7 @@ def _random_states(shape: AttentionShape, *tokens: int) -> dict[str, np.ndarray]
 
 
 def _fill(cache: ov.Tensor) -> None:
-    """Bytes that are finite numbers in every precision."""
+    """Writes bytes that are finite numbers in every precision."""
     row = np.random.default_rng(0).integers(0, 0x3F, cache.shape[-1], np.uint8)
     cache.data[:] = row
 
@@ -117,13 +116,14 @@ class _Stateful:
         core = ov.Core()
         model = attention_stack(shape, layers)
         self.fused = cache_precision is not None
-        if self.fused:
+        if cache_precision is not None:
             load(core)
             fuse_attention(model, cache_precision)
         self.request = core.compile_model(model, "CPU", config).create_infer_request()
         self.names = {name for port in model.inputs for name in port.names}
-        if self.fused:
-            self.state = FusedAttentionState(self.request, cache_layout(model), 1 << 20)
+        layout = cache_layout(model)
+        if layout is not None:
+            self.state = FusedAttentionState(self.request, layout, 1 << 20)
 
     def prepare(self, new: int, past: int) -> Callable[[], Any]:
         """A call that computes `new` tokens after `past` ones."""
@@ -186,7 +186,7 @@ class _Paged:
             "block_indices": range(blocks),
             "max_context_len": past + new,
         }
-        inputs = {name: np.array(value, np.int32) for name, value in scalars.items()}
+        inputs: dict[str, np.ndarray] = {name: np.array(value, np.int32) for name, value in scalars.items()}
         inputs |= _random_states(self.shape, new, 1)
         inputs["input_ids"] = np.zeros(new, np.int64)
         inputs["position_ids"] = np.arange(past, past + new)
@@ -228,12 +228,12 @@ def measure_attention(
         threads: 0 = as many as OpenVINO takes.
 
     Returns:
-        One measurement for each way, the fused ones first.
+        One measurement for each way, the native ones first.
     """
     layers = layers or (8 if past_tokens else 1)
     config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
     calls = {}
-    for way, precision in (("fused", "bf16"), ("fused-int8", "i8"), ("sdpa", None)):
+    for way, precision in (("native", "bf16"), ("native-int8", "i8"), ("openvino", None)):
         calls[way] = _Stateful(shape, layers, precision, config).prepare(new_tokens, past_tokens)
     calls["paged"] = _Paged(shape, layers, config).prepare(new_tokens, past_tokens)
     if threads:

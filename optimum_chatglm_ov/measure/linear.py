@@ -25,7 +25,7 @@ from ..native.fuse_linear import fuse_linears
 
 WEIGHTS = ("int8", "int4")
 """int8 with one scale a row, and int4 with a scale and a zero point for every 64 input features."""
-WAYS = ("fused", "openvino")
+WAYS = ("native", "openvino")
 LAYERS = ("qkv", "dense", "mlp", "output")
 
 _INT4_GROUP = 64
@@ -78,7 +78,8 @@ class _Stack:
         self.random = np.random.default_rng(0)
         self.weights = weights
         self.numbers = self.bytes = 0  # of weights in one copy
-        nodes, self.parameters = [], []
+        nodes: list[Node] = []
+        self.parameters: list[Node] = []
         while len(nodes) < (copies or -(-_STACK_BYTES // self.bytes) if nodes else 1):
             self.numbers = self.bytes = 0
             x = ops.parameter(
@@ -123,7 +124,7 @@ class _Stack:
         return self._constant(tensor)
 
     def _scales(self, shape: list[int], in_features: int, largest: int) -> Node:
-        """Such that outputs are about as large as inputs."""
+        """Makes scales with which outputs are about as large as inputs."""
         scales = self.random.uniform(0.5, 1.5, shape) / (largest * in_features**0.5)
         return self._constant(ov.Tensor(scales.astype(np.float16)))
 
@@ -137,7 +138,7 @@ class _Way:
 
     def __init__(self, model: ov.Model, way: str, config: dict[str, str]):
         core = ov.Core()
-        if way == "fused":
+        if way == "native":
             model = model.clone()
             load(core)
             fuse_linears(model)
@@ -146,7 +147,7 @@ class _Way:
         self.request = compiled.create_infer_request()
 
     def __call__(self, hidden_states: np.ndarray) -> list[np.ndarray]:
-        """The first row of each copy, f32 `[1, 1, out_features]`, for f32 `[1, rows, hidden_size]`."""
+        """Computes the first row of each copy, f32 `[1, 1, out_features]`, from f32 `[1, rows, hidden_size]`."""
         return list(self.request.infer(dict.fromkeys(self.names, hidden_states), share_inputs=True).values())
 
 

@@ -26,7 +26,7 @@ import torch
 
 from .. import native
 from ..architectures.registry import architecture_of
-from ..choices import WAYS
+from ..choices import WAYS, canonical
 from ..configuration import ChatGLMConfig
 from ..ir import MODEL_FILE, load_config
 from ..modeling import OVChatGLMForCausalLM
@@ -66,7 +66,7 @@ class Measurement:
     cycles_per_instruction: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement as JSON knows it."""
+        """Returns the measurement as JSON knows it."""
         return asdict(self)
 
 
@@ -84,28 +84,80 @@ def measure(
 
     Args:
         models: folders of IRs.
-        ways: see `WAYS`.
-        prompt_lengths: tokens of the (random) prompts.
+        ways, prompt_lengths: see `WAYS`, and tokens of the (random) prompts.
         new_tokens: tokens to generate, the first included.
         repetitions: generations at each length, after one to warm up.
         threads: 0 = as many as OpenVINO takes.
         ov_config: OpenVINO properties of every way, for example `{"INFERENCE_PRECISION_HINT": "f32"}`.
-        linear: who computes the linear layers of the fused ways, as `from_pretrained` takes it.
+        linear: who computes the linear layers of the native ways, as `from_pretrained` takes it.
 
     Raises:
         ValueError: an unknown way, a folder without an exported model, a number below its least, a prompt beyond the
             context length, or a property that `ways` or `threads` decide; "paged" for a model that PagedAttention does
             not take.
         ImportError: "paged" without openvino-genai.
-        NativeBuildError: a fused way, and the native library is not there and cannot be built.
+        NativeBuildError: a native way, and the native library is not there and cannot be built.
     """
+    ways = [canonical(way) for way in ways]
+    properties = dict(ov_config or {})
+    _check_numbers(new_tokens=(new_tokens, 2), repetitions=(repetitions, 1))
+    _check_ways(models, ways, properties)
+    if threads:
+        properties["INFERENCE_NUM_THREADS"] = str(threads)
+    for folder in map(Path, models):
+        config = load_config(folder)
+        example_prompt = architecture_of(config).example_prompt
+        _check_lengths(folder, config.max_position_embeddings, prompt_lengths, new_tokens)
+        weights, weight_bytes = _weights(folder)
+        for way in ways:
+            generator = _Paged(folder, properties) if way == "paged" else _Stateful(folder, way, properties, linear)
+            for length in prompt_lengths:
+                bandwidth = stream_bandwidth(threads)
+                # other tokens each time: openvino-genai keeps the cache of a prompt that it has seen
+                prompts = [example_prompt(length, seed) for seed in range(repetitions + 1)]
+                first, token, cycles_per_instruction = _timed(generator, prompts, new_tokens)
+                cache_bytes = _cache_bytes(config, generator.cache_bits) * (length + new_tokens / 2)
+                gigabytes = (weight_bytes + cache_bytes) / 1e9
+                yield Measurement(
+                    *(str(folder), weights, way, length),
+                    first_token_seconds=first,
+                    token_seconds=token,
+                    token_gigabytes=gigabytes,
+                    bandwidth=gigabytes / token,
+                    bandwidth_share=gigabytes / token / bandwidth,
+                    cycles_per_instruction=cycles_per_instruction,
+                )
+            del generator
+            gc.collect()
+
+
+def _timed(
+    generator: _Stateful | _Paged, prompts: list[torch.Tensor], new_tokens: int
+) -> tuple[float, float, float | None]:
+    """Times all prompts but the last, which warms up.
+
+    Returns:
+        The medians of the seconds of the first token and of each after it, and cycles per instruction.
+    """
+    generator.generate(prompts.pop(), new_tokens)
+    with _cycles_per_instruction() as counted:
+        times = [generator.generate(prompt, new_tokens) for prompt in prompts]
+    first, token = (statistics.median(seconds) for seconds in zip(*times))
+    return first, token, counted()
+
+
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    """Raises `ValueError` unless each number is at least its second."""
+    for name, (number, least) in numbers.items():
+        if number < least:
+            raise ValueError(f"`{name}` is {number}; expected at least {least}.")
+
+
+def _check_ways(models: Sequence[str | Path], ways: Sequence[str], properties: Mapping[str, str]) -> None:
+    """Raises what `measure` says unless every model can be computed in every way under these properties."""
     for way in ways:
         if way not in WAYS:
             raise ValueError(f"way {way!r} is unknown; expected one of {', '.join(WAYS)}")
-    for name, number, least in (("new_tokens", new_tokens, 2), ("repetitions", repetitions, 1)):
-        if number < least:
-            raise ValueError(f"`{name}` is {number}; expected at least {least}.")
-    properties = dict(ov_config or {})
     for name, argument in _DECIDED.items():
         if name in properties:
             raise ValueError(f"`ov_config` has {name}, which `{argument}` decides. Leave it out.")
@@ -114,53 +166,24 @@ def measure(
     for file in (Path(folder) / MODEL_FILE for folder in models):
         if not file.is_file():
             raise ValueError(f"{file}: not found; expected the folder of an exported model (`chatglm-ov export`).")
-        if native.is_fused(file) and not {"fused", "fused-int8"}.issuperset(ways):
+        if native.is_fused(file) and not {"native", "native-int8"}.issuperset(ways):
             raise ValueError(
-                f"{file.parent}: holds fused attention; expected of the ways only 'fused' or 'fused-int8', the one "
+                f"{file.parent}: holds native attention; expected of the ways only 'native' or 'native-int8', the one "
                 f"with its own cache precision, found {', '.join(ways)}."
             )
-    if threads:
-        properties["INFERENCE_NUM_THREADS"] = str(threads)
-    for folder in map(Path, models):
-        config = load_config(folder)
-        architecture = architecture_of(config)
-        for length in prompt_lengths:
-            if not 4 <= length <= config.max_position_embeddings - new_tokens:
-                raise ValueError(
-                    f"A prompt of {length} tokens and {new_tokens} new ones do not fit the context of {folder}; "
-                    f"expected 4 to {config.max_position_embeddings - new_tokens}."
-                )
-        weights, weight_bytes = _weights(folder)
-        for way in ways:
-            generator = _Paged(folder, properties) if way == "paged" else _Stateful(folder, way, properties, linear)
-            for length in prompt_lengths:
-                bandwidth = stream_bandwidth(threads)
-                # other tokens each time: openvino-genai keeps the cache of a prompt that it has seen
-                prompts = [architecture.example_prompt(length, seed) for seed in range(repetitions + 1)]
-                generator.generate(prompts.pop(), new_tokens)
-                with _cycles_per_instruction() as counted:
-                    times = [generator.generate(prompt, new_tokens) for prompt in prompts]
-                first, token = (statistics.median(seconds) for seconds in zip(*times))
-                cache = _cache_bytes(config, generator.cache_bits) * (length + new_tokens / 2)
-                gigabytes = (weight_bytes + cache) / 1e9
-                yield Measurement(
-                    str(folder),
-                    weights,
-                    way,
-                    length,
-                    first,
-                    token,
-                    gigabytes,
-                    gigabytes / token,
-                    gigabytes / token / bandwidth,
-                    counted(),
-                )
-            del generator
-            gc.collect()
+
+
+def _check_lengths(folder: Path, context: int, prompt_lengths: Sequence[int], new_tokens: int) -> None:
+    for length in prompt_lengths:
+        if not 4 <= length <= context - new_tokens:
+            raise ValueError(
+                f"A prompt of {length} tokens and {new_tokens} new ones do not fit the context of {folder}; "
+                f"expected 4 to {context - new_tokens}."
+            )
 
 
 def stream_bandwidth(threads: int = 0) -> float:
-    """10^9 bytes a second of reading memory in order: the best of a few sums of 512 MB of f32."""
+    """Measures reading memory in order, in 10^9 bytes a second: the best of a few sums of 512 MB of f32."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or _physical_threads())
@@ -176,7 +199,7 @@ def stream_bandwidth(threads: int = 0) -> float:
 
 
 def machine_peaks(threads: int = 0) -> dict[str, float]:
-    """What the machine reaches at most with so many threads (0 = as many as OpenVINO takes), measured now.
+    """Measures what the machine reaches at most with so many threads (0 = as many as OpenVINO takes).
 
     "stream", the 10^9 bytes a second of `stream_bandwidth`, and 10^12 operations a second for each kind of products
     in `native.PEAKS` that the CPU has; none of them where the native library is not there and cannot be built.
@@ -189,12 +212,12 @@ def machine_peaks(threads: int = 0) -> dict[str, float]:
 
 
 def cpu_description() -> str:
-    """Name of the CPU, threads that OpenVINO uses, and the instruction sets that matter here."""
+    """Names the CPU, the threads that OpenVINO uses, and the instruction sets that matter here."""
     core = ov.Core()
     try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split()
+        flags = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split()
         features = ", ".join(flag for flag in _CPU_FLAGS if flag in flags)
-    except (OSError, TypeError):
+    except (OSError, IndexError):
         features = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     name = core.get_property("CPU", "FULL_DEVICE_NAME").strip() or platform.processor()
     return f"{name}, {_physical_threads()} threads, {features}, OpenVINO {ov.get_version()}"
@@ -204,19 +227,19 @@ class _Stateful:
     """The stateful graph, all computed by OpenVINO or with the native operations."""
 
     def __init__(self, folder: Path, way: str, ov_config: Mapping[str, str], linear: str | None):
-        if way == "sdpa":
+        if way == "openvino":
             linear = "openvino"
         else:
-            ov_config = {**ov_config, "KV_CACHE_PRECISION": {"fused": "bf16", "fused-int8": "u8"}[way]}
-        attention = "sdpa" if way == "sdpa" else "fused"
+            ov_config = {**ov_config, "KV_CACHE_PRECISION": {"native": "bf16", "native-int8": "u8"}[way]}
+        attention = "openvino" if way == "openvino" else "native"
         self.model = OVChatGLMForCausalLM.from_pretrained(
             folder, attention=attention, linear=linear, ov_config=ov_config
         )
         stock = self.model.request.get_compiled_model().get_property("KV_CACHE_PRECISION").bitwidth
-        self.cache_bits = {"sdpa": stock, "fused": 16, "fused-int8": 8}[way]
+        self.cache_bits = {"openvino": stock, "native": 16, "native-int8": 8}[way]
 
     def generate(self, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-        """Seconds of the first token, and of each of the others."""
+        """Measures the seconds of the first token, and of each of the others."""
         start = time.perf_counter()
         output = self.model(prompt, logits_to_keep=1)
         ids = torch.cat([prompt, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -258,8 +281,9 @@ class _Paged:
 
 
 def _weights(folder: Path) -> tuple[str, int]:
-    """The type of most weights, and the bytes of all constants that every token reads (not those of an embedding)."""
-    total, types = 0, Counter()
+    """Finds the type of most weights, and the bytes of the constants that every token reads: all but an embedding."""
+    total = 0
+    types: Counter[str] = Counter()
     for node in OVChatGLMForCausalLM.load_model(folder / MODEL_FILE).get_ops():
         if node.get_type_name() != "Constant" or _is_looked_up(node):
             continue
@@ -269,7 +293,7 @@ def _weights(folder: Path) -> tuple[str, int]:
 
 
 def _is_looked_up(node: ov.Node) -> bool:
-    """Whether a constant, decompressed or not, is the table of nothing but `Gather`."""
+    """Tells whether nothing but `Gather` reads a constant, decompressed or not, as its table."""
     readers = [port for port in node.output(0).get_target_inputs()]
     while len(readers) == 1 and readers[0].get_node().get_type_name() in ("Convert", "Multiply", "Subtract"):
         readers = list(readers[0].get_node().output(0).get_target_inputs())
@@ -279,13 +303,13 @@ def _is_looked_up(node: ov.Node) -> bool:
 
 
 def _cache_bytes(config: ChatGLMConfig, bits: int) -> float:
-    """Bytes of keys and values of one token in all layers; 8 bits have one f32 scale for each head."""
+    """Counts the bytes of keys and values of one token in all layers; 8 bits have one f32 scale for each head."""
     head = config.head_dim * bits / 8 + (4 if bits == 8 else 0)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head
 
 
 def _physical_threads() -> int:
-    """Threads that OpenVINO takes on its own: one a physical core."""
+    """Counts the threads that OpenVINO takes on its own: one a physical core."""
     try:
         pairs = set()
         for cpu in os.sched_getaffinity(0):
@@ -298,7 +322,7 @@ def _physical_threads() -> int:
 
 @contextmanager
 def _cycles_per_instruction() -> Iterator[Callable[[], float | None]]:
-    """Counts this process in the block; what it yields tells the result after it."""
+    """Counts cycles and instructions of this process in the block; what it yields tells the result after it."""
     found: list[float] = []
     with tempfile.NamedTemporaryFile("r") as output:
         command = ["perf", "stat", "-x,", "-e", "cycles,instructions", "-o", output.name, "-p", str(os.getpid())]

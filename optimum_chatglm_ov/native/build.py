@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds or builds the library of native operations for the installed OpenVINO.
 
-A library fits one OpenVINO build. It comes, in this order, from the package itself (a wheel may carry it in
-`native/prebuilt`), from the cache of earlier builds, or from a CMake build of the sources in `native/cpp`, which
-takes about half a minute, once.
+A library fits one OpenVINO build. A wheel may carry it in `native/prebuilt`. Else it comes from the cache of earlier
+builds, or CMake builds it from the sources in `native/cpp`, once, in about half a minute.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from pathlib import Path
 import openvino
 from filelock import FileLock
 
+from .. import environment
 from ..errors import ChatGLMError
 
 
@@ -32,28 +31,10 @@ SOURCE_DIR = Path(__file__).parent / "cpp"
 PREBUILT_DIR = Path(__file__).parent / "prebuilt"
 LIBRARY_NAME = "libchatglm_attention.so"
 _FLAGS = ("CXXFLAGS", "CPPFLAGS", "LDFLAGS")
-# Headers newer than the wheel's library may ask it for functions that it does not have.
-TBB_REQUIREMENT = '"tbb-devel>=2021.10,<2022"'
 
 
 class NativeBuildError(ChatGLMError, RuntimeError):
     """The native library is not there and cannot be built here; the message says what is missing."""
-
-
-def cache_dir() -> Path:
-    """Folder of built libraries: `$CHATGLM_OV_CACHE`, else `optimum_chatglm_ov` in the user's cache folder.
-
-    Raises `NativeBuildError` for a user who has none.
-    """
-    chosen = os.environ.get("CHATGLM_OV_CACHE")
-    if chosen:
-        return Path(chosen)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_chatglm_ov"
-    except RuntimeError as error:
-        raise NativeBuildError(
-            "the user has no home folder to keep the built library in; set CHATGLM_OV_CACHE to a writable folder"
-        ) from error
 
 
 def _slug(text: str) -> str:
@@ -61,7 +42,7 @@ def _slug(text: str) -> str:
 
 
 def prebuilt_path() -> Path:
-    """Where a wheel carries the library for the installed OpenVINO and this kind of machine."""
+    """Names the place where a wheel carries the library for the installed OpenVINO and this kind of machine."""
     return PREBUILT_DIR / _slug(f"{openvino.get_version()}-{platform.machine()}") / LIBRARY_NAME
 
 
@@ -71,7 +52,7 @@ def _sources() -> list[Path]:
 
 
 def _compiler() -> str:
-    """Path of the C++ compiler: `$CXX`, or c++, g++ or clang++ on the path."""
+    """Finds the C++ compiler: `$CXX`, or c++, g++ or clang++ on the path."""
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else ("c++", "g++", "clang++"):
         path = shutil.which(name)
@@ -94,7 +75,7 @@ def _compiler_version(compiler: str) -> str:
 
 
 def _cmake() -> str:
-    """Path of CMake: on the path, or in the PyPI package `cmake`."""
+    """Finds CMake: on the path, or in the PyPI package `cmake`."""
     path = shutil.which("cmake")
     if path:
         return path
@@ -105,27 +86,21 @@ def _cmake() -> str:
     raise NativeBuildError("no CMake found: pip install cmake")
 
 
-def _tbb_include_dir() -> Path:
-    """Folder that holds `oneapi/tbb/parallel_for.h`, from the PyPI package tbb-devel or the system."""
-    folders = [os.environ.get("TBB_INCLUDE_DIR"), f"{sys.prefix}/include", f"{sysconfig.get_path('data')}/include"]
-    folders += ["/usr/include", "/usr/local/include"]
-    for folder in folders:
-        if folder and Path(folder, "oneapi", "tbb", "parallel_for.h").is_file():
-            return Path(folder)
-    raise NativeBuildError(f"the headers of TBB are missing: pip install {TBB_REQUIREMENT}")
-
-
 def built_path() -> Path:
-    """Where the library of the installed OpenVINO, these sources and this compiler is cached.
+    """Names the place in the cache of the library for the installed OpenVINO, these sources and this compiler.
 
-    Without a compiler, where one was built with any; raises `NativeBuildError` if none was.
+    Without a compiler it is one that was built with any; raises `NativeBuildError` if there is none.
     """
     digest = hashlib.sha256()
     for text in (openvino.get_version(), platform.machine()):
         digest.update(text.encode() + b"\0")
     for source in _sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    folder = cache_dir() / "native" / f"{_slug(openvino.get_version())}-{digest.hexdigest()[:16]}"
+    name = f"{_slug(openvino.get_version())}-{digest.hexdigest()[:16]}"
+    try:
+        folder = environment.cache_dir() / "native" / name
+    except environment.CacheFolderError as error:
+        raise NativeBuildError(str(error)) from error
     try:
         compiler = _compiler_version(_compiler())
     except NativeBuildError:
@@ -154,10 +129,10 @@ def _run(command: list[str]) -> None:
 
 def _compile(target: Path) -> None:
     """Builds in a folder beside the target and renames, so that the target is complete whenever it exists."""
-    compiler, cmake, tbb = _compiler(), _cmake(), _tbb_include_dir()
+    compiler, cmake = _compiler(), _cmake()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         configure = [cmake, "-S", str(SOURCE_DIR), "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
-        configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DTBB_INCLUDE_DIR={tbb}"]
+        configure += [f"-DCMAKE_CXX_COMPILER={compiler}"]
         _run([*configure, f"-DOpenVINO_DIR={Path(openvino.__file__).parent / 'cmake'}"])
         _run([cmake, "--build", folder, "--target", "chatglm_attention", "--parallel"])
         os.replace(Path(folder, LIBRARY_NAME), target)
@@ -184,13 +159,13 @@ def build_native(force: bool = False) -> Path:
             print(f"... done in {time.monotonic() - start:.0f} s: {target}", file=sys.stderr)
     except OSError as error:
         raise NativeBuildError(
-            f"cannot write to {target.parent}: {error}; set CHATGLM_OV_CACHE to a writable folder"
+            f"cannot write to {target.parent}: {error}; set {environment.CACHE} to a writable folder"
         ) from error
     return target
 
 
 def extension_path() -> Path:
-    """Path of the library for the installed OpenVINO: carried by the package, cached, or built now.
+    """Finds the library for the installed OpenVINO: carried by the package, cached, or built now.
 
     Raises `NativeBuildError`.
     """

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,8 @@ import openvino as ov
 from openvino import Type
 from openvino import opset13 as ops
 
-from .. import native
-from ..choices import KV_CACHE_PRECISIONS
+from .. import environment, native
+from ..choices import KV_CACHE_PRECISIONS, canonical
 from ..native import NativeBuildError
 from ..native.fuse_attention import CacheLayout, cache_layout, fuse_attention
 from ..native.fuse_linear import DEFAULT_ACTIVATION_GROUP, fuse_linears
@@ -30,13 +29,13 @@ _GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 
 
 def choice(argument: str, value: str | None, choices: tuple[str, ...], variable: str, default: str = "auto") -> str:
-    """`value`, else that of the environment variable, else `default`.
+    """Returns the name in `choices` of `value`, else of the environment variable, else `default`.
 
     Raises:
         ValueError: it is none of them.
     """
     name = f"`{argument}`" if value else f"The variable {variable}"
-    value = value or os.environ.get(variable) or default
+    value = canonical(value or environment.variable(variable) or default)
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}.")
     return value
@@ -62,19 +61,19 @@ def compile_engine(
         context_length: tokens that a sequence never exceeds.
 
     Raises:
-        NativeBuildError: `attention="fused"` or `linear="fused"`, and the native library is not there and cannot be
+        NativeBuildError: `attention="native"` or `linear="native"`, and the native library is not there and cannot be
             built.
         ValueError: one of these, or an IR that was exported with fused attention, with another device than CPU;
-            `attention="fused"` or such an IR, with a `KV_CACHE_PRECISION` or a graph that it does not have;
-            `linear="fused"` for a model without layers that it takes, or with activations in smaller groups than
+            `attention="native"` or such an IR, with a `KV_CACHE_PRECISION` or a graph that it does not have;
+            `linear="native"` for a model without layers that it takes, or with activations in smaller groups than
             it rounds; a `DYNAMIC_QUANTIZATION_GROUP_SIZE` that is no integer.
     """
     layout = cache_layout(model)  # of an IR that was exported fused
-    attention = "fused" if layout is not None else attention
+    attention = "native" if layout is not None else attention
     group_size = _activation_group_size(model, ov_config)
     rounds = group_size >= DEFAULT_ACTIVATION_GROUP
     linear = "openvino" if linear == "auto" and not rounds else linear
-    if linear.startswith("fused") and not rounds:
+    if linear.startswith("native") and not rounds:
         raise ValueError(
             f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}) rounds activations in groups of at least "
             f"{DEFAULT_ACTIVATION_GROUP}; found {_GROUP_SIZE} {group_size}. Leave one out."
@@ -82,7 +81,7 @@ def compile_engine(
     model = with_logits_to_keep(model)
     is_fused = has_native = False
     if _loads_native(attention, linear, device, layout is not None):
-        is_fused = attention != "sdpa" and _fuse_attention(model, ov_config, layout, attention == "auto")
+        is_fused = attention != "openvino" and _fuse_attention(model, ov_config, layout, attention == "auto")
         has_native = _fuse_linears(model, linear, group_size) or is_fused
     config = _native_config(ov_config) if has_native else dict(ov_config)
     request = core.compile_model(model, device, config).create_infer_request()
@@ -94,7 +93,7 @@ def compile_engine(
 def _loads_native(attention: str, linear: str, device: str, holds_attention: bool) -> bool:
     """Whether the native operations are wanted, and are there."""
     chosen = {"attention": attention, "linear": linear}
-    asked = [f"{name}={value!r}" for name, value in chosen.items() if value.startswith("fused")]
+    asked = [f"{name}={value!r}" for name, value in chosen.items() if value.startswith("native")]
     if not asked and "auto" not in (attention, linear):
         return False
     if device != "CPU":
@@ -110,7 +109,7 @@ def _loads_native(attention: str, linear: str, device: str, holds_attention: boo
             raise
         what, chooser = "linear layers are", "linear='openvino'"
         if attention == "auto":
-            what, chooser = "attention and linear layers are", "attention='sdpa'"
+            what, chooser = "attention and linear layers are", "attention='openvino'"
         logger.warning(f"OpenVINO's own {what} used (`{chooser}` chooses so without this warning): {error}")
         return False
     return True
@@ -125,7 +124,7 @@ def _fuse_attention(
         if not is_optional:
             raise
         logger.warning(
-            f"OpenVINO's own attention is used (`attention='sdpa'` chooses it without this warning): {error}"
+            f"OpenVINO's own attention is used (`attention='openvino'` chooses it without this warning): {error}"
         )
         return False
     return True
@@ -134,8 +133,8 @@ def _fuse_attention(
 def _fuse_linears(model: ov.Model, linear: str, group_size: int) -> bool:
     if linear == "openvino" or (linear == "auto" and not native.linear_is_fast()):
         return False
-    has_linears = fuse_linears(model, group_size, rounds_tokens=linear == "fused-int8") > 0
-    if linear.startswith("fused") and not has_linears:
+    has_linears = fuse_linears(model, group_size, rounds_tokens=linear == "native-int8") > 0
+    if linear.startswith("native") and not has_linears:
         raise ValueError(
             f"`linear={linear!r}` (or CHATGLM_OV_LINEAR={linear}): the model has no int8 or int4 linear layers "
             f"that the native operations take, with activations in groups of {group_size}. Leave it out."

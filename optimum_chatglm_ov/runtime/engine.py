@@ -162,7 +162,7 @@ class StatefulEngine(Engine):
         elif length != self._past_length:
             raise ValueError(
                 f"crop({length}): the {self._past_length} tokens that OpenVINO's state variables hold cannot be taken "
-                'back one by one. Load the model with `attention="fused"`, or start anew.'
+                'back one by one. Load the model with `attention="native"`, or start anew.'
             )
 
     def reset(self) -> None:

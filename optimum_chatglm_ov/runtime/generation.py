@@ -81,7 +81,7 @@ def check_rollback(engine: Engine | None, name: str) -> None:
         raise ValueError(
             "Assisted generation (`assistant_model`, `prompt_lookup_num_tokens`) takes tokens back, and the "
             f"key/value cache inside this {name} cannot. Load it as "
-            '`OVChatGLMForCausalLM.from_pretrained(..., attention="fused")`.'
+            '`OVChatGLMForCausalLM.from_pretrained(..., attention="native")`.'
         )
 
 

@@ -60,7 +60,7 @@ class EngineForCausalLM(OVModelForCausalLM):
     """
 
     engine: Engine | None = None
-    attention = "sdpa"
+    attention = "openvino"
     linear = "openvino"
     _last_turn: KeptTurn | None = None
     _prompt_layout: np.ndarray | None = None  # waiting for the next prompt, see `generate`
@@ -70,7 +70,7 @@ class EngineForCausalLM(OVModelForCausalLM):
         model: ov.Model | ov.CompiledModel,
         config: Any = None,
         *args: Any,
-        attention: str = "sdpa",
+        attention: str = "openvino",
         linear: str = "openvino",
         **kwargs: Any,
     ):
@@ -81,7 +81,7 @@ class EngineForCausalLM(OVModelForCausalLM):
     # The engine ----------------------------------------------------------------------------------------------------
 
     @property
-    def request(self) -> ov.InferRequest | None:
+    def request(self) -> Any:
         """The inference request of the engine."""
         return None if self.engine is None else self.engine.request
 

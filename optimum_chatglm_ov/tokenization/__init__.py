@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers of every ChatGLM generation, without remote code."""
 
-from .auto import register
 from .base import ChatGLMTokenizer, has_vocabulary, load_tokenizer
 from .chatglm import ChatGLM1Tokenizer
 from .chatglm2 import ChatGLM2Tokenizer
@@ -24,5 +23,4 @@ __all__ = [
     "TokenizerError",
     "has_vocabulary",
     "load_tokenizer",
-    "register",
 ]

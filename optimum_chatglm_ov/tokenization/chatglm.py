@@ -182,7 +182,7 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return encoded_inputs
 
     def _prompt_length(self, ids: list[int]) -> int:
-        """Number of ids before `<sop>`: they see each other, what follows sees only what precedes it."""
+        """Counts the ids before `<sop>`: they see each other, what follows sees only what precedes it."""
         return ids.index(self.bos_token_id) if self.bos_token_id in ids else len(ids)
 
     def _blocked(self, ids: list[int]) -> np.ndarray:
@@ -210,14 +210,14 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return self.convert_tokens_to_string(self.convert_ids_to_tokens([i for i in ids if i not in dropped]))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of `tokens`, with line breaks, tabs and blanks for the pieces that stand for them."""
+        """Joins `tokens` to a text, with line breaks, tabs and blanks for the pieces that stand for them."""
         text = self.sp_model.decode_pieces(tokens).replace("<n>", "\n").replace("<|tab|>", "\t")
         return _BLANK_PIECE.sub(lambda piece: " " * int(piece[1]), text)
 
     # Conversations -------------------------------------------------------------------------------------------------
 
     def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
-        """The original's prompt: the query alone, or rounds from 0 when there is a history."""
+        """Builds the original's prompt: the query alone, or rounds from 0 when there is a history."""
         messages = [*as_messages(history), {"role": "user", "content": query}]
         check_roles(messages, self.roles, type(self).__qualname__)
         return self._render(
@@ -227,7 +227,7 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         )
 
     def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """`input_ids` [1, L] alone, as the original tokenizer gives them."""
+        """Builds `input_ids` [1, L] alone, as the original tokenizer does."""
         if role != "user":
             raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")
         return self([self.build_prompt(query, history)], return_tensors="pt")

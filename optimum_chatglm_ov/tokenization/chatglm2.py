@@ -31,11 +31,11 @@ class SentencePieceVocabulary:
         self.bos_id, self.eos_id, self.pad_id = self.sp_model.bos_id(), self.sp_model.eos_id(), self.sp_model.unk_id()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; control tokens in it are text."""
+        """Encodes `text`; control tokens in it are text."""
         return self.sp_model.encode(whole_characters(text))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, control tokens by name; each stretch between them is decoded by itself."""
+        """Decodes `ids`, control tokens by name, and each stretch between them by itself."""
         text, stretch = "", []
         for index in ids:
             if index in self.index_special_tokens:
@@ -103,7 +103,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return token == "<unk>" or self.tokenizer.token_to_id(token) != self.tokenizer.sp_model.unk_id()
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """`pad_token_id` and its like set the token of that id, also one that has no text of its own."""
+        """Lets `pad_token_id` and its like set the token of that id, also one without a text of its own."""
         name = key.removesuffix("_id")
         if value is not None and key.endswith("_token_id") and name in self.SPECIAL_TOKENS_ATTRIBUTES:
             if not 0 <= value < len(self):
@@ -191,13 +191,13 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         )
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of `tokens`; incomplete UTF-8 becomes U+FFFD."""
+        """Joins `tokens` to a text; incomplete UTF-8 becomes U+FFFD."""
         return self.tokenizer.sp_model.decode_pieces(tokens)
 
     # Conversations -------------------------------------------------------------------------------------------------
 
     def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
-        """The original's prompt: rounds from 1, ending in `答：`."""
+        """Builds the original's prompt: rounds from 1, ending in `答：`."""
         messages = [*as_messages(history), {"role": "user", "content": query}]
         check_roles(messages, self.roles, type(self).__qualname__)
         return self._render(
@@ -207,7 +207,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         )
 
     def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """`input_ids`, `attention_mask` and `position_ids` [1, L] of `build_prompt`."""
+        """Builds `input_ids`, `attention_mask` and `position_ids` [1, L] of `build_prompt`."""
         if role != "user":
             raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")
         return self([self.build_prompt(query, history)], return_tensors="pt")

@@ -54,7 +54,7 @@ class CodeGeeX4Tokenizer(ChatGLM4Tokenizer, saved_as="ChatGLM4Tokenizer"):
 
 
 def defined_functions(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The functions that a message defines; none if it says something."""
+    """Reads the functions that a message defines; none if it says something."""
     if message["role"] != "tool":
         return list(message.get("tools") or ())
     content = message.get("content")

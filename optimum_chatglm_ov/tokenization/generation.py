@@ -17,15 +17,21 @@ logger = logging.getLogger(__name__)
 
 
 def detect_generation(vocab_file: str, tokenizer_config: dict[str, Any]) -> tuple[str, bool]:
-    """One of `GENERATIONS`, for a vocabulary file and the arguments that its tokenizer is made with; and whether
-    anything told it.
+    """Detects the generation of a vocabulary file and of the arguments that its tokenizer is made with.
 
-    The file tells ChatGLM (its own pieces for line breaks) and GLM-4 (not a SentencePiece model) apart. ChatGLM2 and
-    ChatGLM3 have the same file, and so have GLM-4 and CodeGeeX4. What tells them apart is, in this order,
-    `chatglm_generation` in `tokenizer_config`, the role tokens in it (which ChatGLM2 has not), the model names stored
-    beside the file (`name_or_path` of tokenizer_config.json, `_name_or_path` of config.json), and the name the
-    tokenizer was asked for by. When nothing tells, ChatGLM3 is taken, and a warning says so, or GLM-4. A stored
-    `chatglm_generation` of `"glm4"` means CodeGeeX4 where a stored name is of that: version 0.1.0 knew GLM-4 alone.
+    The file tells ChatGLM (its own pieces for line breaks) and GLM-4 (not a SentencePiece model). ChatGLM2 and
+    ChatGLM3 have the same file, and so have GLM-4 and CodeGeeX4. These are told apart by the first of:
+
+    - `chatglm_generation` in `tokenizer_config`; a stored "glm4" means CodeGeeX4 where a stored name is of that, since
+      version 0.1.0 knew GLM-4 alone
+    - the role tokens there, which ChatGLM2 has not
+    - the model names stored beside the file (`name_or_path` of tokenizer_config.json, `_name_or_path` of config.json)
+    - the name that the tokenizer was asked for by
+
+    Where nothing tells, it is GLM-4, or ChatGLM3 with a warning.
+
+    Returns:
+        One of `GENERATIONS`, and whether anything told it.
 
     Raises:
         TokenizerError: `chatglm_generation` is unknown or contradicts the file, the file is unusable, or the stored

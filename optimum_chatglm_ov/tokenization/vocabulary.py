@@ -22,7 +22,7 @@ class TokenizerError(ChatGLMError, ValueError):
 
 
 def vocabulary_format(vocab_file: str | os.PathLike) -> str:
-    """`"sentencepiece"` or `"ranks"`, from the first bytes of the file.
+    """Tells `"sentencepiece"` from `"ranks"` by the first bytes of the file.
 
     Raises:
         TokenizerError: the file is neither, is empty, or is a Git LFS pointer.
@@ -44,7 +44,7 @@ def vocabulary_format(vocab_file: str | os.PathLike) -> str:
 
 
 def load_sentencepiece(vocab_file: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
-    """Raises `TokenizerError` unless `vocab_file` is a complete SentencePiece model."""
+    """Loads a vocabulary; raises `TokenizerError` unless `vocab_file` is a complete SentencePiece model."""
     found = vocabulary_format(vocab_file)
     if found != "sentencepiece":
         raise TokenizerError(
@@ -64,7 +64,7 @@ def load_sentencepiece(vocab_file: str | os.PathLike) -> sentencepiece.SentenceP
 
 
 def load_ranks(vocab_file: str | os.PathLike) -> dict[bytes, int]:
-    """Bytes of each token -> its id, from lines of a base64 token, a blank and the id.
+    """Reads the id of each token by its bytes, from lines of a base64 token, a blank and the id.
 
     Raises:
         TokenizerError: a line has another form, or the ids are not 0, 1, 2, ... without a gap.
@@ -102,5 +102,5 @@ def load_ranks(vocab_file: str | os.PathLike) -> dict[bytes, int]:
 
 
 def whole_characters(text: str) -> str:
-    """`text` with U+FFFD for half a surrogate pair, which no encoding has, and pairs put together."""
+    """Puts surrogate pairs in `text` together; a lone half, which no encoding has, becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

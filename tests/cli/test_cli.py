@@ -27,7 +27,7 @@ from optimum_chatglm_ov.cli import conversation
 from optimum_chatglm_ov.cli.arguments import add_runtime_options, runtime_options
 from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
-from optimum_chatglm_ov.integrations.remote_code import warn_once
+from optimum_chatglm_ov.integrations.recognition import warn_once
 from optimum_chatglm_ov.native import is_fused
 
 
@@ -129,10 +129,10 @@ def imports(command, **changes):
         *((0, [name, "--help"], f"usage: chatglm-ov {name}") for name, _, _ in SUBCOMMANDS),
         (2, [], "the following arguments are required: SUB-COMMAND"),
         (2, ["export", CHATGLM3, "output", "--weight-format", "int3"], "invalid choice: 'int3'"),
-        (2, ["export", CHATGLM3, "output", "--kv-cache-precision", "u8"], "only with --attention fused"),
+        (2, ["export", CHATGLM3, "output", "--kv-cache-precision", "u8"], "only with --attention native"),
         (2, ["export", CHATGLM3, "output", "--ratio", "1"], "--ratio: only for quantised weights"),
         (2, ["chat", "--prompt", " "], "--prompt is empty"),
-        (2, ["bench", "--attention-only", "chatglm", "--linear", "fused"], "--attention-only measures no linear"),
+        (2, ["bench", "--attention-only", "chatglm", "--linear", "native"], "--attention-only measures no linear"),
         (2, ["compare", "a", "b", "--text", "c", "--json", "no/such/folder/file"], "cannot be written"),
     ],
 )
@@ -165,6 +165,7 @@ def test_optimum_cli_help_does_not_import_the_package(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["optimum_chatglm_ov", "transformers", "optimum_chatglm_ov.configuration"])
+@pytest.mark.slow
 def test_importing_the_package_registers_its_classes(first):
     code = f"import {first}, optimum_chatglm_ov\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"
     code += f"config = AutoConfig.from_pretrained({CHATGLM3!r})\nprint(type(config).__name__)\n"
@@ -173,6 +174,7 @@ def test_importing_the_package_registers_its_classes(first):
     assert done.stdout == "ChatGLMConfig\nTrue\n", done.stderr
 
 
+@pytest.mark.slow
 def test_the_process_of_the_command_registers_with_the_first_name():
     code = "import sys\nsys.argv = ['/usr/bin/chatglm-ov']\nimport optimum_chatglm_ov\n"
     code += "from optimum_chatglm_ov import choices, measure\n"  # modules may come first
@@ -244,6 +246,7 @@ def test_export(tmp_path, capsys):
     assert json.loads((output / "openvino_config.json").read_text())["quantization_config"]["bits"] == 8
 
 
+@pytest.mark.slow
 def test_a_terminated_export_leaves_nothing(tmp_path):
     output = tmp_path / "new" / "output"
     process = subprocess.Popen([*COMMAND, "export", CHATGLM3, output], env=environment(), stderr=subprocess.PIPE)
@@ -330,12 +333,13 @@ def test_adapters_with_weights(tmp_path):
     assert parse("--adapter", "one", "--adapter", "two=2").adapter == ["one", ("two", 2.0)]
 
 
+@pytest.mark.slow
 def test_optimum_cli_finds_the_command(tmp_path):
     paths = python_path(tmp_path / "packages")
     output = tmp_path / "output"
     optimum_cli = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()"]
     arguments = ["export", "chatglm-ov", "--model", CHATGLM3, str(output), "--weight-format", "fp16"]
-    arguments += ["--attention", "fused"]
+    arguments += ["--attention", "native"]
     done = subprocess.run(
         [*optimum_cli, *arguments],
         capture_output=True,
@@ -351,6 +355,7 @@ def test_optimum_cli_finds_the_command(tmp_path):
 # chat ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_prompt_through_a_pipe_in_the_c_locale(exported):
     folder = exported("chatglm3-6b")
     model, tokenizer = OVChatGLMForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -362,6 +367,7 @@ def test_one_prompt_through_a_pipe_in_the_c_locale(exported):
     assert re.fullmatch(r"\[24 tokens, first after [\d.]+ s, then [\d.]+ tokens/s\]\n", done.stderr.decode())
 
 
+@pytest.mark.slow
 def test_a_conversation_has_history_until_it_is_cleared(exported):
     folder = exported("chatglm2-6b")
     model, tokenizer = OVChatGLMForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -381,6 +387,7 @@ def test_a_conversation_has_history_until_it_is_cleared(exported):
     assert "/what: unknown" in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_query_in_a_pipe_that_fails(exported):
     folder = exported("chatglm3-6b")
     limit = OVChatGLMForCausalLM.from_pretrained(folder, compile=False).config.max_position_embeddings
@@ -433,22 +440,23 @@ def test_openvino_options_reach_the_compiled_model(exported):
     assert compiled.get_property("KV_CACHE_PRECISION") == ov.Type.f32
     assert compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
     assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 32
-    fused = runtime_options(parser.parse_args(["--attention", "fused", "--linear", "openvino"]))
+    fused = runtime_options(parser.parse_args(["--attention", "native", "--linear", "openvino"]))
     model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm3-6b"), **fused)
     assert model.engine.can_crop and model.linear == "openvino"
 
 
 def test_a_conversation_with_openvino_options(exported, capsys):
     arguments = ["chat", "--model", str(exported("chatglm3-6b")), "--prompt", "x", "--max-new-tokens", "2"]
-    assert main([*arguments, "--inference-precision", "f32", "--attention", "fused"]) == 0
+    assert main([*arguments, "--inference-precision", "f32", "--attention", "native"]) == 0
     assert capsys.readouterr().out
-    assert main([*arguments, "--linear", "fused"]) == 1
+    assert main([*arguments, "--linear", "native"]) == 1
     assert "no int8 or int4 linear layers" in capsys.readouterr().err
     assert main([*arguments, "--device", "NO_SUCH_DEVICE"]) == 1
     message = capsys.readouterr().err
     assert message.startswith('chatglm-ov chat: error: OpenVINO: Device with "NO_SUCH_DEVICE" name is not registered')
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(exported):
     arguments = ["chat", "--model", str(exported("chatglm3-6b")), "--greedy", "--max-new-tokens", "4"]
     reading, writing = os.pipe()
@@ -566,6 +574,7 @@ def endless_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_interrupt_stops_the_answer_and_not_the_session(endless_model):
     terminal = Terminal("chat", "--model", endless_model, "--greedy", "--max-new-tokens", "900000")
     terminal.wait_for("> $")
@@ -581,6 +590,7 @@ def test_interrupt_stops_the_answer_and_not_the_session(endless_model):
     assert terminal.close() == 0
 
 
+@pytest.mark.slow
 def test_interrupts_at_the_prompt(exported):
     terminal = Terminal("chat", "--model", exported("chatglm3-6b"), "--greedy", "--max-new-tokens", "4")
     terminal.wait_for("> $")
@@ -592,6 +602,7 @@ def test_interrupts_at_the_prompt(exported):
     assert terminal.close() == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_prompt_tells_so(endless_model):
     terminal = Terminal("chat", "--model", endless_model, "--greedy", "--max-new-tokens", "900000", "--prompt", "你好")
     terminal.wait_for(r"\S+")

@@ -201,6 +201,7 @@ def _size_limited(limit, arguments):
 
 
 @pytest.mark.parametrize("limit", [1000, 20_000, 200_000])
+@pytest.mark.slow
 def test_full_disk(limit, tmp_path):
     output = tmp_path / "ir"
     output.mkdir()
@@ -213,6 +214,7 @@ def test_full_disk(limit, tmp_path):
 
 @pytest.mark.usefixtures("may_mount")
 @pytest.mark.parametrize("kilobytes, weight_format", [(40, "original"), (200, "int8"), (400, "fp32")])
+@pytest.mark.slow
 def test_full_tmpfs(kilobytes, weight_format, tmp_path):
     """On a real file system without room: the error comes from wherever the space ends, and what was there stays."""
     disk = tmp_path / "disk"
@@ -239,6 +241,7 @@ def test_full_tmpfs(kilobytes, weight_format, tmp_path):
 
 
 @pytest.mark.usefixtures("may_mount")
+@pytest.mark.slow
 def test_mount_point_in_a_read_only_folder(tmp_path):
     """As a container has it: nothing can be made beside the output, nor can the output itself be renamed."""
     disk = tmp_path / "disk"
@@ -280,6 +283,7 @@ def test_weights_cut_short(tmp_path):
         check_size(folder / "openvino_model.xml")
 
 
+@pytest.mark.slow
 def test_interrupted_export(tmp_path):
     script = textwrap.dedent(
         """
@@ -298,6 +302,7 @@ def test_interrupted_export(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_interrupted_compression(tmp_path):
     folder = export_model(SOURCE, tmp_path / "ir")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -324,6 +329,7 @@ def test_interrupted_compression(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["during", "after"])
+@pytest.mark.slow
 def test_interrupts_and_calibration(when, tmp_path):
     """What NNCF ran to see activations is gone by then, with the stack for signals that OpenVINO had made."""
     script = textwrap.dedent(

@@ -10,6 +10,7 @@ from conftest import ROOT
 from random_checkpoint import make
 
 
+pytestmark = pytest.mark.slow
 TOOL = ROOT / "tests" / "benchmarks" / "measure_export.py"
 SIZES = {
     "chatglm": {"hidden_size": 1024, "inner_hidden_size": 4096, "num_attention_heads": 8, "vocab_size": 24000},

@@ -28,8 +28,9 @@ from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.errors import CheckpointError
-from optimum_chatglm_ov.hub.repository import DownloadError, has_openvino_model, model_card, resolve_checkpoint
-from optimum_chatglm_ov.ir import weight_precision
+from optimum_chatglm_ov.hub.download import DownloadError, resolve_checkpoint
+from optimum_chatglm_ov.hub.model_card import model_card
+from optimum_chatglm_ov.ir import has_openvino_model, weight_precision
 from optimum_chatglm_ov.output import complete_folder
 
 
@@ -478,6 +479,7 @@ def test_an_original_checkpoint_is_exported_by_id(hub, name):
     assert not any(file.endswith(".py") for file in hub.downloaded())
 
 
+@pytest.mark.slow
 def test_the_snippet_of_a_pushed_card_runs_as_pasted(hub, model, tmp_path):
     """In a process of its own, which knows the server from its environment alone."""
     model.push_to_hub("user/pushed", token=TOKEN, private=True)

@@ -41,16 +41,19 @@ def test_every_way_is_measured(folder):
     layers = 4 * (256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 384)
     by_way = {m.way: m.token_gigabytes * 1e9 for m in found if m.prompt_tokens == 40}
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * 41.5
-    assert by_way["fused"] - by_way["fused-int8"] == pytest.approx(cache * (128 - 68))
-    weights = by_way["fused"] - cache * 128
+    assert by_way["native"] - by_way["native-int8"] == pytest.approx(cache * (128 - 68))
+    weights = by_way["native"] - cache * 128
     assert layers + 1280 * 256 < weights < 1.02 * (layers + 1280 * 256)
 
 
 def test_an_ir_that_holds_the_operation_has_one_way(tmp_path):
-    fused = export_model(TINY_CHATGLM3, tmp_path / "ir", attention="fused", kv_cache_precision="u8")
-    (found,) = measure([fused], ("fused-int8",), (8,), new_tokens=2, repetitions=1)
-    assert (found.model, found.way, found.prompt_tokens) == (str(fused), "fused-int8", 8)
-    for ways, message in ((("fused",), "this IR"), (("fused-int8", "sdpa"), "ways only .* found fused-int8, sdpa")):
+    fused = export_model(TINY_CHATGLM3, tmp_path / "ir", attention="native", kv_cache_precision="u8")
+    (found,) = measure([fused], ("native-int8",), (8,), new_tokens=2, repetitions=1)
+    assert (found.model, found.way, found.prompt_tokens) == (str(fused), "native-int8", 8)
+    for ways, message in (
+        (("native",), "this IR"),
+        (("native-int8", "openvino"), "ways only .* found native-int8, openvino"),
+    ):
         with pytest.raises(ValueError, match=message):
             next(measure([fused], ways, (8,), new_tokens=2, repetitions=1))
 
@@ -60,8 +63,8 @@ def test_prompts_differ_and_end_as_the_model_needs(exported):
     first, second = (architecture_of(config).example_prompt(12, seed) for seed in (0, 1))
     assert first.shape == (1, 12) and (first != second).any()
     assert first[0, -2:].tolist() == [config.gmask_token_id, config.bos_token_id]
-    found = measure([exported("chatglm-6b")], ("sdpa", "fused"), (12,), new_tokens=2, repetitions=1)
-    assert [(m.way, m.prompt_tokens) for m in found] == [("sdpa", 12), ("fused", 12)]
+    found = measure([exported("chatglm-6b")], ("openvino", "native"), (12,), new_tokens=2, repetitions=1)
+    assert [(m.way, m.prompt_tokens) for m in found] == [("openvino", 12), ("native", 12)]
 
 
 @pytest.mark.parametrize("name", ["chatglm-6b", "chatglm3-6b-128k", "chatglm2-6b-ptuning-v2"])
@@ -81,27 +84,30 @@ def test_who_computes_linear_layers(exported, folder, monkeypatch):
 
     monkeypatch.setattr(OVChatGLMForCausalLM, "from_pretrained", watch)
     once = {"prompt_lengths": (12,), "new_tokens": 2, "repetitions": 1}
-    assert [m.way for m in measure([folder], ("sdpa", "fused"), linear="fused", **once)] == ["sdpa", "fused"]
+    assert [m.way for m in measure([folder], ("openvino", "native"), linear="native", **once)] == [
+        "openvino",
+        "native",
+    ]
     assert layers == [7 * load_config(folder).num_hidden_layers + 1, 0]
-    (found,) = measure([exported("chatglm3-6b")], ("sdpa",), linear="fused", **once)  # OpenVINO alone
-    assert found.way == "sdpa" and layers[2:] == [3 * 7 + 1]
+    (found,) = measure([exported("chatglm3-6b")], ("openvino",), linear="native", **once)  # OpenVINO alone
+    assert found.way == "openvino" and layers[2:] == [3 * 7 + 1]
     with pytest.raises(ValueError, match="no int8 or int4 linear layers"):
-        list(measure([exported("chatglm3-6b")], ("fused",), linear="fused", **once))
+        list(measure([exported("chatglm3-6b")], ("native",), linear="native", **once))
 
 
 def test_table_json_and_plot(folder, tmp_path, capsys):
     files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
-    assert main(["bench", str(folder), *SMALL, "--attention", "sdpa", "fused", *files]) == 0
+    assert main(["bench", str(folder), *SMALL, "--attention", "openvino", "native", *files]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert "OpenVINO" in printed[0] and re.search(r", stream [\d.]+ GB/s, .*f32 [\d.]+ TFLOP/s", printed[0])
     table = [line for line in printed if line.startswith("|")]
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
     written = json.loads((tmp_path / "out.json").read_text())
     assert [(m["way"], m["prompt_tokens"]) for m in written["measurements"]] == [
-        ("sdpa", 8),
-        ("sdpa", 40),
-        ("fused", 8),
-        ("fused", 40),
+        ("openvino", 8),
+        ("openvino", 40),
+        ("native", 8),
+        ("native", 40),
     ]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -144,35 +150,36 @@ def test_properties_that_other_arguments_decide(name, argument, folder):
 
 
 def test_without_a_model_the_tiny_one_is_measured(capsys):
-    assert main(["bench", *SMALL, "--attention", "sdpa"]) == 0
+    assert main(["bench", *SMALL, "--attention", "openvino"]) == 0
     assert "The tiny model of the package" in capsys.readouterr().out
 
 
 def test_attention_alone(tmp_path, capsys):
     arguments = ["--prompt-tokens", "40", "--repetitions", "1", "--json", str(tmp_path / "out.json")]
     assert main(["bench", "--attention-only", "chatglm3", *arguments]) == 0
-    assert "fused | 1 | 40 |" in capsys.readouterr().out
+    assert re.search(r"^\| native +\| 1 +\| 40 +\|", capsys.readouterr().out, re.MULTILINE)
     written = json.loads((tmp_path / "out.json").read_text())["measurements"]
     assert {(m["new_tokens"], m["past_tokens"]) for m in written} == {(40, 0), (1, 40)}
-    assert {"fused", "fused-int8", "sdpa", "paged", "torch-bf16", "torch-f32"} == {m["way"] for m in written}
+    assert {"native", "native-int8", "openvino", "paged", "torch-bf16", "torch-f32"} == {m["way"] for m in written}
 
 
 def test_linear_layers_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_linear, "CHATGLM3", bench_linear.LinearShape(128, 160, 192, 320))
     arguments = ["--rows", "1", "40", "--repetitions", "1", "--json", str(tmp_path / "out.json")]
     monkeypatch.setattr(bench_linear, "_STACK_BYTES", 1 << 16)
+    monkeypatch.setattr(bench_linear, "_PAUSE_SECONDS", 0)
     assert main(["bench", "--linear-only", "chatglm3", *arguments]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert re.search(r", stream [\d.]+ GB/s, .*f32 [\d.]+ TFLOP/s$", printed[0])
     table = [line for line in printed if line.startswith("|")]
-    assert len(table) == 2 + 4 * 2 * 2 * 2 and table[2].startswith("| qkv | int8 | 1 | fused |")
+    assert len(table) == 2 + 4 * 2 * 2 * 2 and re.match(r"\| qkv +\| int8 +\| 1 +\| native +\|", table[2])
     written = json.loads((tmp_path / "out.json").read_text())
     assert {(m["layer"], m["weights"], m["rows"], m["way"]) for m in written["measurements"]} == {
         (layer, weights, rows, way)
         for layer in bench_linear.LAYERS
         for weights in ("int8", "int4")
         for rows in (1, 40)
-        for way in ("fused", "openvino")
+        for way in ("native", "openvino")
     }
     assert written["peaks"]["stream"] > 0 and written["peaks"]["f32"] > 0
 
@@ -188,20 +195,24 @@ def test_unknown_dimensions_are_refused(capsys):
     "arguments, code, message",
     [
         (["--attention-only", "chatglm3", "some/folder"], 2, "takes no models"),
-        (["--attention-only", "chatglm3", "--attention", "fused"], 2, "measures every --attention"),
+        (["--attention-only", "chatglm3", "--attention", "native"], 2, "measures every --attention"),
         (["--attention-only", "chatglm3", "--inference-precision", "f32"], 2, "at their default precisions"),
-        (["--attention-only", "chatglm3", "--linear", "fused"], 2, "measures no linear layers"),
+        (["--attention-only", "chatglm3", "--linear", "native"], 2, "measures no linear layers"),
         (["--attention-only", "chatglm3", "--new-tokens", "7"], 2, "and one new token"),
         (["--linear-only", "chatglm3", "some/folder"], 2, "takes no models"),
         (["--linear-only", "chatglm3", "--attention-only", "chatglm3"], 2, "measures no attention"),
         (["--linear-only", "chatglm3", "--inference-precision", "f32"], 2, "at their default precisions"),
-        (["--linear-only", "chatglm3", "--linear", "fused"], 2, "measures every --linear"),
+        (["--linear-only", "chatglm3", "--linear", "native"], 2, "measures every --linear"),
         (["--rows", "1"], 2, "--rows goes with --linear-only"),
         (["--plot", "out.doc"], 2, "out.doc: the name must end in one of"),
         (["no/such/folder"], 1, "no/such/folder"),
         (["{folder}", "--prompt-tokens", "5000"], 1, "5000 tokens and 32 new ones do not fit the context"),
         (["{folder}", "--new-tokens", "1"], 1, "`new_tokens` is 1; expected at least 2"),
-        (["{folder}", *SMALL, "--attention", "sdpa", "--json", "no/such/out.json"], 2, "no/such/out.json: cannot be"),
+        (
+            ["{folder}", *SMALL, "--attention", "openvino", "--json", "no/such/out.json"],
+            2,
+            "no/such/out.json: cannot be",
+        ),
         (
             [str(DATA / "models" / "chatglm3-6b")],
             1,
@@ -217,9 +228,9 @@ def test_errors(arguments, code, message, folder, capsys):
 def test_paged_without_openvino_genai(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "optimum-chatglm-ov\[bench\]"'):
-        next(measure([folder], ("sdpa", "paged")))  # before anything is measured
+        next(measure([folder], ("openvino", "paged")))  # before anything is measured
 
 
 def test_an_unknown_way_is_refused(folder):
-    with pytest.raises(ValueError, match="way 'magic' is unknown; expected one of sdpa, fused"):
+    with pytest.raises(ValueError, match="way 'magic' is unknown; expected one of openvino, native"):
         next(measure([folder], ("magic",)))

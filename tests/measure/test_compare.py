@@ -56,17 +56,19 @@ def test_a_model_equals_itself(name, exported, text):
 def test_attention_is_a_choice(exported, text):
     folder = exported("chatglm3-6b")
     exact = {"reference_config": EXACT, "candidate_config": EXACT}
-    found = compare(folder, folder, text, reference_attention="sdpa", candidate_attention="fused", **exact, **LENGTHS)
+    found = compare(
+        folder, folder, text, reference_attention="openvino", candidate_attention="native", **exact, **LENGTHS
+    )
     assert 0 < found.kl_divergence < 1e-6 and found.greedy_prefixes == found.greedy_tokens
 
 
 def test_who_computes_linear_layers_is_a_choice(int8, text):
     config = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    settings = {"reference_config": EXACT, "candidate_config": config, "candidate_attention": "sdpa"}
-    found = compare(int8, int8, text, reference_attention="sdpa", candidate_linear="fused", **settings, **LENGTHS)
+    settings = {"reference_config": EXACT, "candidate_config": config, "candidate_attention": "openvino"}
+    found = compare(int8, int8, text, reference_attention="openvino", candidate_linear="native", **settings, **LENGTHS)
     assert 1e-7 < found.kl_divergence < 1e-2
-    with pytest.raises(ValueError, match="`linear='fused'` .* rounds activations"):
-        compare(int8, int8, text, reference_linear="fused", **settings, **LENGTHS)
+    with pytest.raises(ValueError, match="`linear='native'` .* rounds activations"):
+        compare(int8, int8, text, reference_linear="native", **settings, **LENGTHS)
 
 
 def test_measurements_are_those_of_torch(exported, exact_model, int8, text):
@@ -147,6 +149,7 @@ def test_a_checkpoint_is_compared_in_its_stored_precision(exported, text, monkey
 
 
 @pytest.mark.usefixtures("may_mount")
+@pytest.mark.slow
 def test_no_room_for_the_log_probabilities(exported, text, tmp_path):
     """On a real file system that is full: an error and not a bus error."""
     folder, disk = exported("chatglm3-6b"), tmp_path / "disk"
@@ -170,7 +173,7 @@ def run(*arguments):
 def test_command(exported, int8, text, tmp_path, capsys):
     short = ("--max-tokens", 94, "--block-length", 48, "--prompts", 1, "--new-tokens", 4)
     properties = ("--candidate-property", "KV_CACHE_PRECISION=u8", "--reference-property", "KV_CACHE_PRECISION=f32")
-    properties += ("--candidate-attention", "fused", "--reference-attention", "sdpa")
+    properties += ("--candidate-attention", "native", "--reference-attention", "openvino")
     output = tmp_path / "report.json"
     assert run(exported("chatglm3-6b"), int8, "--text", text, "--json", output, *short, *properties) == 0
     assert "| mean KL divergence (nats)" in capsys.readouterr().out

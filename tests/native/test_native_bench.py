@@ -18,7 +18,7 @@ SHAPE = AttentionShape(num_attention_heads=4, num_key_value_heads=2, head_dim=64
 @pytest.mark.parametrize(("new_tokens", "past_tokens"), [(40, 0), (1, 70)])
 def test_every_way_is_measured(new_tokens, past_tokens):
     results = measure_attention(SHAPE, new_tokens, past_tokens, layers=2, repetitions=1, threads=1)
-    ways = ["fused", "fused-int8", "sdpa", "paged", "torch-bf16", "torch-f32"]
+    ways = ["native", "native-int8", "openvino", "paged", "torch-bf16", "torch-f32"]
     assert [m.way for m in results] == ways
     pairs = sum(past_tokens + i + 1 for i in range(new_tokens))
     for m, bits in zip(results, (16, 8, 8, 8, 16, 32)):
@@ -43,14 +43,15 @@ PLAIN = bench_linear.LinearShape(128, 384, 192, 320, False)
 
 
 @pytest.mark.parametrize("shape", [GATED, PLAIN])
-def test_every_linear_layer_is_measured(shape):
+def test_every_linear_layer_is_measured(shape, monkeypatch):
+    monkeypatch.setattr(bench_linear, "_PAUSE_SECONDS", 0)
     found = list(bench_linear.measure_linear(shape, (1, 40), copies=2, repetitions=1, threads=1))
     assert [(m.layer, m.weights, m.rows, m.way) for m in found] == [
         (layer, weights, rows, way)
         for layer in ("qkv", "dense", "mlp", "output")
         for weights in ("int8", "int4")
         for rows in (1, 40)
-        for way in ("fused", "openvino")
+        for way in ("native", "openvino")
     ]
     up_layers = 2 if shape.gated else 1
     numbers = {

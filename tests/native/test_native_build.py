@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -39,17 +40,6 @@ def pretend_compile(monkeypatch):
 
     monkeypatch.setattr(build, "_compile", compile_to)
     return runs
-
-
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv("CHATGLM_OV_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_dir() == tmp_path / "optimum_chatglm_ov"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build.cache_dir() == tmp_path / "home" / ".cache" / "optimum_chatglm_ov"
-    monkeypatch.setenv("CHATGLM_OV_CACHE", str(tmp_path / "own"))
-    assert build.cache_dir() == tmp_path / "own"
 
 
 def test_built_once_then_cached(cache, pretend_compile, capfd):
@@ -142,11 +132,6 @@ def test_missing_tools_are_named(cache, monkeypatch, tmp_path):
     cmake.chmod(0o755)
     with pytest.raises(NativeBuildError, match="(?s)returned 3.*out of paper"):
         build_native()
-    monkeypatch.setattr(build.sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
-    if not Path("/usr/include/oneapi/tbb/parallel_for.h").exists():
-        with pytest.raises(NativeBuildError, match="pip install .tbb-devel"):
-            build_native()
     assert not list(cache.rglob("*.so")) and not list(cache.rglob(".build-*"))
 
 
@@ -158,13 +143,10 @@ def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
 
 
 def test_user_without_a_home(monkeypatch):
-    for name in ("CHATGLM_OV_CACHE", "XDG_CACHE_HOME"):
+    for name in ("CHATGLM_OV_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
 
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(build.Path, "home", no_home)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
     with pytest.raises(NativeBuildError, match="no home folder .*; set CHATGLM_OV_CACHE"):
         build_native()
 
@@ -207,6 +189,7 @@ def fuzz_attention(folder: Path, *arguments: int, flags: str = "") -> None:
     assert {"portable", "amx-model"} <= steps.keys() and min(map(int, steps.values())) > 20
 
 
+@pytest.mark.slow
 def test_kernels_under_the_sanitizers(tmp_path):
     """Random shapes and masks, checked for bad addresses and undefined behaviour."""
     flags = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -215,6 +198,7 @@ def test_kernels_under_the_sanitizers(tmp_path):
     assert fuzz(tmp_path, "fuzz_linear", 20, 60, flags=flags).startswith("60 problems, on ")
 
 
+@pytest.mark.slow
 def test_kernels_with_long_sequences(tmp_path):
     """Up to 300 tokens behind up to 4096 others, some of them loud, in the shapes of the ChatGLM models."""
     build_kernels(tmp_path)

@@ -480,7 +480,7 @@ def test_the_variable_chooses_where_no_argument_does(quantized, monkeypatch):
     assert openvino_layers(OVChatGLMForCausalLM.from_pretrained(folder)) == 15
     assert openvino_layers(OVChatGLMForCausalLM.from_pretrained(folder, linear="fused")) == 0
     monkeypatch.setenv("CHATGLM_OV_LINEAR", "fast")
-    expected = "variable CHATGLM_OV_LINEAR is 'fast'; expected 'openvino', 'fused', 'fused-int8' or 'auto'"
+    expected = "variable CHATGLM_OV_LINEAR is 'fast'; expected 'openvino', 'native', 'native-int8' or 'auto'"
     with pytest.raises(ValueError, match=expected):
         OVChatGLMForCausalLM.from_pretrained(folder)
 
@@ -488,7 +488,7 @@ def test_the_variable_chooses_where_no_argument_does(quantized, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"compile_only": True}, '`compile_only` compiles the IR as it is; `linear="fused"`'),
+        ({"compile_only": True}, '`compile_only` compiles the IR as it is; `linear="native"`'),
         ({"device": "auto"}, "run on CPU, not on AUTO"),
         (
             {"ov_config": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "16"}},
@@ -496,7 +496,7 @@ def test_the_variable_chooses_where_no_argument_does(quantized, monkeypatch):
         ),
         ({"ov_config": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "33"}}, "activations in groups of 33. Leave it out"),
         ({"ov_config": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "many"}}, "GROUP_SIZE 'many'; expected an integer"),
-        ({"attention": "sdpa", "device": "auto"}, "Leave out `linear='fused'`"),
+        ({"attention": "sdpa", "device": "auto"}, "Leave out `linear='native'`"),
         ({"ov_config": {"EXECUTION_MODE_HINT": "ACCURACY"}}, "groups of at least 32; found .* 0. Leave one out"),
     ],
 )

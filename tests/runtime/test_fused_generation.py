@@ -43,7 +43,7 @@ def test_long_prompts_in_bf16(name, attention, cache_precision, exported, exact_
 
 def test_choice_of_attention(exported, monkeypatch, caplog):
     folder = exported("chatglm3-6b")
-    with pytest.raises(ValueError, match="'sdpa', 'fused' or 'auto'"):
+    with pytest.raises(ValueError, match="'openvino', 'native' or 'auto'"):
         OVChatGLMForCausalLM.from_pretrained(folder, attention="flash")
     monkeypatch.delenv("CHATGLM_OV_ATTENTION", raising=False)
     with caplog.at_level(logging.INFO, logger="optimum_chatglm_ov"):

@@ -65,7 +65,7 @@ def test_round_trip(name, fused_ir, tmp_path):
         beams = again.generate(**golden.inputs(case), max_new_tokens=16, num_beams=3, do_sample=False)
         np.testing.assert_array_equal(beams.numpy(), golden[f"beam_{case}"])
     assert is_fused(tmp_path / "saved" / "openvino_model.xml")
-    assert "| Attention | fused" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    assert "| Attention | native" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
 
 
 def test_saved_model_stays_portable(exported, tmp_path):
@@ -75,6 +75,7 @@ def test_saved_model_stays_portable(exported, tmp_path):
     assert "| Attention |" not in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_loaders_register_the_operation(fused_ir):
     script = """
         import sys
@@ -102,15 +103,15 @@ def test_command(weight_format, precision, of_caches, tmp_path, capsys):
     arguments = ["--model", str(output), "--prompt", "x", "--greedy", "--max-new-tokens", "2"]
     assert main(["chat", *arguments]) == 0 and "[2 tokens, " in capsys.readouterr().err
     assert main(["chat", *arguments, "--attention", "sdpa"]) == 1
-    assert "`attention='sdpa'` is not for this IR" in capsys.readouterr().err
+    assert "`attention='openvino'` is not for this IR" in capsys.readouterr().err
 
 
 def test_kv_cache_precision_is_of_fused_ir_alone(tmp_path, capsys):
     arguments = ["export", str(DATA / "models" / "chatglm3-6b"), str(tmp_path / "ir"), "--kv-cache-precision", "u8"]
     assert main(arguments) == 2
-    assert "--kv-cache-precision: only with --attention fused" in capsys.readouterr().err
+    assert "--kv-cache-precision: only with --attention native" in capsys.readouterr().err
     for attention, precision, message in (
-        ("sdpa", "u8", "for `attention='fused'` alone"),
+        ("sdpa", "u8", "for `attention='native'` alone"),
         ("fused", "u4", "is 'u4'; expected one of bf16"),
         ("paged", None, "`attention` is 'paged'; expected"),
     ):
@@ -133,7 +134,7 @@ def test_cache_precision(fused_ir):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"attention": "sdpa"}, "`attention='sdpa'` is not for this IR"),
+        ({"attention": "sdpa"}, "`attention='openvino'` is not for this IR"),
         ({"compile_only": True}, "`compile_only` is not for this IR"),
         ({"load_in_8bit": True}, "`load_in_8bit` is not for this IR"),
         ({"quantization_config": {"bits": 4}}, "`quantization_config` is not for this IR"),
@@ -147,10 +148,11 @@ def test_what_a_fused_ir_is_not_for(arguments, message, fused_ir):
 
 def test_choice_by_environment(fused_ir, monkeypatch):
     monkeypatch.setenv("CHATGLM_OV_ATTENTION", "sdpa")
-    with pytest.raises(ValueError, match="`CHATGLM_OV_ATTENTION=sdpa` is not for this IR"):
+    with pytest.raises(ValueError, match="`CHATGLM_OV_ATTENTION=openvino` is not for this IR"):
         OVChatGLMForCausalLM.from_pretrained(fused_ir("chatglm3-6b"))
 
 
+@pytest.mark.slow
 def test_without_a_compiler(fused_ir, tmp_path):
     script = """
         import sys

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from optimum_chatglm_ov.configuration import ChatGLMConfig
-from optimum_chatglm_ov.tokenization import ChatGLMTokenizer, register
+from optimum_chatglm_ov import ChatGLMTokenizer
 
-
-AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
-register(ChatGLMConfig)
 
 DATA = Path(__file__).parents[1] / "data"
 NAMES = sorted(path.name.removesuffix(".json.gz") for path in (DATA / "tokenizer_io").glob("*.json.gz"))
