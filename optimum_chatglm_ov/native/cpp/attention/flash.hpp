@@ -632,9 +632,9 @@ private:
 };
 
 template <class Products, class Vector>
-const Kernels* make_kernels(const char* name) {
+const AttentionKernels* make_attention_kernels() {
     using F = Flash<Products, Vector>;
-    static const Kernels kernels{name, append_tokens, F::scratch_bytes, F::attend, F::accepts, 256};
+    static const AttentionKernels kernels{append_tokens, F::scratch_bytes, F::attend, F::accepts, 256};
     return &kernels;
 }
 

@@ -620,9 +620,9 @@ private:
 };
 
 template <class Tiles, class Vector>
-const Kernels* make_tile_kernels(const char* name) {
+const AttentionKernels* make_tile_attention_kernels() {
     using F = TileFlash<Tiles, Vector>;
-    static const Kernels kernels{name, append_tokens, F::scratch_bytes, F::attend, F::accepts, F::kMaxRows};
+    static const AttentionKernels kernels{append_tokens, F::scratch_bytes, F::attend, F::accepts, F::kMaxRows};
     return &kernels;
 }
 
