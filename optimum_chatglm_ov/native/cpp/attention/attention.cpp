@@ -14,7 +14,6 @@
 #include "common/parallel.hpp"
 #include "isa/instruction_sets.hpp"
 #include "isa/kernels.hpp"
-#include "simd/vector.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -183,7 +182,7 @@ void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, i
         if (a.activation_type == ActivationType::f32) {
             static_cast<float*>(a.output)[output_offset + d] = value;
         } else {
-            static_cast<uint16_t*>(a.output)[output_offset + d] = to_bf16(value);
+            static_cast<bf16*>(a.output)[output_offset + d] = to_bf16(value);
         }
     }
 }
