@@ -60,10 +60,6 @@ void check_beam_table(const AttentionArguments& a) {
     }
 }
 
-const char* name_of(CachePrecision precision) {
-    return precision == CachePrecision::f32 ? "f32" : precision == CachePrecision::bf16 ? "bf16" : "i8";
-}
-
 bool accepts(const InstructionSet& set, const AttentionArguments& a) {
     return set.attention && set.attention->accepts(a.head_dim, a.cache_precision);
 }
@@ -237,6 +233,19 @@ void attend(const AttentionArguments& a, const AttentionKernels& kernels, const 
 }
 
 }  // namespace
+
+const char* name_of(CachePrecision precision) {
+    return precision == CachePrecision::f32 ? "f32" : precision == CachePrecision::bf16 ? "bf16" : "i8";
+}
+
+bool parse_cache_precision(const char* name, CachePrecision& precision) {
+    for (CachePrecision p : {CachePrecision::f32, CachePrecision::bf16, CachePrecision::i8})
+        if (std::strcmp(name, name_of(p)) == 0) {
+            precision = p;
+            return true;
+        }
+    return false;
+}
 
 const char* instruction_sets() {
     static const std::string names =

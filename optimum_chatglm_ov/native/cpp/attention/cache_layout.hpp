@@ -12,6 +12,10 @@ constexpr int64_t kMaxHeadDim = 512;
 
 enum class CachePrecision { f32, bf16, i8 };
 
+// Its name; and the precision of a name, if it is one.
+const char* name_of(CachePrecision precision);
+bool parse_cache_precision(const char* name, CachePrecision& precision);
+
 namespace {  // not merged across instruction sets
 
 // A block of one head, `together` elements of which are four bytes:
