@@ -170,11 +170,11 @@ def test_user_without_a_home(monkeypatch):
 
 def test_library_of_another_openvino_is_refused(cache, monkeypatch, tmp_path):
     from optimum_chatglm_ov import native
-    from optimum_chatglm_ov.native import operations as operation
+    from optimum_chatglm_ov.native import library
 
     broken = tmp_path / "libbroken.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(operation, "extension_path", lambda: broken)
+    monkeypatch.setattr(library, "extension_path", lambda: broken)
     with pytest.raises(NativeBuildError, match="does not load .*libbroken.so"):
         native.load(ov.Core())
 
