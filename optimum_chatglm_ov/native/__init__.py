@@ -8,7 +8,7 @@ from pathlib import Path
 import openvino as ov
 
 from .build import NativeBuildError, build_native, extension_path
-from .operations import add_extension, library
+from .library import add_extension, functions
 
 
 __all__ = [
@@ -42,17 +42,17 @@ def is_fused(xml: Path) -> bool:
 
 def instruction_sets() -> list[str]:
     """Kernels of attention that this CPU can run, best first; `CHATGLM_OV_ISA` takes one of these names."""
-    return library().chatglm_attention_instruction_sets().decode().split(",")
+    return functions().chatglm_attention_instruction_sets().decode().split(",")
 
 
 def linear_instruction_sets() -> list[str]:
     """The same of linear layers."""
-    return library().chatglm_linear_instruction_sets().decode().split(",")
+    return functions().chatglm_linear_instruction_sets().decode().split(",")
 
 
 def linear_is_fast() -> bool:
     """Whether the native linear layers are meant for this CPU: it multiplies bytes (VNNI) and has no AMX."""
-    return bool(library().chatglm_linear_is_fast())
+    return bool(functions().chatglm_linear_is_fast())
 
 
 def peak_operations(kind: str, threads: int) -> float:
@@ -65,4 +65,4 @@ def peak_operations(kind: str, threads: int) -> float:
         raise ValueError(f"`kind` is {kind!r}; expected one of {', '.join(PEAKS)}.")
     if threads < 1:
         raise ValueError(f"`threads` is {threads}; expected at least 1.")
-    return library().chatglm_peak_operations(kind.encode(), threads)
+    return functions().chatglm_peak_operations(kind.encode(), threads)

@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 
 from .fuse_attention import BEAM_TABLE, CacheLayout
-from .operations import BLOCK_TOKENS
+from .library import block_tokens
 
 
 # The first allocation; memory that no token has reached yet is address space only.
@@ -58,7 +58,7 @@ class FusedAttentionState:
     @property
     def capacity(self) -> int:
         """Tokens of each row that fit without growing."""
-        return self._blocks * BLOCK_TOKENS
+        return self._blocks * block_tokens()
 
     @property
     def caches(self) -> list[ov.Tensor]:
@@ -81,9 +81,9 @@ class FusedAttentionState:
                 f"the caches hold {self._batch} rows, the call has {batch}: reorder() or reset() comes before a change"
             )
         self._batch = batch
-        blocks = -(-(self._length + new_tokens) // BLOCK_TOKENS)
+        blocks = -(-(self._length + new_tokens) // block_tokens())
         if blocks > self._blocks or batch > self._rows:
-            most = -(-(self.max_tokens + self.layout.prefix_tokens) // BLOCK_TOKENS)
+            most = -(-(self.max_tokens + self.layout.prefix_tokens) // block_tokens())
             if blocks > self._blocks:
                 blocks = min(max(2 * blocks, _FIRST_BLOCKS), most)
             self._grow(max(batch, self._rows), max(blocks, self._blocks))
@@ -158,7 +158,7 @@ class FusedAttentionState:
     def _grow(self, rows: int, blocks: int) -> None:
         """Larger caches with the same content, layer by layer, so that one layer at a time is there twice."""
         shape = self.layout.shape(rows, blocks)
-        used = -(-self._length // BLOCK_TOKENS)
+        used = -(-self._length // block_tokens())
         for names in self.layout.layers:
             for name in names:
                 tensor = ov.Tensor(ov.Type.u8, ov.Shape(shape))  # aligned to 64 bytes

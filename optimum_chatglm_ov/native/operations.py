@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations as graph nodes, and the layout of the caches."""
+"""The native operations as graph nodes."""
 
 from __future__ import annotations
 
-import ctypes
+import enum
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,47 +13,28 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino.utils.node_factory import NodeFactory
 
-from .build import NativeBuildError, extension_path
+from .library import add_extension, functions, panel_columns
 
-
-BLOCK_TOKENS = 32
-"""Tokens of one cache block; a cache is u8 `[rows, num_key_value_heads, blocks, cache_block_bytes]`."""
-
-MAX_HEAD_DIM = 512
-"""The largest `head_dim` of the operation, which must also be a multiple of 16."""
 
 CACHE_PRECISIONS = ("bf16", "i8", "f32")
 
 
-def cache_block_bytes(cache_precision: str, head_dim: int) -> int:
-    """Bytes of the keys, or of the values, of `BLOCK_TOKENS` tokens of one head; i8 has one f32 scale a token."""
-    token_bytes = {"bf16": 2 * head_dim, "i8": head_dim + 4, "f32": 4 * head_dim}
-    return BLOCK_TOKENS * token_bytes[cache_precision]
+class AttentionInput(enum.IntEnum):
+    """Inputs of `ChatGLMAttention`, the last two of which only a model with P-Tuning has."""
 
-
-def add_extension(registry: ov.Core | NodeFactory) -> None:
-    """Makes the operations known to `registry`. Raises `NativeBuildError` without the native library."""
-    path = extension_path()
-    try:
-        registry.add_extension(os.fspath(path))
-    except RuntimeError as error:
-        raise NativeBuildError(f"OpenVINO {ov.get_version()} does not load {path}: {error}") from error
-
-
-@functools.lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
-    """What the native library has beside the operations. Raises `NativeBuildError` without it."""
-    functions = ctypes.CDLL(os.fspath(extension_path()))
-    functions.chatglm_attention_instruction_sets.restype = ctypes.c_char_p
-    functions.chatglm_linear_instruction_sets.restype = ctypes.c_char_p
-    functions.chatglm_linear_panel_bytes.restype = ctypes.c_int64
-    functions.chatglm_linear_panel_bytes.argtypes = [ctypes.c_int64] * 5
-    functions.chatglm_linear_pack.restype = None
-    functions.chatglm_linear_pack.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_uint8]
-    functions.chatglm_linear_pack.argtypes += [ctypes.c_void_p] * 4
-    functions.chatglm_peak_operations.restype = ctypes.c_double
-    functions.chatglm_peak_operations.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-    return functions
+    QUERY = 0
+    KEY = 1
+    VALUE = 2
+    COS = 3
+    SIN = 4
+    KEY_CACHE = 5
+    VALUE_CACHE = 6
+    PAST_LENGTH = 7
+    BEAM_TABLE = 8
+    ATTENTION_MASK = 9
+    CONTEXT_LENGTH = 10
+    PREFIX_KEYS = 11
+    PREFIX_VALUES = 12
 
 
 @functools.lru_cache(maxsize=1)
@@ -72,7 +52,7 @@ def chatglm_attention(
     scale: float,
     cache_precision: str = "bf16",
 ) -> ov.Node:
-    """The operation on its inputs, in this order:
+    """The operation on its inputs, in the order of `AttentionInput`:
 
     query `[B, L, num_attention_heads * head_dim]`, key and value `[B, L, num_key_value_heads * head_dim]`, f32 or
     bf16; cos and sin f32 `[B or 1, (1,) L, rotary_dim]`; key_cache and value_cache u8, written in place; past_length
@@ -100,10 +80,6 @@ def chatglm_rotary(positions: ov.Output, inv_freq: Sequence[float]) -> ov.Node:
     return _factory().create("ChatGLMRotary", [positions, frequencies.output(0)])
 
 
-PANEL_COLUMNS = 32
-"""Output features that the packed weights of a linear layer hold together."""
-
-
 @dataclass(frozen=True)
 class LinearFormat:
     """How a linear layer is computed.
@@ -123,7 +99,7 @@ class LinearFormat:
 
 def _panel_bytes(format: LinearFormat, out_features: int) -> int:
     sizes = format.in_features, out_features, format.bits, format.group_size, format.activation_group_size
-    return library().chatglm_linear_panel_bytes(*sizes)
+    return functions().chatglm_linear_panel_bytes(*sizes)
 
 
 def takes_linear(format: LinearFormat, out_features: int) -> bool:
@@ -150,12 +126,12 @@ def pack_linear(
         bias: f32 `[out_features]`.
     """
     rows = len(integers)
-    packed = ov.Tensor(ov.Type.u8, ov.Shape([rows // PANEL_COLUMNS, _panel_bytes(format, rows)]))
+    packed = ov.Tensor(ov.Type.u8, ov.Shape([rows // panel_columns(), _panel_bytes(format, rows)]))
     flip = 0 if not is_signed else 0x80 if format.bits == 8 else 0x88
     arrays = [np.ascontiguousarray(array) for array in (integers, scales, zero_points)]
     integers, *others = (array.ctypes.data for array in arrays)
     bias = None if bias is None else np.ascontiguousarray(bias)
-    library().chatglm_linear_pack(
+    functions().chatglm_linear_pack(
         format.in_features,
         rows,
         format.bits,

@@ -10,7 +10,8 @@ import openvino as ov
 import openvino.opset13 as ops
 
 from optimum_chatglm_ov.native import load
-from optimum_chatglm_ov.native.operations import BLOCK_TOKENS, cache_block_bytes, chatglm_attention
+from optimum_chatglm_ov.native.library import block_tokens, cache_block_bytes
+from optimum_chatglm_ov.native.operations import chatglm_attention
 
 
 INPUTS = ("query", "key", "value", "cos", "sin", "key_cache", "value_cache")
@@ -93,11 +94,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
-        blocks = -(-self.capacity // BLOCK_TOKENS)
+        blocks = -(-self.capacity // block_tokens())
         block = cache_block_bytes(self.shape.cache_precision, self.shape.head_dim)
         dims = (self.rows, self.shape.kv_heads, blocks, block)
         self.caches = [np.full(dims, 0xFF, np.uint8) for _ in range(2)]  # NaN in f32 and bf16
-        self.beam_table = np.tile(np.arange(self.rows, dtype=np.int32)[:, None], (1, blocks * BLOCK_TOKENS))
+        self.beam_table = np.tile(np.arange(self.rows, dtype=np.int32)[:, None], (1, blocks * block_tokens()))
         self.history = [np.zeros((self.rows, 0, self.shape.kv_heads, self.shape.head_dim)) for _ in range(2)]
 
     def reorder(self, parents: list[int]) -> None:

@@ -101,6 +101,7 @@ struct InstructionSet {
     std::string name;
     int64_t steps = 0;
     double worst = 0;  // error, as a part of what is tolerated
+    Fingerprint fingerprint;  // of outputs and caches
 
     bool takes(const AttentionArguments& a) const {
         const int64_t keys = a.past_length + a.query_length;
@@ -257,6 +258,9 @@ void step(Problem& p, std::vector<InstructionSet>& instruction_sets, int64_t que
         if (found > isa.tolerance(a)) fail(p, isa, "relative error " + std::to_string(found));
         isa.worst = std::max(isa.worst, found / isa.tolerance(a));
         isa.steps++;
+        isa.fingerprint.add(output);
+        isa.fingerprint.add(p.key_cache);
+        isa.fingerprint.add(p.value_cache);
     }
     a.past_length = total;
 }
@@ -336,6 +340,6 @@ int main(int argc, char** argv) {
     for (long i = seed; i < seed + count; i++)
         run_problem(i, instruction_sets, i % 16 == 15 && !past ? 6 * length : length, past);
     for (const InstructionSet& isa : instruction_sets)
-        std::printf("%s: %ld steps, worst error %.2f of what is tolerated\n", isa.name.c_str(),
-                    static_cast<long>(isa.steps), isa.worst);
+        std::printf("%s: %ld steps, worst error %.2f of what is tolerated, fingerprint %s\n", isa.name.c_str(),
+                    static_cast<long>(isa.steps), isa.worst, isa.fingerprint.text().c_str());
 }

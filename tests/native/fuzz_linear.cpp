@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <random>
 #include <sstream>
 #include <string>
@@ -157,7 +158,7 @@ bool check(const char* what, const std::string& name, const LinearFormat& f, int
     return false;
 }
 
-bool problem() {
+bool problem(std::map<std::string, Fingerprint>& fingerprints) {
     const Threads threads(uniform(0, 7) ? uniform(1, 3) : 96);
     const int64_t rows = !uniform(0, 5) ? 1 : uniform(0, 3) ? uniform(1, 20) : uniform(1, 700);
     const int64_t in_features = uniform(0, 30) ? 32 * uniform(1, 12) : 32 * uniform(129, 300);
@@ -228,6 +229,8 @@ bool problem() {
         const double most = second == Rounding::rows || second == Rounding::bf16 || first == Rounding::bf16 ? 1.5e-2
                                                                                                         : 2e-3;
         passed &= check("mlp", name, down.format, rows, error(output, expected_down(first, second)), most);
+        for (const auto& found : outputs) fingerprints[name].add(found);
+        fingerprints[name].add(output);
     }
     return passed;
 }
@@ -237,9 +240,12 @@ bool problem() {
 int main(int argc, char** argv) {
     if (argc != 3) return std::fprintf(stderr, "usage: %s SEED COUNT\n", argv[0]), 2;
     const long seed = std::atol(argv[1]), count = std::atol(argv[2]);
+    std::map<std::string, Fingerprint> fingerprints;
     for (long i = 0; i < count; i++) {
         generator.seed(static_cast<unsigned>(seed + i));
-        if (!problem()) return std::printf("seed %ld\n", seed + i), 1;
+        if (!problem(fingerprints)) return std::printf("seed %ld\n", seed + i), 1;
     }
     std::printf("%ld problems, on %s\n", count, linear_instruction_sets());
+    for (const auto& [name, fingerprint] : fingerprints)
+        std::printf("%s: fingerprint %s\n", name.c_str(), fingerprint.text().c_str());
 }

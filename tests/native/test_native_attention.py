@@ -21,7 +21,8 @@ from native.attention_reference import (
 )
 
 from optimum_chatglm_ov.native import instruction_sets, load
-from optimum_chatglm_ov.native.operations import MAX_HEAD_DIM, chatglm_rotary
+from optimum_chatglm_ov.native.library import max_head_dim
+from optimum_chatglm_ov.native.operations import chatglm_rotary
 
 
 SETS = instruction_sets()
@@ -279,11 +280,11 @@ def test_what_does_not_fit_is_refused(use):
         attention_model(Shape(head_dim=24))
     with pytest.raises(RuntimeError, match="must be a multiple of num_key_value_heads"):
         attention_model(Shape(heads=4, kv_heads=3))
-    with pytest.raises(RuntimeError, match=f"head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, found"):
-        attention_model(Shape(head_dim=MAX_HEAD_DIM + 16))
+    with pytest.raises(RuntimeError, match=f"head_dim must be a multiple of 16 up to {max_head_dim()}, found"):
+        attention_model(Shape(head_dim=max_head_dim() + 16))
 
 
-@pytest.mark.parametrize("head_dim", [256, MAX_HEAD_DIM])
+@pytest.mark.parametrize("head_dim", [256, max_head_dim()])
 @pytest.mark.parametrize("cache_precision", ["bf16", "f32", "i8"])
 def test_large_heads(head_dim, cache_precision, use):
     shape = Shape(4, 2, head_dim, 64, cache_precision)

@@ -19,7 +19,6 @@ from conftest import ROOT
 from optimum_chatglm_ov.native import NativeBuildError, build, build_native, extension_path
 
 
-KERNELS = build.SOURCE_DIR
 HERE = Path(__file__).parent
 
 
@@ -153,11 +152,11 @@ def test_user_without_a_home(monkeypatch):
 
 def test_library_of_another_openvino_is_refused(cache, monkeypatch, tmp_path):
     from optimum_chatglm_ov import native
-    from optimum_chatglm_ov.native import operations as operation
+    from optimum_chatglm_ov.native import library
 
     broken = tmp_path / "libbroken.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(operation, "extension_path", lambda: broken)
+    monkeypatch.setattr(library, "extension_path", lambda: broken)
     with pytest.raises(NativeBuildError, match="does not load .*libbroken.so"):
         native.load(ov.Core())
 
@@ -169,23 +168,20 @@ def build_kernels(folder: Path, *options: str) -> None:
     build._run([build._cmake(), "--build", str(folder), "--parallel"])
 
 
-def fuzz(folder: Path, name: str, *arguments: int, flags: str = "") -> str:
-    """Runs a program of random tests of the kernels in `folder`, linked with `flags`; returns what it prints."""
-    compiler, program = build._compiler(), folder / name
-    source = HERE / f"{name}.cpp"
-    # The reference needs no checks, only speed; its buffers are watched all the same.
-    subprocess.run([compiler, "-std=c++17", "-O2", f"-I{KERNELS}", "-c", source, "-o", f"{program}.o"], check=True)
-    link = [compiler, *flags.split(), f"{program}.o", folder / "libattention_kernels.a", "-o", program, "-lpthread"]
-    subprocess.run(link, check=True)
+def run_tests(folder: Path, choice: str, *options: str) -> str:
+    """Builds the kernels with their tests and benchmarks, runs the tests that `choice` names, returns the output."""
+    build_kernels(folder, "-DBUILD_TESTING=ON", f"-DTESTS_DIR={HERE}", *options)
+    ctest = Path(build._cmake()).with_name("ctest")
+    command = [ctest, "--test-dir", folder, "--verbose", "--no-tests=error", "-R", choice]
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-def fuzz_attention(folder: Path, *arguments: int, flags: str = "") -> None:
-    """The same on every instruction set of this CPU, each of which must have had enough to do."""
-    steps = dict(re.findall(r"(\S+): (\d+) steps", fuzz(folder, "fuzz_attention", *arguments, flags=flags)))
+def assert_enough_attention(output: str) -> None:
+    """Every instruction set of this CPU must have had enough to do."""
+    steps = dict(re.findall(r"(\S+): (\d+) steps", output))
     assert {"portable", "amx-model"} <= steps.keys() and min(map(int, steps.values())) > 20
 
 
@@ -193,13 +189,13 @@ def fuzz_attention(folder: Path, *arguments: int, flags: str = "") -> None:
 def test_kernels_under_the_sanitizers(tmp_path):
     """Random shapes and masks, checked for bad addresses and undefined behaviour."""
     flags = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
-    build_kernels(tmp_path, "-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_CXX_FLAGS_DEBUG={flags}")
-    fuzz_attention(tmp_path, 20, 40, 60, flags=flags)
-    assert fuzz(tmp_path, "fuzz_linear", 20, 60, flags=flags).startswith("60 problems, on ")
+    options = "-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_CXX_FLAGS_DEBUG={flags}"
+    output = run_tests(tmp_path, "fuzz_(attention|linear)$", *options)
+    assert_enough_attention(output)
+    assert "60 problems, on " in output
 
 
 @pytest.mark.slow
 def test_kernels_with_long_sequences(tmp_path):
     """Up to 300 tokens behind up to 4096 others, some of them loud, in the shapes of the ChatGLM models."""
-    build_kernels(tmp_path)
-    fuzz_attention(tmp_path, 1, 24, 300, 4096)
+    assert_enough_attention(run_tests(tmp_path, "fuzz_attention_long$"))

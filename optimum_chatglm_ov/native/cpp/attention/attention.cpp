@@ -4,18 +4,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention/kernel.hpp"
-#include "linear/linear.hpp"
 #include "common/parallel.hpp"
-#include "simd/vector.hpp"
+#include "isa/instruction_sets.hpp"
+#include "isa/kernels.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -62,53 +60,23 @@ void check_beam_table(const AttentionArguments& a) {
     }
 }
 
-std::vector<const Kernels*> usable_kernels() {
-    const CpuFeatures& cpu = cpu_features();
-    std::vector<const Kernels*> kernels;
-    const auto add = [&](bool usable, const Kernels* k) {
-        if (usable && k) kernels.push_back(k);
-    };
-    add(cpu.amx, amx_kernels());
-    add(cpu.avx512_vnni, avx512_vnni_kernels());
-    add(cpu.bf16_dot_is_fast, avx512_bf16_kernels());
-    add(cpu.avx512, avx512_kernels());
-    add(cpu.avx512_bf16 && !cpu.bf16_dot_is_fast, avx512_bf16_kernels());
-    add(cpu.avx2_vnni, avx2_vnni_kernels());
-    add(cpu.avx2, avx2_kernels());
-    add(true, portable_kernels());
-    add(true, amx_model_kernels());
-    return kernels;
-}
-
-const std::vector<const Kernels*>& all_kernels() {
-    static const std::vector<const Kernels*> kernels = usable_kernels();
-    return kernels;
-}
-
-const char* name_of(CachePrecision precision) {
-    return precision == CachePrecision::f32 ? "f32" : precision == CachePrecision::bf16 ? "bf16" : "i8";
+bool accepts(const InstructionSet& set, const AttentionArguments& a) {
+    return set.attention && set.attention->accepts(a.head_dim, a.cache_precision);
 }
 
 // The best, or the one that was asked for. A name that only linear layers know asks for nothing here.
-const Kernels& choose_kernels(const AttentionArguments& a, const char* name) {
-    if (!name || !*name) name = std::getenv("CHATGLM_OV_ISA");
-    const bool asked = name && *name;
-    if (asked) require_known_instruction_set(name);
-    const Kernels* best = nullptr;
-    for (const Kernels* k : all_kernels()) {
-        const bool accepts = k->accepts(a.head_dim, a.cache_precision);
-        if (asked && std::strcmp(name, k->name) == 0) {
-            if (accepts) return *k;
-            std::string others;
-            for (const Kernels* other : all_kernels())
-                if (other->accepts(a.head_dim, a.cache_precision)) others += std::string(" ") + other->name;
-            require(false, std::string("CHATGLM_OV_ISA: instruction set ") + name + " does not take head_dim " +
-                               std::to_string(a.head_dim) + " with a cache of " + name_of(a.cache_precision) +
-                               "; these do:" + others);
-        }
-        if (accepts && !best) best = k;
+const AttentionKernels& choose_kernels(const AttentionArguments& a, const char* name) {
+    const InstructionSet* asked = asked_instruction_set(name);
+    if (asked && asked->attention) {
+        if (accepts(*asked, a)) return *asked->attention;
+        const auto others = names_of_instruction_sets([&](const auto& set) { return accepts(set, a); });
+        require(false, std::string("CHATGLM_OV_ISA: instruction set ") + asked->name + " does not take head_dim " +
+                           std::to_string(a.head_dim) + " with a cache of " + name_of(a.cache_precision) +
+                           "; these do: " + others);
     }
-    return *best;
+    for (const InstructionSet& set : instruction_sets_of_cpu())
+        if (accepts(set, a)) return *set.attention;
+    return *portable_attention_kernels();
 }
 
 // One for each thread.
@@ -145,7 +113,7 @@ std::vector<BlockView> view_blocks(const AttentionArguments& a, int64_t blocks) 
     return views;
 }
 
-void append(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {
+void append(const AttentionArguments& a, const AttentionKernels& kernels, const Executor& executor) {
     // Parts end at block borders, so that no two threads write one cache line.
     const int64_t first_block = a.past_length / kBlockTokens;
     const int64_t parts = (a.past_length + a.query_length - 1) / kBlockTokens - first_block + 1;
@@ -165,7 +133,7 @@ struct Division {
     int64_t queries, query_parts, key_parts, blocks_per_part;
 };
 
-Division divide(const AttentionArguments& a, const Kernels& kernels, int64_t blocks, int64_t concurrency) {
+Division divide(const AttentionArguments& a, const AttentionKernels& kernels, int64_t blocks, int64_t concurrency) {
     const int64_t group = a.num_attention_heads / a.num_key_value_heads;
     // A task's queries and sums take a quarter of the second-level cache, beside a panel of keys and values.
     const int64_t cached_rows = cpu_features().l2_bytes / 4 / (a.head_dim * 6);
@@ -210,12 +178,12 @@ void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, i
         if (a.activation_type == ActivationType::f32) {
             static_cast<float*>(a.output)[output_offset + d] = value;
         } else {
-            static_cast<uint16_t*>(a.output)[output_offset + d] = to_bf16(value);
+            static_cast<bf16*>(a.output)[output_offset + d] = to_bf16(value);
         }
     }
 }
 
-void attend(const AttentionArguments& a, const Kernels& kernels, const Executor& executor) {
+void attend(const AttentionArguments& a, const AttentionKernels& kernels, const Executor& executor) {
     const int64_t blocks = ceil_divide(a.past_length + a.query_length, kBlockTokens);
     const std::vector<BlockView> views = view_blocks(a, blocks);
     const Division d = divide(a, kernels, blocks, executor.concurrency());
@@ -266,29 +234,29 @@ void attend(const AttentionArguments& a, const Kernels& kernels, const Executor&
 
 }  // namespace
 
+const char* name_of(CachePrecision precision) {
+    return precision == CachePrecision::f32 ? "f32" : precision == CachePrecision::bf16 ? "bf16" : "i8";
+}
+
+bool parse_cache_precision(const char* name, CachePrecision& precision) {
+    for (CachePrecision p : {CachePrecision::f32, CachePrecision::bf16, CachePrecision::i8})
+        if (std::strcmp(name, name_of(p)) == 0) {
+            precision = p;
+            return true;
+        }
+    return false;
+}
+
 const char* instruction_sets() {
-    static const std::string names = [] {
-        std::string joined;
-        for (const Kernels* k : all_kernels()) joined += (joined.empty() ? "" : ",") + std::string(k->name);
-        return joined;
-    }();
+    static const std::string names =
+        names_of_instruction_sets([](const auto& set) { return set.attention != nullptr; });
     return names.c_str();
 }
 
-void require_known_instruction_set(const char* name) {
-    std::string known = instruction_sets();
-    const auto has = [&](const std::string& found) {
-        return ("," + known + ",").find("," + found + ",") != std::string::npos;
-    };
-    std::stringstream others(linear_instruction_sets());
-    for (std::string other; std::getline(others, other, ',');)
-        if (!has(other)) known += "," + other;
-    if (!has(name)) throw std::invalid_argument(std::string("CHATGLM_OV_ISA: ") + name + " is not one of " + known);
-}
-
 bool takes(const char* instruction_set, int64_t head_dim, CachePrecision precision) {
-    for (const Kernels* k : all_kernels())
-        if (std::strcmp(instruction_set, k->name) == 0) return k->accepts(head_dim, precision);
+    for (const InstructionSet& set : instruction_sets_of_cpu())
+        if (set.attention && std::strcmp(instruction_set, set.name) == 0)
+            return set.attention->accepts(head_dim, precision);
     return false;
 }
 
@@ -300,7 +268,7 @@ void append_to_cache(const AttentionArguments& a, const Executor& executor) {
 void fused_attention(const AttentionArguments& a, const Executor& executor, const char* instruction_set) {
     check_shapes(a);
     check_beam_table(a);
-    const Kernels& kernels = choose_kernels(a, instruction_set);
+    const AttentionKernels& kernels = choose_kernels(a, instruction_set);
     append(a, kernels, executor);
     attend(a, kernels, executor);
 }

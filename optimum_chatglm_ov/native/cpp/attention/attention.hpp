@@ -3,29 +3,13 @@
 // flash-style attention. Nothing here knows OpenVINO, so the same sources build a stand-alone test driver.
 #pragma once
 
-#include <cstdint>
+#include "attention/cache_layout.hpp"
 
 namespace optimum_chatglm_ov {
 
-// The cache is a sequence of blocks of this many tokens; one block is one reduction step of an AMX tile product.
-constexpr int64_t kBlockTokens = 32;
-constexpr int64_t kMaxHeadDim = 512;
-
 class Executor;  // parallel.hpp
 
-enum class CachePrecision { f32, bf16, i8 };
 enum class ActivationType { f32, bf16 };
-
-// Bytes of one block of one head, for keys and for values alike.
-//   f32 keys:    [2][head_dim][16 tokens]                     values: [32 tokens][head_dim]
-//   bf16 keys:   [2][head_dim / 2][16 tokens][2 channels]     values: [16][head_dim][2 tokens]
-//   i8 keys:     [2][head_dim / 4][16 tokens][4 channels]     values: [8][head_dim][4 tokens]
-//   i8 blocks end in 32 f32 scales, one for each token: value = scale * integer; keys are stored as integer + 128.
-static constexpr int64_t cache_block_bytes(CachePrecision precision, int64_t head_dim) {
-    return precision == CachePrecision::f32    ? kBlockTokens * head_dim * 4
-           : precision == CachePrecision::bf16 ? kBlockTokens * head_dim * 2
-                                               : kBlockTokens * head_dim + kBlockTokens * 4;
-}
 
 // query_length new tokens per batch row, appended after past_length cached ones.
 //   query [batch, query_length, num_attention_heads * head_dim], row stride query_stride elements

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "attention/attention.hpp"
+#include "common/cpu_features.hpp"
 
 namespace optimum_chatglm_ov {
 
@@ -27,8 +28,7 @@ struct AttendTask {
     float* partial_sum;     // [rows]
 };
 
-struct Kernels {
-    const char* name;
+struct AttentionKernels {
     // Rotates and stores tokens [first, last) of a batch row and KV head, and clears the rest of the last value block.
     void (*append)(const AttentionArguments&, int64_t batch, int64_t kv_head, int64_t first, int64_t last);
     // Bytes of scratch, 64-byte aligned, that attend needs for tasks of up to `rows` rows.
@@ -37,26 +37,5 @@ struct Kernels {
     bool (*accepts)(int64_t head_dim, CachePrecision);
     int64_t max_rows;  // of a task; more would gain nothing
 };
-
-// Null where the build's target has no such instructions; whether the CPU has them is the caller's check.
-const Kernels* portable_kernels();
-const Kernels* avx2_kernels();
-const Kernels* avx2_vnni_kernels();
-const Kernels* avx512_kernels();
-const Kernels* avx512_vnni_kernels();
-const Kernels* avx512_bf16_kernels();
-const Kernels* amx_kernels();
-const Kernels* amx_model_kernels();
-
-struct CpuFeatures {
-    bool avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16, avx512_fp16, amx;
-    bool bf16_dot_is_fast;  // AMD's cores start vdpbf16ps as often as an f32 FMA, Intel's half as often or less
-    int64_t l2_bytes;
-};
-const CpuFeatures& cpu_features();
-
-// Throws std::invalid_argument, with the names there are, if neither attention nor linear layers have kernels of this
-// name that the CPU can run.
-void require_known_instruction_set(const char* name);
 
 }  // namespace optimum_chatglm_ov

@@ -5,7 +5,7 @@
 #include <chrono>
 #include <cstring>
 
-#include "attention/kernel.hpp"
+#include "common/cpu_features.hpp"
 #include "common/parallel.hpp"
 #include "simd/tiles.hpp"
 
@@ -63,8 +63,8 @@ Peak tile_peak(PeakLoop loop, int64_t products) {
 Peak find_peak(const char* kind) {
     const CpuFeatures& cpu = cpu_features();
     const auto is = [&](const char* name) { return std::strcmp(kind, name) == 0; };
-    if (is("tile-bf16") && cpu.amx) return tile_peak(tile_loop<false>, 16 * 16 * 32);
-    if (is("tile-int8") && cpu.amx) return tile_peak(tile_loop<true>, 16 * 16 * 64);
+    if (is("tile-bf16") && cpu.amx_bf16) return tile_peak(tile_loop<false>, 16 * 16 * 32);
+    if (is("tile-int8") && cpu.amx_int8) return tile_peak(tile_loop<true>, 16 * 16 * 64);
     if (is("vnni-int8") && cpu.avx512_vnni) return vector_peak(avx512_vnni_loop, 64);
     if (is("vnni-int8") && cpu.avx2_vnni) return vector_peak(avx2_vnni_peak_loop(), 32);
     if (is("f32") && cpu.avx512) return vector_peak(avx512_loop, 16);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "attention/kernel.hpp"
+#include "common/cpu_features.hpp"
 
 #if defined(__x86_64__)
 #    include <cpuid.h>
@@ -66,8 +66,9 @@ CpuFeatures detect() {
     f.avx512_vnni = f.avx512 && bit(seven.ecx, 11);
     f.avx512_bf16 = f.avx512 && bit(seven_one.eax, 5);
     f.avx512_fp16 = f.avx512 && bit(seven.edx, 23);
-    f.amx = f.avx512_bf16 && tiles && bit(seven.edx, 22) && bit(seven.edx, 24) && bit(seven.edx, 25) &&  // BF16, TILE,
-            request_tiles();                                                                         // INT8
+    const bool may_use_tiles = tiles && bit(seven.edx, 24) && request_tiles();
+    f.amx_int8 = f.avx512_bf16 && may_use_tiles && bit(seven.edx, 25);
+    f.amx_bf16 = f.avx512_bf16 && may_use_tiles && bit(seven.edx, 22);
     f.bf16_dot_is_fast = f.avx512_bf16 && is_amd();
 #endif
     return f;

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Byte arithmetic, for int8 caches and for linear layers.
-#include "linear/byte_products.hpp"
 #include "attention/dot_products.hpp"
 #include "attention/flash.hpp"
 #include "bench/peaks.hpp"
+#include "isa/kernels.hpp"
+#include "linear/byte_products.hpp"
 
 namespace optimum_chatglm_ov {
 
-const Kernels* avx2_vnni_kernels() {
+const AttentionKernels* avx2_vnni_attention_kernels() {
 #if defined(__AVXVNNI__)
-    return make_kernels<DotProducts<Int8Dot>, Avx2Vector>("avx2-vnni");
+    return make_attention_kernels<DotProducts<Int8Dot>, Avx2Vector>();
 #else
     return nullptr;
 #endif
@@ -17,7 +18,7 @@ const Kernels* avx2_vnni_kernels() {
 
 const LinearKernels* avx2_vnni_linear_kernels() {
 #if defined(__AVXVNNI__)
-    return make_linear_kernels<Int8Dot>("avx2-vnni");
+    return make_linear_kernels<Int8Dot>();
 #else
     return nullptr;
 #endif

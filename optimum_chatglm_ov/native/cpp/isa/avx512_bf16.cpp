@@ -1,25 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// bf16 arithmetic with f32 sums: dot product instructions, or AMX tiles.
+// Dot products of bf16 with f32 sums.
 #include "attention/dot_products.hpp"
 #include "attention/flash.hpp"
-#include "attention/tile_flash.hpp"
+#include "isa/kernels.hpp"
 
 namespace optimum_chatglm_ov {
 
+const AttentionKernels* avx512_bf16_attention_kernels() {
 #if defined(__AVX512BF16__)
-const Kernels* avx512_bf16_kernels() {
-    return make_kernels<DotProducts<Bf16Dot>, Avx512Vector>("avx512-bf16");
-}
-const Kernels* amx_kernels() {
-    return make_tile_kernels<TileInstructions, Avx512Vector>("amx");
-}
+    return make_attention_kernels<DotProducts<Bf16Dot>, Avx512Vector>();
 #else
-const Kernels* avx512_bf16_kernels() {
     return nullptr;
-}
-const Kernels* amx_kernels() {
-    return nullptr;
-}
 #endif
+}
 
 }  // namespace optimum_chatglm_ov

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Byte arithmetic, for int8 caches and for linear layers.
-#include "linear/byte_products.hpp"
 #include "attention/dot_products.hpp"
 #include "attention/flash.hpp"
+#include "isa/kernels.hpp"
+#include "linear/byte_products.hpp"
 
 namespace optimum_chatglm_ov {
 
-const Kernels* avx512_vnni_kernels() {
+const AttentionKernels* avx512_vnni_attention_kernels() {
 #if defined(__AVX512VNNI__)
-    return make_kernels<DotProducts<Int8Dot>, Avx512Vector>("avx512-vnni");
+    return make_attention_kernels<DotProducts<Int8Dot>, Avx512Vector>();
 #else
     return nullptr;
 #endif
@@ -16,7 +17,7 @@ const Kernels* avx512_vnni_kernels() {
 
 const LinearKernels* avx512_vnni_linear_kernels() {
 #if defined(__AVX512VNNI__)
-    return make_linear_kernels<Int8Dot>("avx512-vnni");
+    return make_linear_kernels<Int8Dot>();
 #else
     return nullptr;
 #endif

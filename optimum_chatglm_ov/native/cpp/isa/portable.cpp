@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "linear/byte_products.hpp"
+// Without instructions of any CPU in particular.
 #include "attention/dot_products.hpp"
 #include "attention/flash.hpp"
-#include "attention/tile_flash.hpp"
-#include "linear/tile_kernels.hpp"
+#include "isa/kernels.hpp"
+#include "linear/byte_products.hpp"
+#include "linear/lines.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -54,20 +55,12 @@ struct PortableBytes {
 
 }  // namespace
 
-const Kernels* portable_kernels() {
-    return make_kernels<DotProducts<F32Dot<PortableVector>>, PortableVector>("portable");
+const AttentionKernels* portable_attention_kernels() {
+    return make_attention_kernels<DotProducts<F32Dot<PortableVector>>, PortableVector>();
 }
 
 const LinearKernels* portable_linear_kernels() {
-    return make_linear_kernels<PortableBytes>("portable");
-}
-
-const Kernels* amx_model_kernels() {
-    return make_tile_kernels<TileModel, PortableVector>("amx-model");
-}
-
-const LinearKernels* amx_model_linear_kernels() {
-    return make_tile_linear_kernels<TileModel, PortableLines>("amx-model", portable_linear_kernels());
+    return make_linear_kernels<PortableBytes>();
 }
 
 }  // namespace optimum_chatglm_ov

@@ -4,7 +4,7 @@
 #include <numeric>
 #include <vector>
 
-#include "attention/kernel.hpp"
+#include "common/cpu_features.hpp"
 #include "linear/linear_kernel.hpp"
 #include "common/parallel.hpp"
 

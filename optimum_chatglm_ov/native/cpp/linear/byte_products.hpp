@@ -227,10 +227,10 @@ private:
 };
 
 template <class Bytes>
-const LinearKernels* make_linear_kernels(const char* name) {
+const LinearKernels* make_linear_kernels() {
     using Products = ByteProducts<Bytes>;
     static const ByteKernels bytes = {Products::kRows, Bytes::kWideRows, Products::quantize, Products::multiply};
-    static const LinearKernels kernels = {name, &bytes, nullptr};
+    static const LinearKernels kernels = {&bytes, nullptr};
     return &kernels;
 }
 

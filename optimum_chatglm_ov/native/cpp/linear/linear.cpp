@@ -4,40 +4,26 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <string>
-#include <vector>
 
-#include "attention/kernel.hpp"
+#include "isa/instruction_sets.hpp"
+#include "isa/kernels.hpp"
 #include "linear/linear_kernel.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
 
-const std::vector<const LinearKernels*>& all_kernels() {
-    static const std::vector<const LinearKernels*> kernels = [] {
-        std::vector<const LinearKernels*> found;
-        const CpuFeatures& cpu = cpu_features();
-        if (cpu.amx && cpu.avx512_fp16 && cpu.avx512_vnni) found.push_back(amx_linear_kernels());
-        if (cpu_features().avx512_vnni) found.push_back(avx512_vnni_linear_kernels());
-        if (cpu_features().avx2_vnni) found.push_back(avx2_vnni_linear_kernels());
-        found.push_back(portable_linear_kernels());
-        found.push_back(amx_model_linear_kernels());
-        found.erase(std::remove(found.begin(), found.end(), nullptr), found.end());
-        return found;
-    }();
-    return kernels;
+const LinearKernels& best_kernels() {
+    for (const InstructionSet& set : instruction_sets_of_cpu())
+        if (set.linear) return *set.linear;
+    return *portable_linear_kernels();
 }
 
 // The best, or the one that was asked for. A name that only attention knows asks for nothing here.
 const LinearKernels& choose_kernels(const char* name) {
-    if (!name || !*name) name = std::getenv("CHATGLM_OV_ISA");
-    if (!name || !*name) return *all_kernels().front();
-    for (const LinearKernels* k : all_kernels())
-        if (std::strcmp(name, k->name) == 0) return *k;
-    require_known_instruction_set(name);
-    return *all_kernels().front();
+    const InstructionSet* asked = asked_instruction_set(name);
+    return asked && asked->linear ? *asked->linear : best_kernels();
 }
 
 // Converting weights to bf16 takes longer than reading them from memory; byte products of a row or two do not.
@@ -148,16 +134,12 @@ void mlp(const LinearFormat& first_format, const LinearWeights* first, Activatio
 }
 
 const char* linear_instruction_sets() {
-    static const std::string names = [] {
-        std::string joined;
-        for (const LinearKernels* k : all_kernels()) joined += (joined.empty() ? "" : ",") + std::string(k->name);
-        return joined;
-    }();
+    static const std::string names = names_of_instruction_sets([](const auto& set) { return set.linear != nullptr; });
     return names.c_str();
 }
 
 bool linear_is_fast() {
-    return all_kernels().front() != portable_linear_kernels();
+    return &best_kernels() != portable_linear_kernels();
 }
 
 }  // namespace optimum_chatglm_ov

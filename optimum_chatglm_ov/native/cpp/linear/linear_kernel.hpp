@@ -102,17 +102,9 @@ struct TileKernels {
 constexpr int64_t kTilePanels = 16;  // of a task, at most
 
 struct LinearKernels {
-    const char* name;
     const ByteKernels* bytes;
     const TileKernels* tiles;  // or null
 };
-
-// Null where the build's target has no such instructions; whether the CPU has them is the caller's check.
-const LinearKernels* portable_linear_kernels();
-const LinearKernels* avx2_vnni_linear_kernels();
-const LinearKernels* avx512_vnni_linear_kernels();
-const LinearKernels* amx_linear_kernels();
-const LinearKernels* amx_model_linear_kernels();
 
 // The way for a format.
 const TileWay& choose_way(const TileKernels&, const LinearFormat&);

@@ -30,9 +30,9 @@ struct PortableLines {
     // 2^-48.
     static void pack(const float* x, uint16_t* line, Vector& sum) {
         for (int i = 0; i < 32; i++) {
-            const uint16_t rounded = to_bf16(x[i] * 0x1p64f);
-            line[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = rounded;
-            sum.lane[i % Vector::kLanes] += from_bf16(rounded) * 0x1p-112f;
+            const bf16 rounded = to_bf16(x[i] * 0x1p64f);
+            line[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = rounded.bits;
+            sum.lane[i % Vector::kLanes] += to_float(rounded) * 0x1p-112f;
         }
     }
 
@@ -119,7 +119,8 @@ private:
         return as_float(sign | as_bits(magnitude));
     }
     static void put(float weight, int k, int column, uint16_t* target) {
-        target[(k % 2 * 2 + k / 4) * 32 + column * 2 + k % 4 / 2] = to_bf16(weight * 0x1p-112f);
+        target[(k % 2 * 2 + k / 4) * 32 + column * 2 + k % 4 / 2] =
+            to_bf16(weight * 0x1p-112f).bits;
     }
 };
 

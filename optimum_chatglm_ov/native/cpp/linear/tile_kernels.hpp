@@ -15,10 +15,10 @@ constexpr TileWay tile_way() {
 }
 
 template <class Tiles, class Lines>
-const LinearKernels* make_tile_linear_kernels(const char* name, const LinearKernels* other) {
+const LinearKernels* make_tile_linear_kernels(const LinearKernels* other) {
     static const TileKernels tiles = {tile_way<TileLinear<Tiles, Lines>>(), tile_way<TileBytes<Tiles, Lines, true>>(),
                                       tile_way<TileBytes<Tiles, Lines, false>>()};
-    static const LinearKernels kernels = {name, other->bytes, &tiles};
+    static const LinearKernels kernels = {other->bytes, &tiles};
     return &kernels;
 }
 

@@ -25,10 +25,28 @@ namespace optimum_chatglm_ov {
 //                      past_length, and stored by the call that finds nothing after them.
 // Output: [B, L, H * D] in the type of query. A query that sees no key gives zeros.
 //
-// Blocks hold 32 tokens; kernels/attention.hpp has their layout and size for each cache_precision.
+// Blocks hold 32 tokens; attention/cache_layout.hpp has their layout and size for each cache_precision.
 class ChatGLMAttention : public ov::op::Op {
 public:
     OPENVINO_OP("ChatGLMAttention", "optimum_chatglm_ov");
+
+    enum Input : size_t {
+        kQuery,
+        kKey,
+        kValue,
+        kCos,
+        kSin,
+        kKeyCache,
+        kValueCache,
+        kPastLength,
+        kBeamTable,
+        kAttentionMask,
+        kContextLength,
+        kPrefixKeys,
+        kPrefixValues,
+        kInputs,
+        kInputsWithoutPrefix = kPrefixKeys
+    };
 
     ChatGLMAttention() = default;
     ChatGLMAttention(const ov::OutputVector& inputs, int64_t num_attention_heads, int64_t num_key_value_heads,

@@ -35,6 +35,26 @@ CHATGLM_EXPORT int chatglm_linear_is_fast() {
     return optimum_chatglm_ov::linear_is_fast();
 }
 
+// Sizes that callers need, for them not to be stated twice.
+CHATGLM_EXPORT int64_t chatglm_block_tokens() {
+    return optimum_chatglm_ov::kBlockTokens;
+}
+
+CHATGLM_EXPORT int64_t chatglm_max_head_dim() {
+    return optimum_chatglm_ov::kMaxHeadDim;
+}
+
+CHATGLM_EXPORT int64_t chatglm_panel_columns() {
+    return optimum_chatglm_ov::kPanelColumns;
+}
+
+// Bytes of a cache block of one head, 0 for a precision that is none.
+CHATGLM_EXPORT int64_t chatglm_cache_block_bytes(const char* cache_precision, int64_t head_dim) {
+    using namespace optimum_chatglm_ov;
+    CachePrecision precision;
+    return parse_cache_precision(cache_precision, precision) ? cache_block_bytes(precision, head_dim) : 0;
+}
+
 // Bytes of a panel of 32 output features, or 0 for a format that the operations do not take.
 CHATGLM_EXPORT int64_t chatglm_linear_panel_bytes(int64_t in_features, int64_t out_features, int64_t bits,
                                                   int64_t group_size, int64_t activation_group_size) {

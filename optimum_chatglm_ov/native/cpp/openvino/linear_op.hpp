@@ -13,7 +13,7 @@ namespace optimum_chatglm_ov {
 // Inputs:
 //    0     hidden_states  f32 [..., in_features]
 //    1 ..  weights        u8 [out_features / 32, panel bytes], one for each layer, all of one format; with the biases.
-//                         kernels/linear.hpp has their layout
+//                         linear/linear.hpp has their layout
 // Outputs: for each layer f32 [..., out_features].
 class ChatGLMLinear : public ov::op::Op {
 public:

@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The thin tile interface of the AMX kernels and its two back ends. A back end has configure(), load<T>(),
-// load_streamed<T>() (what is read once leaves the first-level cache to the rest), zero<T>(), store<T>(), release() and
-// the products dot<C, A, B>() (tdpbf16ps), dot_signed_unsigned<C, A, B>() (tdpbsud) and dot_unsigned_signed<C, A, B>()
-// (tdpbusd); T, A, B, C are tile numbers.
+// The thin tile interface of the AMX kernels and its two back ends.
 #pragma once
 
 #include <cmath>
@@ -25,6 +22,24 @@ struct alignas(64) TileConfiguration {
     uint8_t rows[16] = {};
 };
 static_assert(sizeof(TileConfiguration) == 64);
+
+// What kernels ask of a class `Tiles`; T, A, B, C are tile numbers:
+//   configure(configuration), release()
+//   load<T>(base, stride), store<T>(base, stride), zero<T>(); load_streamed<T>(base, stride): what is read once leaves
+//     the first-level cache to the rest
+//   dot<C, A, B>() (tdpbf16ps), dot_signed_unsigned<C, A, B>() (tdpbsud), dot_unsigned_signed<C, A, B>() (tdpbusd)
+template <class Tiles, class = void>
+struct IsTiles : std::false_type {};
+template <class Tiles>
+struct IsTiles<Tiles, decltype(
+    void(std::declval<Tiles&>().configure(std::declval<const TileConfiguration&>())),
+    void(std::declval<Tiles&>().release()), void(std::declval<Tiles&>().template zero<0>()),
+    void(std::declval<Tiles&>().template load<0>(std::declval<const void*>(), int64_t())),
+    void(std::declval<Tiles&>().template load_streamed<0>(std::declval<const void*>(), int64_t())),
+    void(std::declval<Tiles&>().template store<0>(std::declval<void*>(), int64_t())),
+    void(std::declval<Tiles&>().template dot<0, 1, 2>()),
+    void(std::declval<Tiles&>().template dot_signed_unsigned<0, 1, 2>()),
+    void(std::declval<Tiles&>().template dot_unsigned_signed<0, 1, 2>()))> : std::true_type {};
 
 // A software model of the tile instructions, after the operation sections of the instruction reference: what a real
 // CPU would refuse with #UD or #GP is a std::logic_error here.
@@ -88,8 +103,8 @@ public:
                 for (int n = 0; n < columns; n++)
                     for (int odd = 0; odd < 2; odd++)
                         sums[2 * n + odd] =
-                            flush(std::fma(flush(from_bf16(element(A, m, 2 * pair + odd))),
-                                           flush(from_bf16(element(B, pair, 2 * n + odd))), sums[2 * n + odd]));
+                            flush(std::fma(flush(to_float(element(A, m, 2 * pair + odd))),
+                                           flush(to_float(element(B, pair, 2 * n + odd))), sums[2 * n + odd]));
             for (int n = 0; n < columns; n++) {
                 float c;
                 std::memcpy(&c, tiles_[C][m] + 4 * n, 4);
@@ -150,8 +165,8 @@ private:
         for (int m = k.rows[C]; m < kRows; m++) std::memset(tiles_[C][m], 0, kRowBytes);
     }
 
-    uint16_t element(int tile, int row, int column) const {
-        uint16_t value;
+    bf16 element(int tile, int row, int column) const {
+        bf16 value;
         std::memcpy(&value, tiles_[tile][row] + 2 * column, 2);
         return value;
     }
@@ -163,6 +178,7 @@ private:
     TileConfiguration configuration_;
     uint8_t tiles_[kTiles][kRows][kRowBytes] = {};
 };
+static_assert(IsTiles<TileModel>::value);
 
 #if defined(__x86_64__)
 // The instructions themselves, as assembly: no compiler flag is needed, and tile numbers can be template arguments.
@@ -199,6 +215,7 @@ public:
         asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
 };
+static_assert(IsTiles<TileInstructions>::value);
 #endif
 
 }  // namespace

@@ -4,41 +4,48 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "common/elements.hpp"
+
 #if defined(__AVX2__)
 #    include <immintrin.h>
 #endif
 
 namespace optimum_chatglm_ov {
+
+// What kernels ask of a class `Vector`, of kLanes f32:
+//   load(p), all(x), store(p); load_integers(p): of i32 at p
+//   add, subtract, multiply, divide (a, b), multiply_add(a, b, c) = a * b + c
+//   maximum(a, b), minimum(a, b): a NaN of a stays in a minimum, one of b in a maximum
+//   max_lane(), sum_lanes()
+//   exp2<Polynomial>(x): 2^x for x below 127, to the polynomial's error, exactly 0 below -126.5; a NaN stays
+//   round(x); store_bytes(p), store_signed_bytes(p): whole numbers as the nearest bytes, a NaN as some byte
+template <class Vector, class = void>
+struct IsVector : std::false_type {};
+template <class Vector>
+struct IsVector<Vector, decltype(
+    void(Vector::kLanes), void(Vector::load(std::declval<const float*>()).store(std::declval<float*>())),
+    void(Vector::all(0.0f)), void(Vector::load_integers(std::declval<const float*>())),
+    void(Vector::add(std::declval<Vector>(), Vector::subtract(std::declval<Vector>(), std::declval<Vector>()))),
+    void(Vector::multiply(std::declval<Vector>(), Vector::divide(std::declval<Vector>(), std::declval<Vector>()))),
+    void(Vector::multiply_add(std::declval<Vector>(), std::declval<Vector>(), std::declval<Vector>())),
+    void(Vector::maximum(std::declval<Vector>(), Vector::minimum(std::declval<Vector>(), std::declval<Vector>()))),
+    void(std::declval<Vector>().max_lane() + std::declval<Vector>().sum_lanes()),
+    void(Vector::round(std::declval<Vector>()).store_bytes(std::declval<uint8_t*>())),
+    void(std::declval<Vector>().store_signed_bytes(std::declval<int8_t*>())))> : std::true_type {};
+
+// What kernels on bf16 tiles ask besides:
+//   store_bf16(p); weight(x): 2^x for any x, to what bf16 holds; all_below(limit): whether all lanes are, NaNs are not
+template <class Vector, class = void>
+struct IsTileVector : std::false_type {};
+template <class Vector>
+struct IsTileVector<Vector, decltype(
+    void(std::declval<Vector>().store_bf16(std::declval<bf16*>())), void(Vector::weight(std::declval<Vector>())),
+    void(std::declval<Vector>().all_below(0.0f)))> : IsVector<Vector> {};
+
 namespace {
-
-inline float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline uint32_t as_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-
-// Round to nearest even; a NaN stays a NaN.
-inline uint16_t to_bf16(float value) {
-    const uint32_t bits = as_bits(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
-}
-
-inline float from_bf16(uint16_t value) {
-    return as_float(static_cast<uint32_t>(value) << 16);
-}
-
-// Bytes: keys are stored as integer + kKeyOffset, integer weights of a row are 0 .. kWeightSteps.
-constexpr int kKeyOffset = 128;
-constexpr float kWeightSteps = 255.0f;
 
 // Polynomials of least relative error for 2^f, |f| <= 1/2: 7e-8 (f32 arithmetic) and 7e-5 (what bf16 weights hold).
 template <bool kF32>
@@ -113,7 +120,6 @@ struct PortableVector {
         for (float v : lane) all = all && v < limit;
         return all;
     }
-    // 2^x, exactly 0 below -126.5, infinite from 128 on. The one for AVX2 is for x <= 0.
     template <class Polynomial>
     static PortableVector exp2(PortableVector x) {
         for (float& v : x.lane) {
@@ -127,7 +133,7 @@ struct PortableVector {
         return x;
     }
     static PortableVector weight(PortableVector x) { return exp2<Exp2<false>>(x); }
-    void store_bf16(uint16_t* p) const {
+    void store_bf16(bf16* p) const {
         for (int i = 0; i < kLanes; i++) p[i] = to_bf16(lane[i]);
     }
     static PortableVector round(PortableVector x) {
@@ -149,6 +155,8 @@ struct PortableVector {
         for (int i = 0; i < kLanes; i++) p[i] = lane[i] == lane[i] ? static_cast<int8_t>(lane[i]) : 0;
     }
 };
+
+static_assert(IsVector<PortableVector>::value && IsTileVector<PortableVector>::value);
 
 #if defined(__AVX2__) && defined(__FMA__)
 struct Avx2Vector {
@@ -208,6 +216,7 @@ struct Avx2Vector {
         _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
     }
 };
+static_assert(IsVector<Avx2Vector>::value);
 #endif
 
 #if defined(__AVX512F__)
@@ -264,14 +273,15 @@ struct Avx512Vector {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
     }
 #    if defined(__AVX512BF16__)
-    void store_bf16(uint16_t* p) const {
+    void store_bf16(bf16* p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
     }
-    static void store_bf16(uint16_t* p, Avx512Vector first, Avx512Vector second) {
+    static void store_bf16(bf16* p, Avx512Vector first, Avx512Vector second) {
         _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
     }
 #    endif
 };
+static_assert(IsVector<Avx512Vector>::value);
 #endif
 
 }  // namespace

@@ -3,7 +3,7 @@
 // A tile of keys is 64 channels of 16 keys, or the last 32; a tile of values is the block's 32 keys of 16 channels.
 #pragma once
 
-#include "attention/kernel.hpp"
+#include "attention/products.hpp"
 #include "simd/tiles.hpp"
 
 namespace optimum_chatglm_ov {
@@ -32,35 +32,31 @@ struct ByteTileProducts {
         Session(const Session&) = delete;
     };
 
-    static void scores(Session& session, const Element* query, int64_t rows, const Element* const* keys,
-                       int64_t blocks, int64_t head_dim, float* scores, int64_t stride) {
-        for (int64_t r = 0; r < rows; r += 16)
-            for (int64_t b = 0; b < blocks; b++)
-                score_tiles(session.tiles, query + r * head_dim, keys[b], head_dim,
-                            scores + r * stride + b * kBlockTokens, stride);
+    static void scores(Session& session, RowsView<const Element> query, BlocksView<Element> keys,
+                       RowsView<float> scores) {
+        for (int64_t r = 0; r < query.count; r += 16)
+            for (int64_t b = 0; b < keys.count; b++)
+                score_tiles(session.tiles, query.data + r * query.stride, keys.blocks[b], keys.head_dim,
+                            scores.data + r * scores.stride + b * kBlockTokens, scores.stride);
     }
 
-    static void scores_ahead(Session& session, const Element* query, int64_t rows, const Element* const* keys,
-                             int64_t head_dim, float* scores_, int64_t stride, const uint8_t* const* ahead,
-                             int64_t bytes) {
-        for (int i = 0; i < 2; i++)
-            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead[i] + at, 0, 2);
-        scores(session, query, rows, keys, 1, head_dim, scores_, stride);
+    static void scores_ahead(Session& session, RowsView<const Element> query, BlocksView<Element> keys,
+                             RowsView<float> scores_, AheadView ahead) {
+        for (const uint8_t* address : ahead.addresses)
+            for (int64_t at = 0; at < ahead.bytes; at += 64) __builtin_prefetch(address + at, 0, 2);
+        scores(session, query, keys, scores_);
     }
 
-    static void accumulate(Session& session, const Element* weights, int64_t weights_stride, int64_t rows,
-                           const float* factors, const Element* const* values, int64_t blocks, int64_t head_dim,
-                           float* output) {
-        for (int64_t r = 0; r < rows; r += 16) {
-            const int64_t count = rows - r < 16 ? rows - r : 16;
-            const Element* w = weights + r * weights_stride;
+    static void accumulate(Session& session, RowsView<const Element> weights, const float* factors,
+                           BlocksView<Element> values, float* output) {
+        for (int64_t r = 0; r < weights.count; r += 16) {
+            const int64_t left = weights.count - r;
+            const RowsView<const Element> some{weights.data + r * weights.stride, weights.stride, left < 16 ? left : 16};
+            float* target = output + r * values.head_dim;
             int64_t c = 0;
-            for (; c + 64 <= head_dim; c += 64)
-                value_tiles<4>(session.tiles, w, weights_stride, factors + r, values, blocks, head_dim, c, count,
-                               output + r * head_dim + c);
-            if (c < head_dim)
-                value_tiles<2>(session.tiles, w, weights_stride, factors + r, values, blocks, head_dim, c, count,
-                               output + r * head_dim + c);
+            for (; c + 64 <= values.head_dim; c += 64)
+                value_tiles<4>(session.tiles, some, factors + r, values, c, target + c);
+            if (c < values.head_dim) value_tiles<2>(session.tiles, some, factors + r, values, c, target + c);
         }
     }
 
@@ -88,20 +84,20 @@ private:
         tiles.template store<1>(scores + 16, stride * 4);
     }
 
-    // 16 channels for each of kTiles tiles; of the 16 rows of weights the first `rows` count.
+    // 16 channels for each of kTiles tiles, from channel c on; 16 rows of weights are read, of which the view's count.
     template <int kTiles>
-    static void value_tiles(Tiles& tiles, const Element* weights, int64_t weights_stride, const float* factors,
-                            const Element* const* values, int64_t blocks, int64_t head_dim, int64_t c, int64_t rows,
-                            float* output) {
+    static void value_tiles(Tiles& tiles, RowsView<const Element> weights, const float* factors,
+                            BlocksView<Element> values, int64_t c, float* output) {
+        const int64_t head_dim = values.head_dim;
         tiles.template zero<0>();
         tiles.template zero<1>();
         if constexpr (kTiles == 4) {
             tiles.template zero<2>();
             tiles.template zero<3>();
         }
-        for (int64_t b = 0; b < blocks; b++) {
-            const Element* value = values[b] + c * 4;
-            tiles.template load<5>(weights + b * kBlockTokens, weights_stride);
+        for (int64_t b = 0; b < values.count; b++) {
+            const Element* value = values.blocks[b] + c * 4;
+            tiles.template load<5>(weights.data + b * kBlockTokens, weights.stride);
             tiles.template load<7>(value, head_dim * 4);
             tiles.template dot_unsigned_signed<0, 5, 7>();
             tiles.template load<7>(value + 64, head_dim * 4);
@@ -121,7 +117,7 @@ private:
             tiles.template store<2>(sums + 32, kColumns * 4);
             tiles.template store<3>(sums + 48, kColumns * 4);
         }
-        for (int64_t r = 0; r < rows; r++) {
+        for (int64_t r = 0; r < weights.count; r++) {
             const Vector factor = Vector::all(factors[r]);
             for (int64_t j = 0; j < kColumns; j += Vector::kLanes) {
                 float* target = output + r * head_dim + j;
