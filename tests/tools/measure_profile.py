@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures which kinds of operations the time of a prompt, and of a token after it, goes to.
+
+    python tests/tools/measure_profile.py FOLDER [--prompt-tokens N]
+
+OpenVINO times each operation; the sums of one kind are the medians of the repetitions. The environment variable
+CHATGLM_OV_ISA names the kernels of the native operations, as always.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from optimum_chatglm_ov import OVChatGLMForCausalLM
+from optimum_chatglm_ov.cli.arguments import positive_integer
+from optimum_chatglm_ov.measure.speed import cpu_description
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of an exported model")
+    parser.add_argument("--prompt-tokens", type=positive_integer, default=1024, metavar="N")
+    parser.add_argument("--repetitions", type=positive_integer, default=3, metavar="N")
+    args = parser.parse_args()
+
+    model = OVChatGLMForCausalLM.from_pretrained(args.model, ov_config={"PERF_COUNT": "YES"})
+    prompt = torch.randint(5, 1000, (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
+    prompts, tokens = [], []
+    for _ in range(args.repetitions):
+        output = model(prompt, logits_to_keep=1)
+        prompts.append(times(model))
+        inputs = model.prepare_inputs_for_generation(
+            torch.cat([prompt, prompt[:, :1]], dim=1),
+            attention_mask=torch.ones(1, args.prompt_tokens + 1, dtype=torch.long),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        model(**inputs)
+        tokens.append(times(model))
+    print(f"{cpu_description()}\n\n| operations | {args.prompt_tokens} tokens (ms) | share | one more (ms) | share |")
+    print("|---|---|---|---|---|")
+    first, next_one = medians(prompts), medians(tokens)
+    for kind in sorted({*first, *next_one}, key=lambda kind: -first[kind]):
+        cells = [f"{sums[kind]:.3f} | {100 * sums[kind] / sums.total():.1f} %" for sums in (first, next_one)]
+        print(f"| {kind} | {' | '.join(cells)} |")
+    print(f"| all | {first.total():.3f} | | {next_one.total():.3f} | |")
+
+
+def times(model: OVChatGLMForCausalLM) -> Counter[str]:
+    """Milliseconds of the last inference, by kind of operation."""
+    sums: Counter[str] = Counter()
+    for node in model.request.get_profiling_info():
+        sums[node.node_type] += node.real_time.total_seconds() * 1e3
+    return sums
+
+
+def medians(runs: list[Counter[str]]) -> Counter[str]:
+    kinds = {kind for run in runs for kind in run}
+    return Counter({kind: statistics.median(run[kind] for run in runs) for kind in kinds})
+
+
+if __name__ == "__main__":
+    main()
