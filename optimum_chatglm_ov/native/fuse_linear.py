@@ -68,8 +68,8 @@ def fuse_linears(
             features, or groups of weights, are not multiples of it stay as they are, as do all unless it is a
             multiple of 32: OpenVINO rounds them in groups of its own, or not. Kernels of CPUs with AMX round less
             (linear.hpp).
-        rounds_tokens: whether prompts are rounded to 8 bits with one scale a token, where that is faster (AMX) and
-            weights have 8 bits and one scale a row; but for the last layer of an MLP, whose inputs have outliers.
+        rounds_tokens: whether prompts are rounded to 8 bits with one scale a token, where that is faster (AMX),
+            weights have 8 bits and one scale a row, and the inputs no outliers: each layer measures them anew.
 
     Returns:
         The number of layers replaced.
@@ -88,9 +88,8 @@ def fuse_linears(
                 mlps.append(mlp)
                 inside |= layers
     if rounds_tokens:
-        last_layers = {id(mlp.down) for mlp in mlps}
         for linear in found:
-            if linear.format.group_size == linear.format.in_features and id(linear) not in last_layers:
+            if linear.format.group_size == linear.format.in_features:
                 linear.format = replace(linear.format, activation_group_size=linear.format.in_features)
     together: dict[tuple, list[_Linear]] = {}
     for linear in found:

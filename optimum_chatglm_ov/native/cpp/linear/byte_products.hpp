@@ -59,16 +59,23 @@ struct ByteProducts {
                 panel.scales[k / size * panel.rows + r] = scale * 256.0f;
                 panel.scales[k / size * panel.rows + r + 1] = scale;
             }
+            int8_t *high = reinterpret_cast<int8_t*>(activated + f.in_features), *low = high + f.in_features;
             for (int64_t first = 0; first < f.in_features; first += segment) {
-                int64_t sum = 0;
-                for (int64_t k = first; k < first + segment && k < f.in_features; k++) {
-                    const float scaled = row[k] * inverse + 12582912.0f;  // the integer is in the low bits
-                    const int32_t whole = static_cast<int32_t>(as_bits(scaled) - 0x4b400000u);
-                    int8_t* place = panel.integers + k / 4 * 4 * panel.rows + r * 4 + k % 4;
-                    place[0] = static_cast<int8_t>((whole + 128) >> 8), place[4] = static_cast<int8_t>(whole);
-                    sum += whole;
+                Vector sum = Vector::all(0.0f);
+                for (int64_t k = first; k < first + segment && k < f.in_features; k += kLanes) {
+                    const Vector whole = Vector::round(Vector::multiply(Vector::load(row + k), Vector::all(inverse)));
+                    // rounded up half way: the rest is a byte then, -128 .. 127
+                    const Vector upper = Vector::round(
+                        Vector::multiply_add(whole, Vector::all(1.0f / 256.0f), Vector::all(1.0f / 512.0f)));
+                    upper.store_signed_bytes(high + k);
+                    Vector::multiply_add(upper, Vector::all(-256.0f), whole).store_signed_bytes(low + k);
+                    sum = Vector::add(sum, whole);
                 }
-                panel.sums[first / segment * (panel.rows / 2) + r / 2] = scale * static_cast<float>(sum);
+                panel.sums[first / segment * (panel.rows / 2) + r / 2] = scale * sum.sum_lanes();
+            }
+            for (int64_t k = 0; k < f.in_features; k += 4) {
+                std::memcpy(panel.integers + k * panel.rows + r * 4, high + k, 4);
+                std::memcpy(panel.integers + k * panel.rows + r * 4 + 4, low + k, 4);
             }
         }
     }

@@ -86,17 +86,23 @@ struct TileWay {
     // Bytes of the values, and of the sums, of a block.
     int64_t (*value_bytes)(const LinearFormat&);
     int64_t (*sum_bytes)(const LinearFormat&);
-    // Rows [first, last) of a block from f32 rows `stride` apart; those from `rows` on are zeros.
-    void (*pack)(const LinearFormat&, const float* input, int64_t stride, int64_t rows, int64_t first, int64_t last,
+    // Rows [first, last) of a block from f32 rows `stride` apart. What those that are never packed hold does not matter.
+    void (*pack)(const LinearFormat&, const float* input, int64_t stride, int64_t first, int64_t last,
                  const RowBlock& block);
     size_t (*scratch_bytes)(const TileTask&);
     void (*multiply)(const TileTask&, void* scratch);
+};
+
+// The largest magnitude of a row, and the sum of squares; NaN if one of the numbers is NaN or infinite.
+struct RowSize {
+    float largest, squares;
 };
 
 struct TileKernels {
     TileWay bf16;   // every format
     TileWay wide;   // 8 bits with one scale a row: activations of 16 bits, as two bytes
     TileWay bytes;  // the same: activations of 8 bits
+    RowSize (*measure)(const float* row, int64_t count);
 };
 
 constexpr int64_t kTilePanels = 16;  // of a task, at most

@@ -46,6 +46,12 @@ struct PortableLines {
         return most + none;
     }
 
+    static float squares(const float* x, int64_t count) {
+        float sum = 0;
+        for (int64_t i = 0; i < count; i++) sum += x[i] * x[i];
+        return sum;
+    }
+
     // Numbers times `inverse` as 16-bit integers, of each the high byte, and the low one `low` bytes after it; 64 of
     // them every `stride` bytes. The sums of the bytes, both with signs.
     static void round_wide(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride, int64_t low,
@@ -156,6 +162,16 @@ struct Avx512Lines {
             }
         return _mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1])) +
                _mm512_reduce_add_ps(_mm512_add_ps(none[0], none[1]));
+    }
+
+    static float squares(const float* x, int64_t count) {
+        __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t i = 0; i < count; i += 32)
+            for (int j = 0; j < 2; j++) {
+                const __m512 v = _mm512_loadu_ps(x + i + 16 * j);
+                sums[j] = _mm512_fmadd_ps(v, v, sums[j]);
+            }
+        return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
     }
 
     static void round_wide(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride, int64_t low,

@@ -25,20 +25,11 @@ struct TileBytes {
 
     // values [in_features / 64][high bytes, low bytes][16 rows][64], or [..][32 rows][64]; sums i32 [2][16] of those
     // bytes, or [32]
-    static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t rows, int64_t first,
-                     int64_t last, const RowBlock& block) {
+    static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t first, int64_t last,
+                     const RowBlock& block) {
         auto* sums = static_cast<int32_t*>(block.sums);
         for (int64_t r = first; r < last; r++) {
             auto* values = static_cast<int8_t*>(block.values) + r * kStep;
-            if (r >= rows) {
-                for (int64_t k = 0; k < f.in_features; k += kStep) {
-                    std::memset(values + k / kStep * kStepBytes, 0, kStep);
-                    if (kWide) std::memset(values + k / kStep * kStepBytes + kTileBytes, 0, kStep);
-                }
-                sums[r] = 0, block.scales[r] = 0;
-                if (kWide) sums[16 + r] = 0;
-                continue;
-            }
             const float* x = input + r * stride;
             const float largest = Lines::largest(x, f.in_features);
             const float steps = kWide ? 32639.0f : 127.0f;  // 127 * 256 + 127
@@ -58,12 +49,9 @@ struct TileBytes {
 
     static void multiply(const TileTask& task, void* scratch) {
         // Rows of the activations' tiles that count; all where several blocks meet the same weights.
-        const int64_t rows = task.rows < 16 ? task.rows : 16;
-        Session session(rows, kWide ? rows : 16);
-        if (!kWide && task.rows <= 16)
-            multiply_blocks<1>(session, task, static_cast<float*>(scratch));
-        else
-            multiply_blocks<2>(session, task, static_cast<float*>(scratch));
+        const int64_t rows = kWide && task.rows < 16 ? task.rows : 16;
+        Session session(rows, rows);
+        multiply_blocks(session, task, static_cast<float*>(scratch));
     }
 
 private:
@@ -72,7 +60,6 @@ private:
 
     // Weights are held in the first-level cache, a chunk of a panel at a time, and read once; all blocks of
     // activations pass by. A single block keeps its sums in the tiles.
-    template <int kRowTiles>
     static void multiply_blocks(Session& session, const TileTask& task, float* scratch) {
         const int64_t steps = task.format->in_features / kStep, blocks = (task.rows + kRows - 1) / kRows;
         // Bytes of the next chunk that each step of a block fetches, in whole lines: weights and activations.
@@ -90,32 +77,31 @@ private:
                     float* sums = scratch + (n * blocks + m) * kBlockSums;
                     const auto* a = static_cast<const uint8_t*>(task.blocks[m].values) + first * kStepBytes;
                     if (chunk)
-                        session.template load_sums<kRowTiles>(sums);
+                        session.template load_sums<2>(sums);
                     else
-                        session.template zero<kRowTiles>();
+                        session.template zero<2>();
                     if (blocks == 1)
                         for (int64_t step = 0; step < count; step++) {
                             fetch<3, kStepBytes>(weights + step * kStepBytes + kAheadBytes);
-                            session.template multiply<kRowTiles, true, Session::Streams::none>(
+                            session.template multiply<2, true, Session::Streams::none>(
                                 a + step * kStepBytes, weights + step * kStepBytes, 64, 2 * 64);
                         }
                     else
-                        multiply_chunk<kRowTiles>(session, a, weights, count, next + m * count * share, share,
-                                                  a + count * (kStepBytes + n * other_share), other_share,
-                                                  chunk ? sums + kBlockSums : nullptr);
-                    session.template store_sums<kRowTiles>(sums);
+                        multiply_chunk(session, a, weights, count, next + m * count * share, share,
+                                       a + count * (kStepBytes + n * other_share), other_share,
+                                       chunk ? sums + kBlockSums : nullptr);
+                    session.template store_sums<2>(sums);
                     if (chunk + 1 == chunks) finish(task, n, m, sums, sums - task.panels / 2 * blocks * kBlockSums);
                 }
             }
         }
     }
 
-    template <int kRowTiles>
     static void multiply_chunk(Session& session, const uint8_t* a, const uint8_t* weights, int64_t count,
                                const uint8_t* next, int64_t share, const uint8_t* other, int64_t other_share,
                                const float* next_sums) {
         for (int64_t step = 0; step < count; step++) {
-            session.template multiply<kRowTiles, true, Session::Streams::activations>(
+            session.template multiply<2, true, Session::Streams::activations>(
                 a + step * kStepBytes, weights + step * kStepBytes, 64, 2 * 64);
             if (next_sums) fetch<3, 256>(reinterpret_cast<const uint8_t*>(next_sums) + step * 256);
             for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + step * share + byte, 0, 2);

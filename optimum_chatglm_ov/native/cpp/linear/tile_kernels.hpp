@@ -17,7 +17,9 @@ constexpr TileWay tile_way() {
 template <class Tiles, class Lines>
 const LinearKernels* make_tile_linear_kernels(const LinearKernels* other) {
     static const TileKernels tiles = {tile_way<TileLinear<Tiles, Lines>>(), tile_way<TileBytes<Tiles, Lines, true>>(),
-                                      tile_way<TileBytes<Tiles, Lines, false>>()};
+                                      tile_way<TileBytes<Tiles, Lines, false>>(), [](const float* row, int64_t count) {
+                                          return RowSize{Lines::largest(row, count), Lines::squares(row, count)};
+                                      }};
     static const LinearKernels kernels = {other->bytes, &tiles};
     return &kernels;
 }

@@ -5,7 +5,7 @@
 //   Lines   conversion of weights and activations, 64 bytes at a time (lines.hpp); its Vector for what is f32
 #pragma once
 
-#include "linear/tile_session.hpp"
+#include "linear/tile_few_rows.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -14,17 +14,18 @@ template <class Tiles, class Lines>
 struct TileLinear {
     using Vector = typename Lines::Vector;
     using Session = TileSession<Tiles>;
-    static constexpr int64_t kStep = 32;  // input features of one tile product
-    static constexpr int64_t kRows = 32;  // of a block
-    static constexpr int64_t kStepBytes = 2 * kTileBytes;
+    using Few = TileFewRows<Tiles, Lines>;
+    static constexpr int64_t kStep = Few::kStep;
+    static constexpr int64_t kRows = Few::kRows;
+    static constexpr int64_t kStepBytes = Few::kStepBytes;
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
     static int64_t sum_bytes(const LinearFormat& f) { return f.in_features / f.group_size * kRows * 4; }
 
     // values [in_features / 32][32 rows][32], of every 8 features the even ones first; sums [groups][32] of x * 2^-48;
     // scales: 0, or NaN for a row with NaN or infinity
-    static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t rows, int64_t first,
-                     int64_t last, const RowBlock& block) {
+    static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t first, int64_t last,
+                     const RowBlock& block) {
         for (int64_t r = first; r < last; r++) {
             uint16_t* line = static_cast<uint16_t*>(block.values) + r * kStep;
             float* sum = static_cast<float*>(block.sums) + r;
@@ -32,12 +33,8 @@ struct TileLinear {
             block.scales[r] = 0.0f;
             for (int64_t k = 0; k < f.in_features; sum += kRows) {
                 Vector total = Vector::all(0.0f);
-                for (const int64_t end = k + f.group_size; k < end; k += kStep, line += kRows * kStep) {
-                    if (r < rows)
-                        Lines::pack(x + k, line, total);
-                    else
-                        std::memset(line, 0, kStep * 2);
-                }
+                for (const int64_t end = k + f.group_size; k < end; k += kStep, line += kRows * kStep)
+                    Lines::pack(x + k, line, total);
                 *sum = total.sum_lanes();
                 block.scales[r] += *sum * 0.0f;
             }
@@ -54,53 +51,20 @@ struct TileLinear {
     }
 
 private:
-    static constexpr int64_t kUnit = 128;  // numbers that one conversion writes: 8 features of 16 columns
+    static constexpr int64_t kUnit = Few::kUnit;
     static constexpr int64_t kUnitsOfStep = kStepBytes / 2 / kUnit;
-    static constexpr int64_t kAheadBytes = 4096;
-    static constexpr float kUndo = 0x1p48f;
+    static constexpr float kUndo = Few::kUndo;
 
     template <int kBits>
     static void multiply_bits(const TileTask& task, void* scratch) {
         const bool has_groups = task.format->group_size != task.format->in_features;
         auto* results = static_cast<float*>(scratch);
         if (task.rows <= 16)
-            few<1, kBits>(task, results);
+            Few::template multiply<1, kBits>(task, results);
         else if (task.rows <= kRows)
-            few<2, kBits>(task, results);
+            Few::template multiply<2, kBits>(task, results);
         else
             has_groups ? many<kBits, true>(task, scratch) : many<kBits, false>(task, scratch);
-    }
-
-    // Bytes of 8 input features of a panel.
-    template <int kBits>
-    static constexpr int64_t kUnitBytes = kPanelColumns * kBits;
-
-    template <int kBits>
-    static inline __attribute__((always_inline)) void convert(const uint8_t* stored, uint16_t* target) {
-        if constexpr (kBits == 8)
-            Lines::convert_bytes(stored, stored + kPanelColumns * 4, target);
-        else
-            Lines::convert_halves(stored, target);
-    }
-
-    // The products of a group of features, scaled, are added to the results.
-    template <int kBits>
-    static void add_group(const TileTask& task, const Panel& panel, int64_t group, const float* products,
-                          float* results) {
-        const float* sums = static_cast<const float*>(task.blocks[0].sums) + group * kRows;
-        for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
-            const ColumnScale<Lines, kBits> column(panel, group, c);
-            const Vector scale = Vector::multiply(column.scale, Vector::all(kUndo));
-            const Vector bias = Vector::load(panel.bias + c);
-            for (int64_t r = 0; r < task.rows; r++) {
-                float* result = results + sum_at(r, c);
-                const Vector sum = Vector::multiply_add(column.minus_zero, Vector::all(sums[r]),
-                                                        Vector::load(products + sum_at(r, c)));
-                const Vector before =
-                    group ? Vector::load(result) : Vector::add(bias, Vector::all(task.blocks[0].scales[r]));
-                Vector::multiply_add(scale, sum, before).store(result);
-            }
-        }
     }
 
     // 8 input features of 16 columns, times their scales.
@@ -111,51 +75,6 @@ private:
             Lines::convert_scaled_bytes(stored, stored + kPanelColumns * 4, scales, zero_points, target);
         else
             Lines::convert_scaled_halves(stored, scales, zero_points, target);
-    }
-
-    // Few rows: each weight is converted once, just before its only use.
-    template <int kRowTiles, int kBits>
-    static void few(const TileTask& task, float* scratch) {
-        constexpr int64_t kRing = 4, kDistance = 2;  // steps in the ring, and from a conversion to its use
-        constexpr int64_t kStoredBytes = 4 * kUnitBytes<kBits>;
-        const LinearFormat& f = *task.format;
-        const int64_t steps = f.in_features / kStep, group_steps = f.group_size / kStep;
-        Session session(kRowTiles == 2 ? 16 : task.rows, kRowTiles == 2 ? task.rows - 16 : 16);
-        alignas(64) uint16_t ring[kRing][kStepBytes / 2];
-        alignas(64) float products[2][kBlockSums];  // of two groups: one is added up while the next is multiplied
-        const auto* activations = static_cast<const uint8_t*>(task.blocks[0].values);
-        for (int64_t n = 0; n < task.panels; n++) {
-            const Panel panel(f, task.weights[n]);
-            const uint8_t* stored = panel.integers;
-            const auto convert_step = [&](int64_t step) __attribute__((always_inline)) {
-                uint16_t* target = ring[step % kRing];
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; half++)
-#pragma GCC unroll 4
-                    for (int i = 0; i < 4; i++)
-                        convert<kBits>(stored + i * kUnitBytes<kBits> + half * 64, target + (4 * half + i) * kUnit);
-#pragma GCC unroll 16
-                for (int64_t byte = 0; byte < kStoredBytes; byte += 64)
-                    __builtin_prefetch(stored + kAheadBytes + byte, 0, 3);
-                stored += kStoredBytes;
-            };
-            float* results = scratch + n * kBlockSums;
-            for (int64_t step = 0; step < kDistance && step < steps; step++) convert_step(step);
-            for (int64_t group = 0, step = 0; step < steps; group++) {
-                session.template zero<kRowTiles>();
-                for (const int64_t end = step + group_steps; step < end; step++) {
-                    if (step + kDistance < steps) convert_step(step + kDistance);
-                    session.template multiply<kRowTiles, false, Session::Streams::none>(
-                        activations + step * kStepBytes, reinterpret_cast<const uint8_t*>(ring[step % kRing]),
-                        kTileBytes, 64);
-                }
-                session.template store_sums<kRowTiles>(products[group % 2]);
-                if (group) add_group<kBits>(task, panel, group - 1, products[(group - 1) % 2], results);
-            }
-            const int64_t last = steps / group_steps - 1;
-            add_group<kBits>(task, panel, last, products[last % 2], results);
-            deliver<Vector>(task, n, 0, task.rows, results, results - task.panels / 2 * kBlockSums);
-        }
     }
 
     // The weights of one chunk of features, one unit after the other.
@@ -171,11 +90,11 @@ private:
 
         inline __attribute__((always_inline)) void next() {
             if (units == 0) return;
-            const uint8_t* stored = stored_ + unit_ % 4 * kUnitBytes<kBits> + unit_ / 4 * 64;
+            const uint8_t* stored = stored_ + unit_ % 4 * Few::template kUnitBytes<kBits> + unit_ / 4 * 64;
             if constexpr (kScales)
                 convert_scaled<kBits>(stored, scales_ + unit_ / 4 * 16, zero_points_ + unit_ / 4 * 16, target_);
             else
-                convert<kBits>(stored, target_);
+                Few::template convert<kBits>(stored, target_);
             target_ += kUnit;
             units--;
             if (++unit_ == kUnitsOfStep) next_step();
@@ -185,7 +104,7 @@ private:
         void begin_panel() {
             const Panel panel(format_, *weights_++);
             step_ = 0;
-            stored_ = panel.integers + first_ * 4 * kUnitBytes<kBits>;
+            stored_ = panel.integers + first_ * 4 * Few::template kUnitBytes<kBits>;
             if constexpr (kScales) {
                 group_steps_ = format_.group_size / kStep;
                 const int64_t group = first_ / group_steps_;
@@ -196,7 +115,7 @@ private:
         }
         void next_step() {
             unit_ = 0;
-            stored_ += 4 * kUnitBytes<kBits>;
+            stored_ += 4 * Few::template kUnitBytes<kBits>;
             if (++step_ == steps_) {
                 if (units) begin_panel();
             } else if (kScales && --left_ == 0) {
