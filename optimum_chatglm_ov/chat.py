@@ -21,6 +21,7 @@ from .runtime.cache import FusedCache
 from .runtime.token_stream import TokenStream
 from .tokenization.codegeex4 import defined_functions
 from .tokenization.messages import as_messages
+from .tokenization.template_chat import chat_tokenizer
 
 
 # One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards; all read
@@ -287,6 +288,7 @@ def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable
         def wrapped(
             self: Any, tokenizer: Any, query: str, history: History | None = None, *args: Any, **kwargs: Any
         ) -> Any:
+            tokenizer = chat_tokenizer(tokenizer, self)
             if args and not isinstance(args[0], str) and not chat_rules(tokenizer, self.config).has_messages:
                 lacking = chatglm_lacks if tokenizer.chatglm_generation == "chatglm" else 0
                 args = ("user", *[None] * lacking, *args)

@@ -8,12 +8,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .. import tokenization
 from ..configuration import ChatGLMConfig
 from ..errors import ChatGLMError, CheckpointError, ContextLengthError, ExportError, ModelFileError
-from . import remote_code
+from . import exported_models, remote_code
 
 
 AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
 tokenization.register(ChatGLMConfig)
 remote_code.replace_remote_code()
+exported_models.load_exported_models()
 
 from ..chat import ToolCallError  # noqa: E402
 from ..hub.repository import DownloadError  # noqa: E402  the modules below read checkpoints through the classes above

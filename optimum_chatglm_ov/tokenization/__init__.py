@@ -2,12 +2,13 @@
 """Tokenizers of every ChatGLM generation, without remote code."""
 
 from .auto import register
-from .base import ChatGLMTokenizer, has_vocabulary, load_tokenizer
+from .base import ChatGLMTokenizer
 from .chatglm import ChatGLM1Tokenizer
 from .chatglm2 import ChatGLM2Tokenizer
 from .chatglm3 import ChatGLM3Tokenizer
 from .codegeex4 import CodeGeeX4Tokenizer
 from .glm4 import ChatGLM4Tokenizer
+from .loading import has_vocabulary, load_tokenizer
 from .streamers import ChatGLMTextIteratorStreamer, ChatGLMTextStreamer
 from .vocabulary import TokenizerError
 

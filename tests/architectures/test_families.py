@@ -68,8 +68,9 @@ def test_families_by_name(name, expected):
 
 
 def test_every_family_is_found_by_its_own_name():
-    assert [family_of_name(family.name) for family in FAMILIES] == list(FAMILIES)
-    assert {family.generation for family in FAMILIES} == set(GENERATIONS)
+    own = [family for family in FAMILIES if family.model_type == ChatGLMConfig.model_type]
+    assert [family_of_name(family.name) for family in own] == own
+    assert {family.generation for family in own} == set(GENERATIONS)
 
 
 @pytest.mark.parametrize(
