@@ -70,6 +70,7 @@ FAMILIES = (
     Family("glm-4-9b", rf"glm[-_]?4{_END}|longwriter|longcite", "glm4", rope_ratio_type="theta"),
     Family("chatglm-6b", r"chatglm[-_]?6b", "chatglm", "chatglm", max_length=2048, top_p=0.7, temperature=0.95),
     Family("glm-4-9b-chat-hf", r"glm[-_]?4[-_]9b.*hf|glm[-_]edge", "glm-hf", architecture="glm", model_type="glm"),
+    Family("glm-4-0414", r"glm[-_]?(?:4|z1)[-_].*0414", "glm-0414", architecture="glm4", model_type="glm4"),
 )
 ARCHITECTURES = frozenset(family.architecture for family in FAMILIES)
 MODEL_TYPES = frozenset(family.model_type for family in FAMILIES)

@@ -75,6 +75,22 @@ def test_every_family_is_found_by_its_own_name():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
+    [
+        ("THUDM/glm-4-9b-chat-hf", "glm"),
+        ("THUDM/glm-edge-1.5b-chat", "glm"),
+        ("THUDM/GLM-4-9B-0414", "glm4"),
+        ("zai-org/GLM-4-32B-Base-0414", "glm4"),
+        ("THUDM/GLM-Z1-Rumination-32B-0414", "glm4"),
+        ("THUDM/glm-4-9b-chat", None),
+    ],
+)
+def test_families_with_tokenizers_of_transformers(name, expected):
+    family = family_of_name(name, {"glm-hf", "glm-0414"})
+    assert (family and family.model_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
     [("THUDM/chatglm3-6b-base", True), ("a-base/chatglm3-6b", False), ("chatglm3-6b-baseball", False)],
 )
 def test_base_models(name, expected):

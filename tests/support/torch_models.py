@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GlmConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig, PreTrainedModel
 
 
 _SIZES = {
@@ -25,9 +25,13 @@ _SIZES = {
 }
 _MULTI_HEAD = {"num_key_value_heads": 4, "head_dim": 16, "partial_rotary_factor": 1.0}
 _TIED = {"tie_word_embeddings": True, "attention_bias": False}
+# transformers 4 takes the factor that the two lengths have, and version 5 the one that is named
+_YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "glm": (GlmConfig, {"rope_theta": 5000.0}),
     "glm-multi-head-tied": (GlmConfig, _MULTI_HEAD | _TIED),
+    "glm4": (Glm4Config, {"attention_bias": False}),
+    "glm4-yarn-one-group": (Glm4Config, _YARN | {"num_key_value_heads": 1, "partial_rotary_factor": 1.0}),
 }
 TORCH_MODELS = tuple(CONFIGS)
 
