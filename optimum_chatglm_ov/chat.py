@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from .runtime.token_stream import TokenStream
 from .tokenization.chat_rules import ChatRules, History, Response, chat_rules
 from .tokenization.messages import as_messages
+from .tokenization.template_chat import chat_tokenizer
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
@@ -53,6 +54,7 @@ def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable
         def wrapped(
             self: Any, tokenizer: Any, query: str, history: History | None = None, *args: Any, **kwargs: Any
         ) -> Any:
+            tokenizer = chat_tokenizer(tokenizer, self)
             if args and not isinstance(args[0], str) and not chat_rules(tokenizer, self.config).has_messages:
                 lacking = chatglm_lacks if tokenizer.chatglm_generation == "chatglm" else 0
                 args = ("user", *[None] * lacking, *args)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .architectures.families import (
+    FAMILIES,
     GENERATIONS,
     GENERATIONS_OF_RANKS,
     LARGEST_SENTENCEPIECE_VOCABULARY,
@@ -147,6 +148,15 @@ class ChatGLMConfig(PretrainedConfig):
     def has_vocabulary_of_ranks(self) -> bool:
         """Tells whether the vocabulary is that of GLM-4 and CodeGeeX4, which is larger than any other."""
         return self.architecture == "chatglm2" and self.padded_vocab_size > LARGEST_SENTENCEPIECE_VOCABULARY
+
+    @property
+    def generations(self) -> tuple[str, ...]:
+        """The generations that this may be of by its architecture and vocabulary, the oldest first."""
+        if self.has_vocabulary_of_ranks:
+            return GENERATIONS_OF_RANKS
+        families = [family for family in FAMILIES if family.architecture == self.architecture]
+        found = dict.fromkeys(family.generation for family in families)
+        return tuple(generation for generation in found if generation not in GENERATIONS_OF_RANKS)
 
     def named_family(self) -> Family | None:
         """Finds the family that the name tells, unless the vocabulary contradicts."""

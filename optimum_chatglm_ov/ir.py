@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import openvino as ov
-from transformers import GenerationConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 
 from . import native
 from .architectures.families import GENERATIONS_OF_RANKS, is_base, rope_ratio_type_of_generation
+from .architectures.registry import architecture_of
 from .checkpoint.shards import WEIGHT_FILES
 from .configuration import ChatGLMConfig
 from .errors import ExportError
@@ -31,6 +32,7 @@ CONFIGURATION_FILES = (
     "generation_config.json",
     "openvino_config.json",
     "ice_text.model",
+    "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -91,18 +93,28 @@ def model_folder(output: str | Path) -> AbstractContextManager[Path]:
     return complete_folder(folder, replaces=_EXPORTED_FILES)
 
 
-def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> ChatGLMConfig:
+def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> PretrainedConfig:
     """The configuration in folder `source`, where the tokenizer, too, tells what `rope_ratio` means.
 
     Raises:
         CheckpointError: config.json is missing, not JSON or of another model type.
-        ValueError: nothing tells what `rope_ratio` means, or the configuration and the tokenizer contradict.
+        ValueError: nothing tells what `rope_ratio` means, the configuration and the tokenizer contradict, or a key
+            asks for what its architecture has not.
     """
-    is_told = rope_ratio_type or read_config(source).get("rope_ratio_type")
-    config = ChatGLMConfig.from_pretrained(source, **({"rope_ratio_type": rope_ratio_type} if rope_ratio_type else {}))
-    if getattr(config, "rope_ratio", None) not in (None, 1) and not is_told:
-        config.rope_ratio_type = _agreed_rope_ratio_type(config, tokenizer)
-        config.rope_theta  # noqa: B018  raises the explanation where nothing tells
+    found = read_config(source)
+    model_type = found.get("model_type")
+    if model_type in CONFIG_MAPPING and model_type != ChatGLMConfig.model_type:
+        if rope_ratio_type:
+            raise ValueError(f"`rope_ratio_type` is a key of ChatGLM, and {source} is a {model_type}. Leave it out.")
+        config = CONFIG_MAPPING[model_type].from_pretrained(source)
+    else:
+        given = {"rope_ratio_type": rope_ratio_type} if rope_ratio_type else {}
+        config = ChatGLMConfig.from_pretrained(source, **given)
+        is_told = rope_ratio_type or found.get("rope_ratio_type")
+        if getattr(config, "rope_ratio", None) not in (None, 1) and not is_told:
+            config.rope_ratio_type = _agreed_rope_ratio_type(config, tokenizer)
+            config.rope_theta  # noqa: B018  raises the explanation where nothing tells
+    architecture_of(config).settle_config()
     return config
 
 
@@ -131,17 +143,18 @@ def _agreed_rope_ratio_type(config: ChatGLMConfig, tokenizer: Any) -> str | None
     return by_tokenizer
 
 
-def end_turns(generation_config: GenerationConfig, config: ChatGLMConfig, tokenizer: Any) -> None:
+def end_turns(generation_config: GenerationConfig, config: PretrainedConfig, tokenizer: Any) -> None:
     """Lets generation stop at every id that ends a turn, beside those that `generation_config` names.
 
     A base model, which completes text, knows no turns.
     """
-    if is_base(config.original_name_or_path):
+    if is_base(getattr(config, "original_name_or_path", "")):
         return
     named = generation_config.eos_token_id
     named = named if isinstance(named, list) else [] if named is None else [named]
-    ids = list(dict.fromkeys([*named, *tokenizer.turn_end_ids]))
-    generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    ids = list(dict.fromkeys([*named, *getattr(tokenizer, "turn_end_ids", ())]))
+    if ids:
+        generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
 
 
 def log_ignored_cache(file: Path) -> None:

@@ -84,10 +84,11 @@ class OriginalsMixin:
             ToolCallError: the arguments of a call cannot be read.
             TypeError: `history` for ChatGLM, whose conversations are pairs.
         """
-        if self.config.architecture == "chatglm" and history is not None:
+        possible = [RULES[generation] for generation in self.config.generations]
+        if history is not None and not any(rules.has_messages for rules in possible):
             raise TypeError("process_response() takes the text alone with ChatGLM-6B; leave `history` out.")
         if history is None:
-            return RULES[self.config.architecture].process_text(output)
+            return (possible[0].process_text or RULES["chatglm2"].process_text)(output)
         return RULES[_generation_of_messages(self.config)].read_answer(output, as_messages(history))
 
     @torch.no_grad()

@@ -22,7 +22,6 @@ MOST_LINES_OF_FILE = 400
 LONG = {
     "optimum_chatglm_ov.chat",
     "optimum_chatglm_ov.modeling.from_pretrained",
-    "optimum_chatglm_ov.tokenization.base",
 }
 
 

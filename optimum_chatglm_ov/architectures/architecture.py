@@ -31,6 +31,13 @@ class Architecture(ABC):
     def __init__(self, config: PretrainedConfig):
         self.config = config
 
+    def settle_config(self) -> None:  # noqa: B027  most have nothing to settle
+        """Writes into the configuration what follows from its keys.
+
+        Raises:
+            ValueError: a key asks for mathematics that this architecture has not.
+        """
+
     # The model -----------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -18,6 +18,7 @@ class Family:
         pattern: found in the name of its checkpoints, and of those made from them; upper and lower case are the same.
         generation: whose tokenizer and prompts it has.
         architecture: what it computes: the module of this folder that defines it.
+        model_type: of its configurations.
         rope_ratio_type: what a `rope_ratio` other than 1 means, see `ChatGLMConfig`; `None`: it has none.
         query_log_scaling: see `ChatGLMConfig`.
         max_length, top_p, temperature: defaults of `chat()`; `max_length` counts prompt and answer.
@@ -29,6 +30,7 @@ class Family:
     pattern: str
     generation: str
     architecture: str = "chatglm2"
+    model_type: str = "chatglm"
     rope_ratio_type: str | None = None
     query_log_scaling: bool = False
     max_length: int = 8192
@@ -67,8 +69,12 @@ FAMILIES = (
     Family("codegeex4-all-9b", rf"codegeex[-_]?4{_END}", "codegeex4", rope_ratio_type="theta"),
     Family("glm-4-9b", rf"glm[-_]?4{_END}|longwriter|longcite", "glm4", rope_ratio_type="theta"),
     Family("chatglm-6b", r"chatglm[-_]?6b", "chatglm", "chatglm", max_length=2048, top_p=0.7, temperature=0.95),
+    Family("glm-4-9b-chat-hf", r"glm[-_]?4[-_]9b.*hf|glm[-_]edge", "glm-hf", architecture="glm", model_type="glm"),
+    Family("glm-4-0414", r"glm[-_]?(?:4|z1)[-_].*0414", "glm-0414", architecture="glm4", model_type="glm4"),
 )
 ARCHITECTURES = frozenset(family.architecture for family in FAMILIES)
+MODEL_TYPES = frozenset(family.model_type for family in FAMILIES)
+# Of the tokenizers of this package; others come with their checkpoints.
 GENERATIONS = ("chatglm", "chatglm2", "chatglm3", "glm4", "codegeex4")
 # One vocabulary has been published for these, larger than any other.
 GENERATIONS_OF_RANKS = ("glm4", "codegeex4")

@@ -242,7 +242,8 @@ def _save_configuration(
     quantization_config: OVWeightQuantizationConfig | None,
 ) -> None:
     """Writes what belongs to a model in `folder` beside its graph and weights."""
-    config.quantization_bit = 0
+    if hasattr(config, "quantization_bit"):
+        config.quantization_bit = 0
     config.use_cache = True
     config.save_pretrained(folder)
     generation_config.save_pretrained(folder)

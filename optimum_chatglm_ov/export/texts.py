@@ -82,7 +82,7 @@ def generated(block: list[int], tokenizer: Any) -> tuple[list[int], int]:
 
     In chatglm-6b only tokens behind `<sop>` see nothing but what was before them.
     """
-    prompt = tokenizer.build_inputs_with_special_tokens([])
+    prompt = tokenizer.encode("")
     return prompt + block, len(prompt)
 
 

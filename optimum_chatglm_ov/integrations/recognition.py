@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..architectures.families import MODEL_TYPES
 from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError
 
@@ -62,7 +63,7 @@ def check_model_type(config: Mapping[str, Any], name: str) -> None:
         CheckpointError: it is of another model type, or of none and not ChatGLM's (see [`is_chatglm`]).
     """
     model_type = config.get("model_type")
-    if model_type == ChatGLMConfig.model_type:
+    if model_type in MODEL_TYPES:
         return
     is_own = is_chatglm(config, {})
     if not model_type and is_own:
@@ -76,9 +77,10 @@ def check_model_type(config: Mapping[str, Any], name: str) -> None:
     advice = "use optimum-intel for other models."
     if is_own:
         advice = f'if this is a ChatGLM checkpoint, set "model_type": "{ChatGLMConfig.model_type}" in config.json.'
+    supported = " or ".join(map(repr, sorted(MODEL_TYPES)))
     raise CheckpointError(
-        f"{Path(name) / 'config.json'}: model_type is {found}, expected {ChatGLMConfig.model_type!r}, the only one "
-        f"that is supported. No code of a repository is ever run; {advice}"
+        f"{Path(name) / 'config.json'}: model_type is {found}, expected {supported}, the only ones "
+        f"that are supported. No code of a repository is ever run; {advice}"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -18,8 +19,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCaus
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
 from ..configuration import ChatGLMConfig
+from ..errors import CheckpointError
+from ..ir import has_openvino_model
 from ..tokenization import ChatGLM4Tokenizer, ChatGLMTokenizer
-from .recognition import check_model_type, is_chatglm, warn_once
+from .recognition import check_model_type, is_chatglm, read_config, warn_once
 
 
 RUNS_REMOTE_CODE = SpecifierSet(">=4.51")
@@ -28,6 +31,10 @@ RUNS_REMOTE_CODE = SpecifierSet(">=4.51")
 SKIPS_REGISTERED_TOKENIZERS = SpecifierSet(">=5.0,<5.3")
 """Versions that try to make a `tokenizers` tokenizer of every repository without `auto_map` whose class is not their
 own, before they look at registered classes. For ChatGLM that succeeds, with wrong token ids."""
+
+LOADS_TORCH_WEIGHTS_ALONE = SpecifierSet(">=4.51")
+"""Versions whose `AutoModelForCausalLM` has a class of torch for model types that this package exports, and looks for
+its weights in the folder of an exported model: all so far."""
 
 # The class names that ChatGLM repositories have in tokenizer_config.json.
 _TOKENIZERS = {"ChatGLMTokenizer": ChatGLMTokenizer, "ChatGLM4Tokenizer": ChatGLM4Tokenizer}
@@ -80,6 +87,8 @@ def patch() -> None:
         prefer_registered_tokenizers()
     if RUNS_REMOTE_CODE.contains(version, prereleases=True):
         replace_remote_code()
+    if LOADS_TORCH_WEIGHTS_ALONE.contains(version, prereleases=True):
+        load_exported_models()
 
 
 def prefer_registered_tokenizers() -> None:
@@ -100,6 +109,31 @@ def prefer_registered_tokenizers() -> None:
 
     vars(from_pretrained)["_prefers_chatglm_classes"] = True
     AutoTokenizer.from_pretrained = classmethod(from_pretrained)
+
+
+def load_exported_models() -> None:
+    """Makes `AutoModelForCausalLM` look whether a folder holds an exported model, see `LOADS_TORCH_WEIGHTS_ALONE`."""
+    original = AutoModelForCausalLM.from_pretrained.__func__
+    if getattr(original, "_loads_exported_models", False):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_exported(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", "")):
+            from ..modeling import OVChatGLMForCausalLM
+
+            return OVChatGLMForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    vars(from_pretrained)["_loads_exported_models"] = True
+    AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)
+
+
+def _is_exported(folder: Path) -> bool:
+    try:
+        return has_openvino_model(folder) and read_config(folder).get("model_type") not in (None, "chatglm")
+    except CheckpointError:  # of another package
+        return False
 
 
 def replace_remote_code(*auto_classes: Any) -> None:

@@ -14,7 +14,6 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PaddingStrategy, to_py_obj
 
-from ..signals import signals_wait
 from .chat_templates import is_own_template
 from .generation import detect_generation
 from .messages import ToolCall, check_roles, plain_messages
@@ -336,21 +335,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if os.path.abspath(target) != os.path.abspath(self.vocab_file):
             shutil.copyfile(self.vocab_file, target)
         return (target,)
-
-
-def has_vocabulary(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds the vocabulary of a tokenizer."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ChatGLMTokenizer.vocab_files_names.values())
-
-
-def load_tokenizer(folder: str | os.PathLike) -> ChatGLMTokenizer:
-    """The tokenizer in `folder`, of the generation that its vocabulary belongs to, whatever class its files name.
-
-    Raises:
-        TokenizerError: see [`ChatGLMTokenizer`].
-    """
-    with signals_wait():  # transformers 4 makes an ImportError of what interrupts it where there is no protobuf
-        return ChatGLMTokenizer.from_pretrained(folder)
 
 
 def _vocabulary_path(vocab_file: str | None, ice_text_file: str | None, name_or_path: str | None) -> str:

@@ -68,8 +68,25 @@ def test_families_by_name(name, expected):
 
 
 def test_every_family_is_found_by_its_own_name():
-    assert [family_of_name(family.name) for family in FAMILIES] == list(FAMILIES)
-    assert {family.generation for family in FAMILIES} == set(GENERATIONS)
+    own = [family for family in FAMILIES if family.model_type == ChatGLMConfig.model_type]
+    assert [family_of_name(family.name) for family in own] == own
+    assert {family.generation for family in own} == set(GENERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("THUDM/glm-4-9b-chat-hf", "glm"),
+        ("THUDM/glm-edge-1.5b-chat", "glm"),
+        ("THUDM/GLM-4-9B-0414", "glm4"),
+        ("zai-org/GLM-4-32B-Base-0414", "glm4"),
+        ("THUDM/GLM-Z1-Rumination-32B-0414", "glm4"),
+        ("THUDM/glm-4-9b-chat", None),
+    ],
+)
+def test_families_with_tokenizers_of_transformers(name, expected):
+    family = family_of_name(name, {"glm-hf", "glm-0414"})
+    assert (family and family.model_type) == expected
 
 
 @pytest.mark.parametrize(

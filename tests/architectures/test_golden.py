@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits, greedy and beam results of every generation against those of the original implementations."""
+"""Logits, greedy and beam results of every architecture against those of the original implementations."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import FLOATING, Golden
+from torch_models import TORCH_MODELS
 
 
 TOLERANCE = 1e-3
+NAMES = (*FLOATING, *TORCH_MODELS)
 
 
 def kept_rows(inputs):
@@ -15,7 +17,7 @@ def kept_rows(inputs):
     return (mask if mask.dim() == 2 else ~mask[:, 0].all(dim=1)).bool().numpy()
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", NAMES)
 def test_logits(name, either_model):
     golden, model = Golden(name), either_model(name)
     cases = [case for case in golden.cases("_logits") if case != "long"]
@@ -29,7 +31,7 @@ def test_logits(name, either_model):
         np.testing.assert_allclose(logits[rows], golden[f"{case}_logits"][rows], atol=TOLERANCE, rtol=0, err_msg=case)
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", NAMES)
 def test_last_logits_of_history(name, either_model):
     golden, model = Golden(name), either_model(name)
     for case in golden.cases("_logits_last"):
@@ -37,7 +39,7 @@ def test_last_logits_of_history(name, either_model):
         np.testing.assert_allclose(logits, golden[f"{case}_logits_last"], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", NAMES)
 def test_cached_steps(name, either_model):
     golden, model = Golden(name), either_model(name)
     cases = golden.cases("_logits", prefix="step_")
@@ -54,7 +56,7 @@ def test_cached_steps(name, either_model):
             output = model(torch.from_numpy(tokens)[:, None], attention_mask=mask, past_key_values=past)
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", NAMES)
 def test_greedy(name, either_model):
     golden, model = Golden(name), either_model(name)
     cases = golden.cases("", prefix="greedy_")
@@ -64,7 +66,7 @@ def test_greedy(name, either_model):
         np.testing.assert_array_equal(ids, golden[f"greedy_{case}"], err_msg=case)
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", NAMES)
 def test_beams(name, either_model):
     golden, model = Golden(name), either_model(name)
     cases = golden.cases("", prefix="beam_")
@@ -102,7 +104,7 @@ def test_long_context_scales_queries(either_model):
     np.testing.assert_allclose(logits.reshape(expected.shape), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["chatglm-6b-3layer-untied", "chatglm3-6b"])
+@pytest.mark.parametrize("name", ["chatglm-6b-3layer-untied", "chatglm3-6b", *TORCH_MODELS])
 def test_tokens_in_pieces_equal_tokens_at_once(name, either_model):
     golden, model = Golden(name), either_model(name)
     ids = torch.from_numpy(golden["single_input_ids"])

@@ -311,7 +311,7 @@ def test_another_model_type_is_refused_by_name(change, arguments, cage):
     folder = cage.folder(change)
     (folder / "openvino_model.xml").touch()
     (folder / "openvino_model.bin").touch()
-    expected = "model_type is 'evil', expected 'chatglm', the only one"
+    expected = "model_type is 'evil', expected 'chatglm' or 'glm' or 'glm4', the only ones"
     with pytest.raises(CheckpointError, match=expected):
         OVChatGLMForCausalLM.from_pretrained(folder, export=True, **arguments)
     with pytest.raises(CheckpointError, match=expected):
