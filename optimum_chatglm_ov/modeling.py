@@ -24,6 +24,7 @@ from .configuration import ChatGLMConfig
 from .errors import ModelFileError, openvino_message
 from .export import quantization
 from .export.exporter import MODEL_FILE, end_turns, export_model, load_config, log_ignored_cache, model_folder
+from .export.openvino_tokenizers import save_tokenizers
 from .hub.repository import HubMixin, has_openvino_model, has_own_card, resolve_checkpoint
 from .integrations.remote_code import read_config, warn_once
 from .native import NativeBuildError
@@ -347,7 +348,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
             super().save_pretrained(folder)
             source = Path(self.model_save_dir)
             if has_vocabulary(source):
-                load_tokenizer(source).save_pretrained(folder)
+                save_tokenizers(load_tokenizer(source), folder)
             if not has_own_card(save_directory):
                 self.save_model_card(folder)
         if push_to_hub:

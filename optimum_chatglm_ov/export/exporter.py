@@ -37,13 +37,14 @@ from ..output import complete_folder
 from ..signals import signals_elsewhere
 from ..tokenization import has_vocabulary, load_tokenizer
 from . import quantization
+from .openvino_tokenizers import OPENVINO_TOKENIZER_FILES, save_tokenizers
 
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
 # What an export may write: none of it is left over from an earlier one in the same folder.
-_EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
+_EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES + OPENVINO_TOKENIZER_FILES)
 # Settings of a generation that count in one mode alone.
 _OF_SAMPLING = (
     "temperature",
@@ -172,7 +173,7 @@ def export_model(
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizers(tokenizer, folder)
         if quantization_config:
             OVConfig(quantization_config=quantization.for_saving(quantization_config)).save_pretrained(folder)
     return output

@@ -35,6 +35,7 @@ CONFIGURATION_FILES = (
     "openvino_config.json",
     "ice_text.model",
     "tokenizer.model",
+    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -170,8 +170,14 @@ def _look(pretrained_model_name_or_path: Any, kwargs: Mapping[str, Any]) -> tupl
 
 
 def _has_local_class(pretrained_model_name_or_path: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether tokenizer_config.json names no tokenizer class, or one that transformers or this package has."""
-    name = _tokenizer_config(pretrained_model_name_or_path, kwargs).get("tokenizer_class")
+    """Whether tokenizer_config.json names no tokenizer class, or one that transformers or this package has.
+
+    The class that reads tokenizer.json does not count: that file is for programs without this package.
+    """
+    config = _tokenizer_config(pretrained_model_name_or_path, kwargs)
+    name = config.get("tokenizer_class")
+    if config.get("has_tokenizer_json"):
+        return False
     return name is None or tokenizer_class_from_name(str(name)) is not None
 
 
@@ -205,6 +211,8 @@ def is_chatglm(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -
         auto_map = auto_map["AutoConfig"]
     classes = _classes(auto_map)
     if not classes and not config.get("model_type"):
+        if tokenizer_config.get("chatglm_generation"):  # written by this package
+            return True
         classes = _classes(tokenizer_config.get("auto_map")) or _classes(tokenizer_config.get("tokenizer_class"))
     if classes:
         return classes <= _REPLACED_CLASSES
