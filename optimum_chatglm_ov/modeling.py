@@ -278,12 +278,12 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, InferenceMixin, 
             if not os.access(part, os.R_OK):
                 found = "no permission to read it" if part.exists() else "not found"
                 raise ModelFileError(f"{part}: {found}; a model is an .xml and a .bin file. Copy or export it again.")
-        if native.is_fused(file):
+        if native.is_native(file):
             try:
                 native.load(core)
             except NativeBuildError as error:
                 raise NativeBuildError(
-                    f"{file.parent}: this IR holds the fused attention operation and cannot run without: {error}"
+                    f"{file.parent}: this IR holds native operations and cannot run without: {error}"
                 ) from error
         try:
             return OVModelForCausalLM.load_model(file, quantization_config)

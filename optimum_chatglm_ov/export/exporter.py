@@ -30,13 +30,15 @@ from ..checkpoint.prefix import tensor_shapes as prefix_shapes
 from ..choices import KV_CACHE_PRECISIONS
 from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError, ExportError
-from ..hub.repository import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, resolve_checkpoint
+from ..hub.repository import CONFIGURATION_FILES, OPENVINO_MODEL_FILES, has_own_card, model_card, resolve_checkpoint
 from ..integrations.remote_code import read_config
 from ..native.fuse_attention import fuse_attention
 from ..output import complete_folder
 from ..signals import signals_elsewhere
 from ..tokenization import has_vocabulary, load_tokenizer
 from . import quantization
+from .model_server import MODEL_SERVER_FILES, save_model_server_files
+from .native_linear import check_linear, make_linears_native
 from .openvino_tokenizers import OPENVINO_TOKENIZER_FILES, save_tokenizers
 
 
@@ -44,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "openvino_model.xml"
 # What an export may write: none of it is left over from an earlier one in the same folder.
-_EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES + OPENVINO_TOKENIZER_FILES)
+_EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES + OPENVINO_TOKENIZER_FILES + MODEL_SERVER_FILES)
 # Settings of a generation that count in one mode alone.
 _OF_SAMPLING = (
     "temperature",
@@ -82,6 +84,8 @@ def export_model(
     prefix_encoder: str | Path | None = None,
     attention: str = "sdpa",
     kv_cache_precision: str | None = None,
+    linear: str = "openvino",
+    ovms: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Exports an original ChatGLM checkpoint to an IR folder: model, configuration and tokenizer.
@@ -110,6 +114,9 @@ def export_model(
         attention: "sdpa", a portable IR, which `from_pretrained` fuses where it can; or "fused", an IR that holds the
             native operation of this package: for CPU, and only for what this package loads.
         kv_cache_precision: of the caches of `attention="fused"`: "bf16" (default; "f16" means it, too), "u8" or "f32".
+        linear: "openvino", or "native": the int8 and int4 layers of the blocks are native operations of this package,
+            for CPU; `openvino_genai` and Model Server run the folder with the library of `extension_path()`.
+        ovms: add what makes the folder a repository of OpenVINO Model Server.
         progress: called with a description, the number of tensors done and their total.
 
     Returns:
@@ -119,10 +126,12 @@ def export_model(
         CheckpointError: the checkpoint cannot be used.
         ExportError: the output, or statistics of activations, cannot be written.
         OSError: an input cannot be downloaded or read.
-        NativeBuildError: `attention="fused"`, and the native library is not there and cannot be built.
+        NativeBuildError: `attention="fused"` or `linear="native"`, and the native library is not there and cannot be
+            built.
         ValueError: an argument or a key of config.json is not supported.
     """
     _check_attention(attention, kv_cache_precision)
+    check_linear(linear, attention)
     output = Path(output).absolute()
     with model_folder(output) as folder:  # an output that cannot be written is found before a download
         source = resolve_checkpoint(
@@ -165,6 +174,8 @@ def export_model(
                 quantization.compress(model, quantization_config, tokenizer, dataset)
         if attention == "fused":
             fuse_attention(model, KV_CACHE_PRECISIONS[kv_cache_precision or "bf16"])
+        if linear == "native":
+            make_linears_native(model)
         _describe(model)
         ov.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
         _check_size(folder / MODEL_FILE)
@@ -174,6 +185,11 @@ def export_model(
         generation_config.save_pretrained(folder)
         if tokenizer is not None:
             save_tokenizers(tokenizer, folder)
+        if ovms:
+            save_model_server_files(folder, output.name, config)
+        if linear == "native" and not has_own_card(output):
+            card = model_card(config, precision=quantization.weight_precision(model), has_native_linears=True)
+            (folder / "README.md").write_text(card, encoding="utf-8")
         if quantization_config:
             OVConfig(quantization_config=quantization.for_saving(quantization_config)).save_pretrained(folder)
     return output

@@ -23,6 +23,7 @@ from ..errors import ChatGLMError, CheckpointError
 from ..export.quantization import weight_precision
 from ..native.fuse_attention import cache_layout
 from ..output import UNFINISHED
+from .native_linear import has_native_linears, native_linear_usage
 
 
 logger = logging.getLogger(__name__)
@@ -223,6 +224,7 @@ def model_card(
     base_model: str | None = None,
     precision: str | None = None,
     is_fused: bool = False,
+    has_native_linears: bool = False,
     versions: Mapping[str, str] | None = None,
 ) -> str:
     """The README.md of an exported model: metadata, where it comes from, and a snippet that runs as pasted.
@@ -233,6 +235,7 @@ def model_card(
         base_model: Hub id of the original checkpoint; from `config` when `None`.
         precision: of the weights, `"fp16"`, `"int8"`, ...
         is_fused: whether the model holds the fused attention operation.
+        has_native_linears: whether its linear layers are native operations.
         versions: version by package name; those that are installed when `None`.
     """
     base_model = base_model or _base_model(config)
@@ -281,7 +284,7 @@ inputs = tokenizer("你好", return_tensors="pt")
 outputs = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 ```
-
+{native_linear_usage(repo_id) if has_native_linears else ""}
 The license of the base model applies to these weights.
 """
     return str(ModelCard(card))
@@ -401,5 +404,6 @@ class HubMixin:
         described = {}
         if hasattr(model, "get_ops"):
             described = {"precision": weight_precision(model), "is_fused": cache_layout(model) is not None}
+            described["has_native_linears"] = has_native_linears(model)
         card = model_card(self.config, repo_id=repo_id, **described)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")

@@ -17,6 +17,7 @@ from ..chat import ToolCallError  # noqa: E402
 from ..export.exporter import export_model  # noqa: E402  the modules below read checkpoints through the classes above
 from ..hub.repository import DownloadError  # noqa: E402
 from ..modeling import OVChatGLMForCausalLM  # noqa: E402
+from ..native import extension_path  # noqa: E402
 from ..tokenization import (  # noqa: E402
     ChatGLM1Tokenizer,
     ChatGLM2Tokenizer,
@@ -51,4 +52,5 @@ __all__ = [
     "OVChatGLMForCausalLM",
     "ToolCallError",
     "export_model",
+    "extension_path",
 ]

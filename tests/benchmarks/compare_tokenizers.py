@@ -43,7 +43,7 @@ def main() -> None:
             f"{decoded.count(False)} with other text"
         )
         models = [ov.Core().compile_model(model, "CPU") for model in convert_tokenizers(exact)]
-        strings = wholes[: args.openvino]
+        strings = [text.replace("\0", "") for text in wholes[: args.openvino]]  # the binding drops them at ends
         ids = [models[0]([text])["input_ids"][0].tolist() for text in strings]
         expected = [exact(text)["input_ids"] for text in strings]
         wrong = [text for text, one, other in zip(strings, ids, expected) if one != other]
