@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import CodeGeeX4Tokenizer, OVChatGLMForCausalLM, export_model, extension_path
+from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli.main import main
 from optimum_chatglm_ov.export.openvino_tokenizers import OPENVINO_TOKENIZER_FILES
 from optimum_chatglm_ov.tokenization.fast import TOKENIZER_FILES
@@ -170,7 +171,7 @@ def test_command_writes_every_form(tmp_path):
 @pytest.fixture(scope="module")
 def native_folder(tmp_path_factory):
     output = tmp_path_factory.mktemp("native") / "chatglm3"
-    return export_model(DATA / "models" / "chatglm3-6b", output, weight_format="int8", linear="native", ovms=True)
+    return export_model(TINY_CHATGLM3, output, weight_format="int8", linear="native", ovms=True)
 
 
 def test_native_linear_layers_in_genai(native_folder):

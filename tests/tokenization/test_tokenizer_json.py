@@ -2,6 +2,7 @@
 """tokenizer.json gives the ids and texts of the exact tokenizers to programs that do not have this package."""
 
 import json
+import re
 import subprocess
 import sys
 import unicodedata
@@ -47,7 +48,12 @@ print(json.dumps(found))
 
 
 def reordered(text):
-    """Whether marks follow each other in it: NFKC then orders them, and ChatGLM's table of replacements does not."""
+    """Whether marks follow each other in it: NFKC then orders them, and ChatGLM's table of replacements does not.
+
+    Or whether it has separators that Python takes off beside control tokens, and the library does not.
+    """
+    if re.search("[\x1c-\x1f]", text):
+        return True
     parts = unicodedata.normalize("NFKD", text)
     return any(
         unicodedata.combining(first) and unicodedata.combining(second) for first, second in zip(parts, parts[1:])
