@@ -32,15 +32,23 @@ CONFIGURATION_FILES = (
     "generation_config.json",
     "openvino_config.json",
     "ice_text.model",
-    "tokenizer.json",
     "tokenizer.model",
+    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
 )
+TOKENIZER_MODEL, DETOKENIZER_MODEL = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
+OPENVINO_TOKENIZER_FILES = tuple(
+    str(Path(name).with_suffix(suffix)) for name in (TOKENIZER_MODEL, DETOKENIZER_MODEL) for suffix in (".xml", ".bin")
+)
+# Of OpenVINO Model Server.
+GRAPH_FILE, SERVER_CONFIG_FILE = "graph.pbtxt", "model_server.json"
 # What an export may write: none of it is left over from an earlier one in the same folder.
-_EXPORTED_FILES = frozenset(CONFIGURATION_FILES + OPENVINO_MODEL_FILES)
+_EXPORTED_FILES = frozenset(
+    (*CONFIGURATION_FILES, *OPENVINO_MODEL_FILES, *OPENVINO_TOKENIZER_FILES, GRAPH_FILE, SERVER_CONFIG_FILE)
+)
 # Element type of the weights' constants -> format.
 _NARROWEST_FIRST = {
     "nf4": "nf4",

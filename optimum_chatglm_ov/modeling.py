@@ -239,12 +239,12 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             if not os.access(part, os.R_OK):
                 found = "no permission to read it" if part.exists() else "not found"
                 raise ModelFileError(f"{part}: {found}; a model is an .xml and a .bin file. Copy or export it again.")
-        if native.is_fused(file):
+        if native.is_native(file):
             try:
                 native.load(core)
             except NativeBuildError as error:
                 raise NativeBuildError(
-                    f"{file.parent}: this IR holds the fused attention operation and cannot run without: {error}"
+                    f"{file.parent}: this IR holds native operations and cannot run without: {error}"
                 ) from error
         try:
             return core.read_model(file, file.with_suffix(".bin"))
@@ -328,7 +328,9 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             super().save_pretrained(folder)
             source = Path(self.model_save_dir)
             if has_vocabulary(source):
-                load_tokenizer(source).save_pretrained(folder)
+                from .export.openvino_tokenizers import save_tokenizers
+
+                save_tokenizers(load_tokenizer(source), folder)
             if not has_own_card(save_directory):
                 self.save_model_card(folder)
         if push_to_hub:

@@ -125,6 +125,16 @@ def _add_model_options(model: Any) -> None:
         help="of the caches of --attention native, whose f16 is bf16 (default: bf16)",
     )
     model.add_argument(
+        "--linear",
+        choices=("openvino", "native"),
+        default="openvino",
+        help="native: int8 and int4 layers of the blocks are this package's native operations, for openvino-genai and "
+        "Model Server on CPU (default: %(default)s)",
+    )
+    model.add_argument(
+        "--ovms", action="store_true", help="add what makes the folder a repository of OpenVINO Model Server"
+    )
+    model.add_argument(
         "--prefix-encoder", metavar="PATH", help="folder or file of a P-Tuning v2 training, or of PEFT's PREFIX_TUNING"
     )
     model.add_argument(
@@ -171,6 +181,8 @@ def run(args: argparse.Namespace) -> int:
             prefix_encoder=args.prefix_encoder,
             attention=args.attention,
             kv_cache_precision=args.kv_cache_precision,
+            linear=args.linear,
+            ovms=args.ovms,
             progress=progress,
         )
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())

@@ -20,6 +20,7 @@ from .arguments import UsageError
 SUBCOMMANDS = (
     ("chat", "chat", "talk to a model in the terminal"),
     ("export", "export", "export a checkpoint to OpenVINO"),
+    ("tokenizer", "tokenizer", "write a tokenizer in the forms that other programs read"),
     ("compare", "compare", "compare two models on a text"),
     ("bench", "bench", "time models, and attention alone"),
     ("build-native", "build_native", "build the native operations ahead of their first use"),

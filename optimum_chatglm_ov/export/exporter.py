@@ -25,14 +25,18 @@ from ..checkpoint.weights import Derived, Scratch, Weight
 from ..choices import KV_CACHE_PRECISIONS, canonical
 from ..errors import CheckpointError, ExportError
 from ..hub.download import resolve_checkpoint
+from ..hub.model_card import has_own_card, model_card
 from ..integrations.recognition import read_config
-from ..ir import MODEL_FILE, OPENVINO_MODEL_FILES, load_config, model_folder
+from ..ir import MODEL_FILE, OPENVINO_MODEL_FILES, load_config, model_folder, weight_precision
 from ..native.fuse_attention import fuse_attention
 from ..signals import signals_elsewhere
 from ..tokenization import has_vocabulary, load_tokenizer
 from . import quantization
 from .calibration import check_calibration
 from .generation_settings import read_generation_config
+from .model_server import save_model_server_files
+from .native_linear import check_linear, make_linears_native
+from .openvino_tokenizers import save_tokenizers
 from .saving import save_model
 
 
@@ -61,6 +65,8 @@ def export_model(
     prefix_encoder: str | Path | None = None,
     attention: str = "openvino",
     kv_cache_precision: str | None = None,
+    linear: str = "openvino",
+    ovms: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Exports an original ChatGLM checkpoint to an IR folder: model, configuration and tokenizer.
@@ -89,6 +95,9 @@ def export_model(
         attention: "openvino", a portable IR, whose attention `from_pretrained` replaces where it can; or "native", an
             IR that holds the operation of this package: for CPU, and only for what this package loads.
         kv_cache_precision: of the caches of `attention="native"`: "bf16" (default; also named "f16"), "u8" or "f32".
+        linear: "openvino", or "native": the int8 and int4 layers of the blocks are native operations of this package,
+            for CPU; `openvino_genai` and Model Server run the folder with the library of `extension_path()`.
+        ovms: add what makes the folder a repository of OpenVINO Model Server.
         progress: called with a description, the number of tensors done and their total.
 
     Returns:
@@ -98,11 +107,13 @@ def export_model(
         CheckpointError: the checkpoint cannot be used.
         ExportError: the output, or statistics of activations, cannot be written.
         OSError: an input cannot be downloaded or read.
-        NativeBuildError: `attention="native"`, and the native library is not there and cannot be built.
+        NativeBuildError: `attention="native"` or `linear="native"`, and the native library is not there and cannot be
+            built.
         ValueError: an argument or a key of config.json is not supported.
     """
     attention = canonical(attention)
     _check_attention(attention, kv_cache_precision)
+    check_linear(linear, attention)
     output = Path(output).absolute()
     with model_folder(output) as folder:  # an output that cannot be written is found before a download
         source = resolve_checkpoint(
@@ -137,8 +148,15 @@ def export_model(
                 quantization.compress(model, quantization_config, tokenizer, dataset)
         if attention == "native":
             fuse_attention(model, KV_CACHE_PRECISIONS[kv_cache_precision or "bf16"])
+        if linear == "native":
+            make_linears_native(model)
         save_model(model, folder / MODEL_FILE)
         _save_configuration(folder, config, generation_config, tokenizer, quantization_config)
+        if ovms:
+            save_model_server_files(folder, output.name, config)
+        if linear == "native" and not has_own_card(output):
+            card = model_card(config, precision=weight_precision(model), has_native_linears=True)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return output
 
 
@@ -248,6 +266,6 @@ def _save_configuration(
     config.save_pretrained(folder)
     generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizers(tokenizer, folder)
     if quantization_config:
         OVConfig(quantization_config=quantization.for_saving(quantization_config)).save_pretrained(folder)

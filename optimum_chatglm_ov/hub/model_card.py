@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from ..choices import QUANTIZED_FORMATS
 from ..environment import installed_versions
 from .download import is_hub_id
+from .native_linear import native_linear_usage
 
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -26,6 +27,7 @@ def model_card(
     base_model: str | None = None,
     precision: str | None = None,
     is_fused: bool = False,
+    has_native_linears: bool = False,
     versions: Mapping[str, str] | None = None,
 ) -> str:
     """Writes the README.md of an exported model: metadata, where it comes from, and a snippet that runs as pasted.
@@ -36,6 +38,7 @@ def model_card(
         base_model: Hub id of the original checkpoint; from `config` when `None`.
         precision: of the weights, `"fp16"`, `"int8"`, ...
         is_fused: whether the model holds the fused attention operation.
+        has_native_linears: whether its linear layers are native operations.
         versions: version by package name; those that are installed when `None`.
     """
     base_model = base_model or _base_model(config)
@@ -67,6 +70,7 @@ def model_card(
         origin=origin,
         facts=facts,
         model_id=json.dumps(str(repo_id), ensure_ascii=False),
+        usage_elsewhere=native_linear_usage(repo_id) if has_native_linears else "",
     )
     return str(card)
 

@@ -17,6 +17,7 @@ from ..native.fuse_attention import cache_layout
 from ..output import UNFINISHED
 from .download import is_hub_id
 from .model_card import has_own_card, model_card
+from .native_linear import has_native_linears
 
 
 class HubMixin:
@@ -102,6 +103,7 @@ class HubMixin:
         described: dict[str, Any] = {}
         if hasattr(model, "get_ops"):
             described = {"precision": weight_precision(model), "is_fused": cache_layout(model) is not None}
+            described["has_native_linears"] = has_native_linears(model)
         card = model_card(self.config, repo_id=repo_id, **described)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 

@@ -103,6 +103,8 @@ def is_chatglm(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -
         auto_map = auto_map["AutoConfig"]
     classes = _classes(auto_map)
     if not classes and not config.get("model_type"):
+        if tokenizer_config.get("chatglm_generation"):  # written by this package
+            return True
         classes = _classes(tokenizer_config.get("auto_map")) or _classes(tokenizer_config.get("tokenizer_class"))
     if classes:
         return classes <= _REPLACED_CLASSES

@@ -13,6 +13,7 @@ patch()
 
 from ..hub.download import DownloadError  # noqa: E402  the modules below read checkpoints through the classes above
 from ..modeling import OVChatGLMForCausalLM  # noqa: E402
+from ..native import extension_path  # noqa: E402
 from ..tokenization import (  # noqa: E402
     ChatGLM1Tokenizer,
     ChatGLM2Tokenizer,
@@ -47,6 +48,7 @@ __all__ = [
     "OVChatGLMForCausalLM",
     "ToolCallError",
     "export_model",  # noqa: F822  see `__getattr__`
+    "extension_path",
 ]
 
 

@@ -199,8 +199,14 @@ def _look(pretrained_model_name_or_path: Any, kwargs: Mapping[str, Any]) -> tupl
 
 
 def _has_local_class(pretrained_model_name_or_path: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Tells whether tokenizer_config.json names no class, or one that transformers or this package has."""
-    name = _tokenizer_config(pretrained_model_name_or_path, kwargs).get("tokenizer_class")
+    """Tells whether tokenizer_config.json names no class, or one that transformers or this package has.
+
+    The class that reads tokenizer.json does not count: that file is for programs without this package.
+    """
+    config = _tokenizer_config(pretrained_model_name_or_path, kwargs)
+    name = config.get("tokenizer_class")
+    if config.get("has_tokenizer_json"):
+        return False
     return name is None or tokenizer_class_from_name(str(name)) is not None
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "extension_path",
     "instruction_sets",
     "is_fused",
+    "is_native",
     "linear_instruction_sets",
     "linear_is_fast",
     "load",
@@ -36,8 +37,13 @@ def load(core: ov.Core) -> None:
 
 
 def is_fused(xml: Path) -> bool:
-    """Whether an IR holds `ChatGLMAttention`: OpenVINO can read it only after `load`."""
+    """Whether an IR holds `ChatGLMAttention`."""
     return b'type="ChatGLMAttention"' in xml.read_bytes()
+
+
+def is_native(xml: Path) -> bool:
+    """Whether an IR holds native operations: OpenVINO can read it only after `load`."""
+    return b'version="optimum_chatglm_ov"' in xml.read_bytes()
 
 
 def instruction_sets() -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -58,7 +58,10 @@ class _MLP:
 
 
 def fuse_linears(
-    model: ov.Model, activation_group_size: int = DEFAULT_ACTIVATION_GROUP, rounds_tokens: bool = False
+    model: ov.Model,
+    activation_group_size: int = DEFAULT_ACTIVATION_GROUP,
+    rounds_tokens: bool = False,
+    keeps: Sequence[Node] = (),
 ) -> int:
     """Replaces the linear layers of `model` whose weights are 8- or 4-bit integers, in place.
 
@@ -70,6 +73,7 @@ def fuse_linears(
             (linear.hpp).
         rounds_tokens: whether prompts are rounded to 8 bits with one scale a token, where that is faster (AMX),
             weights have 8 bits and one scale a row, and the inputs no outliers: each layer measures them anew.
+        keeps: products that stay as they are.
 
     Returns:
         The number of layers replaced.
@@ -77,7 +81,9 @@ def fuse_linears(
     Raises:
         NativeBuildError: the native library is not there and cannot be built.
     """
-    found = [linear for node in model.get_ordered_ops() for linear in _match_linear(node, activation_group_size)]
+    kept = {node.get_name() for node in keeps}
+    nodes = [node for node in model.get_ordered_ops() if node.get_name() not in kept]
+    found = [linear for node in nodes for linear in _match_linear(node, activation_group_size)]
     by_output = {_key(linear.output): linear for linear in found}
     mlps: list[_MLP] = []
     inside: set[int] = set()  # layers of an MLP

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PaddingStrategy, to_py_obj
 
 from .chat_templates import is_own_template
 from .generation import detect_generation
 from .messages import ToolCall, check_roles, plain_messages
+from .special_tokens import read_special_tokens, undo_fast_forms
 from .vocabulary import TokenizerError
 
 
@@ -30,12 +33,11 @@ _TOKENIZER_CLASSES = {
 # transformers >= 5 adds these to the arguments of every tokenizer; they describe one load, not the tokenizer.
 _ARGUMENTS_OF_ONE_LOAD = ("auto_map", "is_local", "files_loaded", "tokenizer_file", "trust_remote_code", "_from_auto")
 # What `clean_up_tokenization_spaces` does, in this order; not every version of transformers has it any more.
-_CLEANED_UP = (
+CLEANED_UP = (
     *((f" {mark}", mark) for mark in ".?!,"),
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
-_KEYS_OF_ADDED_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _RETURN_DICT_BY_DEFAULT = (
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters["return_dict"].default
 )
@@ -83,6 +85,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file: str | None = None, ice_text_file: str | None = None, **kwargs: Any):
         for name in _ARGUMENTS_OF_ONE_LOAD:
             kwargs.pop(name, None)
+        undo_fast_forms(kwargs)
         read_special_tokens(kwargs)
         if isinstance(kwargs.get("extra_special_tokens"), (list, tuple)):  # as transformers 5 saves them
             kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
@@ -98,7 +101,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Loads from a folder or a Hub id; arguments as in transformers, and those of the class."""
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            with _other_class_is_expected():
+                return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except ImportError as error:
             # Without protobuf, transformers turns every exception of a tokenizer's constructor into this one.
             if isinstance(error.__context__, TokenizerError):
@@ -222,7 +226,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         if clean_up_tokenization_spaces:
-            for spaced, joined in _CLEANED_UP:
+            for spaced, joined in CLEANED_UP:
                 text = text.replace(spaced, joined)
         return text.rstrip("\ufffd") if skip_incomplete_tail else text
 
@@ -337,6 +341,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return (target,)
 
 
+@contextmanager
+def _other_class_is_expected() -> Iterator[None]:
+    """Keeps transformers from warning that tokenizer_config.json names another class: the one of tokenizer.json."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("The tokenizer class you load from this checkpoint")
+
+    base = logging.getLogger(PreTrainedTokenizerBase.__module__)
+    base.addFilter(is_other)
+    try:
+        yield
+    finally:
+        base.removeFilter(is_other)
+
+
 def _vocabulary_path(vocab_file: str | None, ice_text_file: str | None, name_or_path: str | None) -> str:
     path = vocab_file or ice_text_file
     if path is None:
@@ -356,31 +375,3 @@ def _check_ids(token_ids: int | Sequence[int]) -> None:
                 f"{token_id} is not a token id; expected 0 or more. Labels have -100 where nothing is learned: "
                 "replace it by `pad_token_id`, or leave it out, before decoding."
             )
-
-
-def read_special_tokens(kwargs: dict[str, Any]) -> None:
-    """Makes `AddedToken`s of the special tokens that are plain dictionaries, as files edited by hand have them.
-
-    Raises:
-        TokenizerError: a dictionary has no text.
-    """
-    for name, value in kwargs.items():
-        if name.endswith("_token") and isinstance(value, dict):
-            kwargs[name] = _added_token(name, value)
-        elif name in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, (list, tuple)):
-            kwargs[name] = [_added_token(name, token) for token in value]
-        elif name in ("extra_special_tokens", "model_specific_special_tokens") and isinstance(value, dict):
-            kwargs[name] = {key: _added_token(f"{name}.{key}", token) for key, token in value.items()}
-        elif name == "added_tokens_decoder" and isinstance(value, dict):
-            kwargs[name] = {int(key): _added_token(f"{name}.{key}", token) for key, token in value.items()}
-
-
-def _added_token(name: str, value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if not isinstance(value.get("content"), str):
-        raise TokenizerError(
-            f"`{name}` is {value!r}; expected the text of a token, or a dictionary with it as `content`. Mend it in "
-            "tokenizer_config.json."
-        )
-    return AddedToken(**{key: value[key] for key in _KEYS_OF_ADDED_TOKENS if key in value})

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 
-_MARK = "{#- optimum_chatglm_ov -#}\n"
+TEMPLATE_MARK = "{#- optimum_chatglm_ov -#}\n"
 
 # ChatGLM and ChatGLM2 know rounds of a question and an answer, in plain text. `first`: number of the first round;
 # `gap`: what separates the lines; ChatGLM leaves everything but the question out when there is only one.
 _ROUNDS = (
-    _MARK
+    TEMPLATE_MARK
     + """{%- set gap = GAP -%}
 {%- set counter = namespace(round=FIRST, spoken=0) -%}
 {%- for message in messages if message['role'] != 'system' -%}
@@ -50,7 +50,7 @@ CHATGLM2_TEMPLATE = (
 
 # The blank after each line break is the `▁` with which every encoded part of a ChatGLM3 message begins.
 CHATGLM3_TEMPLATE = (
-    _MARK
+    TEMPLATE_MARK
     + """{{- '[gMASK]sop' -}}
 {%- for message in messages -%}
 {{- '<|' + message['role'] + '|>' + (message['metadata'] or '') + '\\n ' + message['content'] -}}
@@ -62,12 +62,12 @@ CHATGLM3_TEMPLATE = (
 )
 
 # What GLM-4 was trained to read when it may call tools.
-_GLM4_INTRODUCTION = (
+GLM4_INTRODUCTION = (
     "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
     "你的任务是针对用户的问题和要求提供适当的答复和支持。\\n\\n# 可用工具"
 )
-_GLM4_CALL_FORMAT = "\\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
-_GLM4_TOOLS = {
+GLM4_CALL_FORMAT = "\\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+GLM4_TOOLS = {
     "python": (
         "当你向 `python` 发送包含 Python 代码的消息时，该代码将会在一个有状态的 Jupyter notebook 环境中执行。\\n"
         "`python` 返回代码执行的输出，或在执行 60 秒后返回超时。\\n"
@@ -96,7 +96,7 @@ _GLM4_TOOLS = {
         "- 如无特殊说明，所在地为中国，持有中国立场并遵循中国社会主义价值观。"
     ),
 }
-GLM4_TEMPLATE = _MARK + (
+GLM4_TEMPLATE = TEMPLATE_MARK + (
     """{%- set built_in = BUILT_IN_TOOLS -%}
 {{- '[gMASK]<sop>' -}}
 {%- for message in messages -%}
@@ -116,14 +116,14 @@ GLM4_TEMPLATE = _MARK + (
 {{- '<|' + message['role'] + '|>' + (message['metadata'] or '') + '\\n' + message['content'] -}}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}""".replace("INTRODUCTION", _GLM4_INTRODUCTION)
-    .replace("CALL_FORMAT", _GLM4_CALL_FORMAT)
-    .replace("BUILT_IN_TOOLS", "{" + ", ".join(f"'{name}': '{text}'" for name, text in _GLM4_TOOLS.items()) + "}")
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}""".replace("INTRODUCTION", GLM4_INTRODUCTION)
+    .replace("CALL_FORMAT", GLM4_CALL_FORMAT)
+    .replace("BUILT_IN_TOOLS", "{" + ", ".join(f"'{name}': '{text}'" for name, text in GLM4_TOOLS.items()) + "}")
 )
 
 
 # How CodeGeeX4 introduces itself; the prose between the headings of its tools says what its authors' says.
-_CODEGEEX4_TOOLS = (
+CODEGEEX4_TOOLS = (
     "\\n\\n# Note\\n"
     "- 下面列出可以调用的函数工具：名字、用途和参数。\\n"
     "- 请根据用户的指令选择最合适的函数，并给出调用时的参数。\\n"
@@ -136,7 +136,7 @@ CODEGEEX4_INTRODUCTION = (
     "并提供格式规范、可以执行、准确安全的代码，并在必要时提供详细的解释。"
 )
 CODEGEEX4_TEMPLATE = (
-    _MARK
+    TEMPLATE_MARK
     + """{{- '[gMASK]<sop>' -}}
 {%- for message in messages -%}
 {%- if message['content'] or message['tools'] -%}
@@ -152,10 +152,10 @@ CODEGEEX4_TEMPLATE = (
 {%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}""".replace("TOOLS", _CODEGEEX4_TOOLS)
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}""".replace("TOOLS", CODEGEEX4_TOOLS)
 )
 
 
 def is_own_template(chat_template: Any) -> bool:
     """Whether a chat template is one of this module's, of this or another version of the package."""
-    return isinstance(chat_template, str) and chat_template.startswith(_MARK.strip())
+    return isinstance(chat_template, str) and chat_template.startswith(TEMPLATE_MARK.strip())

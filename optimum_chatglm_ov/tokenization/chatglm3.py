@@ -21,7 +21,7 @@ from .messages import ToolCall, as_messages, bare_functions, check_roles, with_t
 logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant", "observation")
-_INTRODUCTION_OF_TOOLS = "Answer the following questions as best as you can. You have access to the following tools:"
+INTRODUCTION_OF_TOOLS = "Answer the following questions as best as you can. You have access to the following tools:"
 _ROLE_TOKEN = re.compile("(" + "|".join(re.escape(f"<|{role}|>") for role in _ROLES) + ")")
 
 
@@ -115,7 +115,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         return ids + [self.get_command("<|assistant|>")] if add_generation_prompt else ids
 
     def _with_tools(self, messages: list[dict[str, Any]], tools: Sequence[dict | Callable]) -> list[dict[str, Any]]:
-        return with_tools(messages, tools, _INTRODUCTION_OF_TOOLS)
+        return with_tools(messages, tools, INTRODUCTION_OF_TOOLS)
 
     def _prepare_messages(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None

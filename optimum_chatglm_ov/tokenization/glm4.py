@@ -20,7 +20,7 @@ from .vocabulary import load_ranks
 
 
 # How text is cut before byte-pair merging; that of tiktoken's cl100k_base.
-_PATTERN = (
+PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -64,7 +64,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
     def _load_vocabulary(self) -> None:
         self.mergeable_ranks = load_ranks(self.vocab_file)
         self.tokenizer = tiktoken.Encoding(
-            "glm4", pat_str=_PATTERN, mergeable_ranks=self.mergeable_ranks, special_tokens={}
+            "glm4", pat_str=PATTERN, mergeable_ranks=self.mergeable_ranks, special_tokens={}
         )
 
     def _complete_arguments(self, kwargs: dict[str, Any]) -> None:

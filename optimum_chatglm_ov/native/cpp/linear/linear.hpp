@@ -29,6 +29,10 @@ struct LinearFormat {
 //   of a column is at least 1 and less than 2,
 //   integers [in_features / 4, 32, 4]; of 4 bits [in_features / 8, 32, 4], the first 4 of 8 input features in the low
 //   halves of the bytes.
+// The same on every CPU. A model that is saved with packed weights says in which form they are; raise the number
+// when the form changes.
+constexpr int64_t kPacking = 1;
+
 static constexpr int64_t panel_header_bytes(const LinearFormat& f) {
     return (kPanelColumns * (8 + f.in_features / f.group_size * 3) + 63) / 64 * 64;
 }

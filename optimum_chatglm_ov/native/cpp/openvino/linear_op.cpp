@@ -30,6 +30,13 @@ int64_t check_weights(const ov::Node* node, size_t input, const LinearFormat& fo
     return out_features;
 }
 
+// An IR keeps packed weights, and may be read by another version of this library.
+void check_packing(const ov::Node* node, int64_t packing) {
+    NODE_VALIDATION_CHECK(node, packing == kPacking, "the weights of this model are packed in form ", packing,
+                          ", and this library of optimum-chatglm-ov reads form ", kPacking,
+                          ": export the model again with the version of the package that the library is from");
+}
+
 // The shape of an output with this many features, after a check of the hidden states.
 ov::PartialShape output_shape(const ov::Node* node, const LinearFormat& format, int64_t out_features) {
     ov::PartialShape shape = node->get_input_partial_shape(0);
@@ -59,6 +66,7 @@ ChatGLMLinear::ChatGLMLinear(const ov::OutputVector& inputs, const LinearFormat&
 }
 
 void ChatGLMLinear::validate_and_infer_types() {
+    check_packing(this, packing_);
     NODE_VALIDATION_CHECK(this, get_input_size() > 1, "needs hidden_states and the weights of at least one layer");
     set_output_size(get_input_size() - 1);
     for (size_t i = 1; i < get_input_size(); i++)
@@ -70,6 +78,7 @@ std::shared_ptr<ov::Node> ChatGLMLinear::clone_with_new_inputs(const ov::OutputV
 }
 
 bool ChatGLMLinear::visit_attributes(ov::AttributeVisitor& visitor) {
+    visitor.on_attribute("packing", packing_);
     visit_format(visitor, "", format_);
     return true;
 }
@@ -94,6 +103,7 @@ ChatGLMMLP::ChatGLMMLP(const ov::OutputVector& inputs, const LinearFormat& forma
 }
 
 void ChatGLMMLP::validate_and_infer_types() {
+    check_packing(this, packing_);
     NODE_VALIDATION_CHECK(this, activation_ == "silu" || activation_ == "gelu",
                           "activation must be silu or gelu, found ", activation_);
     const size_t layers = activation_ == "silu" ? 2 : 1;
@@ -113,6 +123,7 @@ std::shared_ptr<ov::Node> ChatGLMMLP::clone_with_new_inputs(const ov::OutputVect
 }
 
 bool ChatGLMMLP::visit_attributes(ov::AttributeVisitor& visitor) {
+    visitor.on_attribute("packing", packing_);
     visit_format(visitor, "", format_);
     visit_format(visitor, "down_", down_format_);
     visitor.on_attribute("activation", activation_);

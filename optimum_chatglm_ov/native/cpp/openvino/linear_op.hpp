@@ -29,6 +29,7 @@ public:
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
 
 private:
+    int64_t packing_ = kPacking;
     LinearFormat format_{};
 };
 
@@ -53,6 +54,7 @@ public:
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
 
 private:
+    int64_t packing_ = kPacking;
     LinearFormat format_{}, down_format_{};
     std::string activation_;
 };

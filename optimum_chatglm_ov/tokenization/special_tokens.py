@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Special tokens as files have them, and as tokenizer.json names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AddedToken
+
+from .vocabulary import TokenizerError
+
+
+MARK = "\ufdd0"
+"""In tokenizer.json, stands before the names of control tokens that are not recognised in text. It is no character."""
+
+NAMES_OF_FAST_INPUTS = ["input_ids", "attention_mask"]
+_KEYS_OF_ADDED_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def read_special_tokens(kwargs: dict[str, Any]) -> None:
+    """Makes `AddedToken`s of the special tokens that are plain dictionaries, as files edited by hand have them.
+
+    Raises:
+        TokenizerError: a dictionary has no text.
+    """
+    for name, value in kwargs.items():
+        if name.endswith("_token") and isinstance(value, dict):
+            kwargs[name] = _added_token(name, value)
+        elif name in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, (list, tuple)):
+            kwargs[name] = [_added_token(name, token) for token in value]
+        elif name in ("extra_special_tokens", "model_specific_special_tokens") and isinstance(value, dict):
+            kwargs[name] = {key: _added_token(f"{name}.{key}", token) for key, token in value.items()}
+        elif name == "added_tokens_decoder" and isinstance(value, dict):
+            kwargs[name] = {int(key): _added_token(f"{name}.{key}", token) for key, token in value.items()}
+
+
+def undo_fast_forms(kwargs: dict[str, Any]) -> None:
+    """Makes of arguments that tokenizer_config.json has for tokenizer.json those of this package's classes."""
+    if kwargs.pop("has_tokenizer_json", False) and kwargs.get("model_input_names") == NAMES_OF_FAST_INPUTS:
+        del kwargs["model_input_names"]
+    for name, token in kwargs.items():
+        if name.endswith("_token") and isinstance(token, (str, AddedToken)) and str(token).startswith(MARK):
+            kwargs[name] = str(token).removeprefix(MARK)
+
+
+def _added_token(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if not isinstance(value.get("content"), str):
+        raise TokenizerError(
+            f"`{name}` is {value!r}; expected the text of a token, or a dictionary with it as `content`. Mend it in "
+            "tokenizer_config.json."
+        )
+    return AddedToken(**{key: value[key] for key in _KEYS_OF_ADDED_TOKENS if key in value})
