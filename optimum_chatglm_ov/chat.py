@@ -20,7 +20,7 @@ from .errors import ChatGLMError
 from .runtime.cache import FusedCache
 from .runtime.token_stream import TokenStream
 from .tokenization.codegeex4 import defined_functions
-from .tokenization.messages import as_messages
+from .tokenization.messages import BETWEEN_MESSAGES, PLACEHOLDER, YEAR, as_messages
 
 
 # One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards; all read
@@ -30,8 +30,6 @@ History = list[Any]
 # list of calls where CodeGeeX4 makes several.
 Response = str | dict[str, Any] | list[dict[str, Any]]
 
-_BETWEEN_MESSAGES = "<|assistant|>"
-PLACEHOLDER, _YEAR = "[[训练时间]]", "2023年"
 _PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _PUNCTUATION_NEXT_TO_CHINESE = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
@@ -62,7 +60,7 @@ def _process_chatglm(text: str) -> str:
 
 
 def _process_chatglm2(text: str) -> str:
-    return text.strip().replace(PLACEHOLDER, _YEAR)
+    return text.strip().replace(PLACEHOLDER, YEAR)
 
 
 def _process_messages(
@@ -71,7 +69,7 @@ def _process_messages(
     """The last message of `text` (each is metadata, a line break and content), and `history` with all of them."""
     history = copy.deepcopy(history)
     response: Response = ""
-    for message in text.split(_BETWEEN_MESSAGES):
+    for message in text.split(BETWEEN_MESSAGES):
         metadata, line_break, content = message.partition("\n")
         if not line_break:
             metadata, content = "", message
@@ -80,7 +78,7 @@ def _process_messages(
             content = content.strip()
         history.append({"role": "assistant", "metadata": metadata, "content": content})
         if not name:
-            response = content.replace(PLACEHOLDER, _YEAR)
+            response = content.replace(PLACEHOLDER, YEAR)
         elif history[0]["role"] == "system" and history[0].get("tools") is not None:
             response = {"name": name, "parameters": read_parameters(content)}
         else:
@@ -131,10 +129,10 @@ def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[R
     can_call = any(defined_functions(message) for message in history)
     history = copy.deepcopy(history)
     content = ""
-    for content in map(str.strip, text.split(_BETWEEN_MESSAGES)):
+    for content in map(str.strip, text.split(BETWEEN_MESSAGES)):
         history.append({"role": "assistant", "metadata": "", "content": content})
     calls = _calls_of_blocks(content, incomplete) if can_call else []
-    return (calls[0] if len(calls) == 1 else calls or content.replace(PLACEHOLDER, _YEAR)), history
+    return (calls[0] if len(calls) == 1 else calls or content.replace(PLACEHOLDER, YEAR)), history
 
 
 def _calls_of_blocks(content: str, incomplete: bool) -> list[dict[str, Any]]:
