@@ -63,6 +63,20 @@ def _process_chatglm2(text: str) -> str:
     return text.strip().replace(PLACEHOLDER, YEAR)
 
 
+# What these may still change when more of an answer is known: ASCII punctuation next to Chinese characters, blanks at
+# the end, half a character, and a placeholder.
+_UNSETTLED = ",!:;? \n\ufffd"
+
+
+def settled(response: str) -> str:
+    """The part of an unfinished response that later tokens cannot change."""
+    for length in range(min(len(PLACEHOLDER) - 1, len(response)), 0, -1):
+        if response.endswith(PLACEHOLDER[:length]):
+            response = response[:-length]
+            break
+    return response.rstrip(_UNSETTLED)
+
+
 def _process_messages(
     text: str, history: History, read_parameters: Callable[[str], dict[str, Any]]
 ) -> tuple[Response, History]:

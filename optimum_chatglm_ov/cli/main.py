@@ -18,6 +18,7 @@ from .arguments import UsageError, package_version
 # Name, module beside this one, help. A module has `add_arguments(parser)` and `run(args) -> int`.
 SUBCOMMANDS = (
     ("chat", "chat", "talk to a model in the terminal"),
+    ("serve", "serve", "serve a model over HTTP with OpenAI's interface"),
     ("export", "export", "export a checkpoint to OpenVINO"),
     ("compare", "compare", "compare two models on a text"),
     ("bench", "bench", "time models, and attention alone"),
