@@ -42,9 +42,12 @@ def create_app(
         MissingExtraError: a package of the extra `web` is needed and not installed.
         ValueError, OSError: see [`load_served_model`].
     """
-    options = options or ServerOptions()
-    model = load_served_model(Path(folder), options, engine_options or EngineOptions())
-    metrics = Metrics(model.engine)
+    return app_of(load_served_model(Path(folder), options or ServerOptions(), engine_options or EngineOptions()))
+
+
+def app_of(model: ServedModel) -> FastAPI:
+    """As [`create_app`], of a model that was loaded before."""
+    options, metrics = model.options, Metrics(model.engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -60,13 +63,13 @@ def create_app(
     app = FastAPI(title="optimum-chatglm-ov", version=package_version(), lifespan=lifespan, docs_url=None)
     app.state.model = model
     add_error_handlers(app)
-    app.add_middleware(Gate, api_key=options.api_key, max_body=options.max_body)
+    app.add_middleware(Gate, api_key=options.api_key, max_body=options.max_body, has_page=options.web)
     _add_answers(app, model, metrics)
     _add_facts(app, model, metrics)
     if options.web:
         from .web import add_page
 
-        add_page(app, model)
+        add_page(app, model, metrics)
     return app
 
 

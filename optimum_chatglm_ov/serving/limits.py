@@ -9,7 +9,8 @@ from typing import Any
 from .errors import RequestError, error_response
 
 
-_OPEN = ("/health",)
+# What asks for the key where a page is served, which asks for it in its own way.
+_INTERFACE = ("/v1/", "/tokenize", "/metrics", "/openapi.json")
 
 
 class Gate:
@@ -18,10 +19,11 @@ class Gate:
     Args:
         api_key: what `Authorization: Bearer` must name, except for /health; `None`: nothing is asked for.
         max_body: bytes.
+        has_page: what is not of the interface belongs to a page, which asks for the key itself.
     """
 
-    def __init__(self, app: Any, api_key: str | None, max_body: int):
-        self._app, self._max_body = app, max_body
+    def __init__(self, app: Any, api_key: str | None, max_body: int, has_page: bool = False):
+        self._app, self._max_body, self._has_page = app, max_body, has_page
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -29,7 +31,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if self._api_key is not None and scope["path"] not in _OPEN and not self._has_key(headers):
+        if self._api_key is not None and not self._is_open(scope["path"]) and not self._has_key(headers):
             error = RequestError("The API key is missing or wrong.", 401, code="invalid_api_key")
             await error_response(error)(scope, receive, send)
             return
@@ -57,6 +59,9 @@ class Gate:
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         await self._app(scope, receive_whole, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path == "/health" or self._has_page and not path.startswith(_INTERFACE)
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")

@@ -6,12 +6,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 logger = logging.getLogger(__name__)
 
 _NODES = Path("/sys/devices/system/node")
+_taken: list[FileLock] = []  # held until the process ends
 
 
 def numa_nodes(folder: Path = _NODES) -> dict[int, set[int]]:
@@ -44,6 +48,35 @@ def bind_to_node(node: int, folder: Path = _NODES) -> None:
     if node not in nodes:
         raise ValueError(f"There is no NUMA node {node} with CPUs; expected one of {', '.join(map(str, nodes))}.")
     os.sched_setaffinity(0, nodes[node])
+
+
+def take_cores(count: int, folder: Path = _NODES, locks: Path | None = None) -> set[int]:
+    """Lets this process run on `count` CPUs of one node, which no other process that calls this has.
+
+    Args:
+        locks: folder of the files that tell processes of one machine what is taken; they are free again when a process
+            ends.
+
+    Returns:
+        The CPUs; all that the process had where no such set is free, with a warning.
+    """
+    allowed = os.sched_getaffinity(0)
+    locks = locks or Path(tempfile.gettempdir()) / f"chatglm-ov-cores-{os.getuid()}"
+    locks.mkdir(mode=0o700, exist_ok=True)
+    for node, cpus in numa_nodes(folder).items():
+        free = sorted(cpus & allowed)
+        for start in range(0, len(free) - count + 1, count):
+            lock = FileLock(locks / f"{node}-{count}-{start}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            _taken.append(lock)
+            taken = set(free[start : start + count])
+            os.sched_setaffinity(0, taken)
+            return taken
+    logger.warning("No %d CPUs of one NUMA node are free; the process may use all %d.", count, len(allowed))
+    return allowed
 
 
 def warn_of_numa_nodes(folder: Path = _NODES) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server for the tests of this folder, in a thread of its own."""
+"""Servers for tests, each in a thread of its own; a plugin of pytest with the one that most tests share."""
 
 from __future__ import annotations
 
@@ -39,31 +39,30 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder, options: ServerOptions, engine_options: EngineOptions) -> Iterator[Server]:
-    """A server while the block runs."""
-    app = create_app(folder, options, engine_options)
+def run_server(app) -> Iterator[Server]:
+    """A server of an application while the block runs."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(256)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started and thread.is_alive():
             time.sleep(0.01)
         assert thread.is_alive(), "the server did not start"
         try:
-            yield Server(app, listener.getsockname()[1], options.api_key)
+            yield Server(app, listener.getsockname()[1], app.state.model.options.api_key)
         finally:
             server.should_exit = True
             thread.join(20)
+            assert not thread.is_alive(), "the server did not end"
 
 
-@pytest.fixture(scope="session")
-def tiny():
-    """Folder of the package's own model."""
-    with embedded_model() as folder:
-        yield folder
+@contextlib.contextmanager
+def serving(folder, options: ServerOptions, engine_options: EngineOptions) -> Iterator[Server]:
+    """A server of the model in a folder while the block runs."""
+    with run_server(create_app(folder, options, engine_options)) as server:
+        yield server
 
 
 def options(**changes) -> ServerOptions:
@@ -72,6 +71,13 @@ def options(**changes) -> ServerOptions:
 
 def engine_options(**changes) -> EngineOptions:
     return EngineOptions(**{"ov_config": EXACT, "max_running": 8, "cache_tokens": 8192, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Folder of the package's own model."""
+    with embedded_model() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")
