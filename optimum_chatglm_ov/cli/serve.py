@@ -88,11 +88,6 @@ def run(args: argparse.Namespace) -> int:
         from ..serving.engine import EngineOptions
         from ..serving.model import ServerOptions
 
-        runtime = runtime_options(args)
-        if args.kv_cache_precision is not None and args.engine != "queue":
-            from ..choices import KV_CACHE_PRECISIONS
-
-            runtime["ov_config"]["KV_CACHE_PRECISION"] = KV_CACHE_PRECISIONS[args.kv_cache_precision]
         app = create_app(
             folder,
             ServerOptions(
@@ -110,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
                 max_waiting=args.max_waiting,
                 queue_seconds=args.queue_seconds,
                 cache_tokens=args.cache_tokens,
-                **runtime,
+                **runtime_options(args),
             ),
         )
         uvicorn.run(
