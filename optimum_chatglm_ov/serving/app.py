@@ -60,7 +60,9 @@ def app_of(model: ServedModel) -> FastAPI:
         finally:
             await model.engine.close()
 
-    app = FastAPI(title="optimum-chatglm-ov", version=package_version(), lifespan=lifespan, docs_url=None)
+    app = FastAPI(
+        title="optimum-chatglm-ov", version=package_version(), lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.model = model
     add_error_handlers(app)
     app.add_middleware(Gate, api_key=options.api_key, max_body=options.max_body, has_page=options.web)

@@ -167,7 +167,7 @@ def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOption
 
         if reason and options.kind == "auto":
             logger.warning("Requests are computed one at a time: %s.", reason)
-        return QueueEngine(folder, config, options)
+        return QueueEngine(folder, tokenizer, config, options)
     from .engine_batched import BatchedEngine
 
     return BatchedEngine(folder, tokenizer, config, options)

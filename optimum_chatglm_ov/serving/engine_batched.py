@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -31,6 +32,7 @@ _BLOCK = 32  # tokens of a block of PagedAttention's cache on CPU
 _CACHE_BYTES = 2  # of a number in the cache, at most: u8 with its scales, f16, bf16
 _SHARE_OF_MEMORY = 4
 _CLOSED = object()
+_STDERR = 2
 
 
 class BatchedEngine:
@@ -127,9 +129,9 @@ class BatchedEngine:
         with theirs:
             command = [sys.executable, str(batching_process_path()), str(theirs.fileno())]
             self._process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=_STDERR
             )
-        self._connection = Connection(ours.detach())
+        self._socket, self._connection = ours, Connection(os.dup(ours.fileno()))
         self._connection.send(
             {
                 "folder": os.fspath(self._folder),
@@ -150,12 +152,15 @@ class BatchedEngine:
             raise EngineError(f"{self._folder}: openvino-genai does not load this model: {facts}")
 
     def _end_process(self) -> None:
-        self._connection.close()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # closing alone would not wake who reads from it
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:  # in a step that takes long
             self._process.kill()
             self._process.wait()
+        self._connection.close()
+        self._socket.close()
 
     def _send(self) -> None:
         while (message := self._outbox.get()) is not _CLOSED:
@@ -180,6 +185,7 @@ class BatchedEngine:
         logger.error("The engine has stopped: %s.", problem)
         self._in_loop(self._fail, problem)
         self._connection.close()
+        self._socket.close()
         try:
             self._start_process()
         except EngineError as error:
@@ -202,7 +208,11 @@ class BatchedEngine:
         for number, new, finish_reason, error in tokens:
             arrived = self._requests.get(number)
             if arrived is None:  # it was closed
+                if finish_reason is None and error is None:
+                    self._outbox.put(("cancel", number))
                 continue
+            if finish_reason is not None and not new:
+                error = "it ended without a token"
             for index, (token_id, logprob) in enumerate(new):
                 is_last = index == len(new) - 1
                 arrived.put_nowait(GeneratedToken(token_id, logprob, finish_reason if is_last else None))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..chat import InvalidScoreLogitsProcessor
+from ..chat import RULES, InvalidScoreLogitsProcessor
 from ..modeling import OVChatGLMForCausalLM
 from ..runtime.token_stream import TokenStream
 from .admission import Admission
@@ -28,8 +28,9 @@ class QueueEngine:
 
     name = "optimum-chatglm-ov, one request at a time"
 
-    def __init__(self, folder: Path, config: Any, options: EngineOptions):
+    def __init__(self, folder: Path, tokenizer: Any, config: Any, options: EngineOptions):
         self._folder, self._options = folder, options
+        self._invalid_score_token_id = RULES[tokenizer.chatglm_generation].invalid_score_token_id
         self.prompt_and_answer = config.max_position_embeddings
         self._admission = Admission(1, options.max_waiting, options.queue_seconds)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # which owns the model
@@ -107,10 +108,11 @@ class QueueEngine:
 
     def _settings(self, request: GenerationRequest, probabilities: _Probabilities | None) -> dict[str, Any]:
         prompt = torch.tensor([request.input_ids])
-        processors: list[LogitsProcessor] = [InvalidScoreLogitsProcessor(5)]
+        processors: list[LogitsProcessor] = [InvalidScoreLogitsProcessor(self._invalid_score_token_id)]
         if probabilities is not None:
             processors.append(probabilities)
         torch.manual_seed(request.seed)
+        sampling = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
         return {
             "input_ids": prompt,
             "attention_mask": torch.ones_like(prompt),
@@ -118,9 +120,7 @@ class QueueEngine:
             "eos_token_id": list(request.stop_ids),
             "pad_token_id": request.stop_ids[0],
             "do_sample": request.do_sample,
-            "temperature": request.temperature if request.do_sample else 1.0,
-            "top_p": request.top_p if request.do_sample else 1.0,
-            "top_k": request.top_k if request.do_sample else 0,
+            **(sampling if request.do_sample else {"temperature": 1.0, "top_p": 1.0}),
             "repetition_penalty": request.repetition_penalty,
             "logits_processor": LogitsProcessorList(processors),
         }
