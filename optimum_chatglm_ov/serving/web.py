@@ -83,7 +83,7 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
             async with aclosing(all_answers(model, plan, metrics)) as pieces:
                 async for _, piece in pieces:
                     shown.add(piece)
-                    yield shown.messages, shown.speed()
+                    yield [dict(message) for message in shown.messages], shown.speed()
         except Exception as error:
             raise gradio.Error(str(as_request_error(error))) from error
 
@@ -93,23 +93,39 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
             say,
             title=f"{model.name}",
             chatbot=gradio.Chatbot(elem_id="chat", label=words("title"), scale=1),
-            textbox=gradio.Textbox(placeholder=words("ask"), show_label=False, elem_id="ask"),
+            textbox=gradio.Textbox(
+                placeholder=words("ask"),
+                show_label=False,
+                elem_id="ask",
+                scale=7,
+                autofocus=True,
+                submit_btn=True,
+                stop_btn=True,
+            ),
             editable=True,
-            additional_inputs_accordion=gradio.Accordion(words("settings"), open=False, elem_id="settings"),
+            additional_inputs_accordion=gradio.Accordion(
+                words("settings"), open=False, elem_id="settings", render=False
+            ),
             additional_inputs=[
-                gradio.Textbox(label=words("system"), lines=2, elem_id="system"),
+                gradio.Textbox(label=words("system"), lines=2, elem_id="system", render=False),
                 gradio.Slider(
-                    0, 2, 0 if model.options.greedy else family.temperature, step=0.05, label=words("temperature")
+                    0,
+                    2,
+                    0 if model.options.greedy else family.temperature,
+                    step=0.05,
+                    label=words("temperature"),
+                    render=False,
                 ),
-                gradio.Slider(0.05, 1, family.top_p, step=0.05, label=words("top_p")),
+                gradio.Slider(0.05, 1, family.top_p, step=0.05, label=words("top_p"), render=False),
                 gradio.Slider(
                     1,
                     model.engine.prompt_and_answer,
                     min(1024, model.engine.prompt_and_answer),
                     step=1,
                     label=words("max_tokens"),
+                    render=False,
                 ),
-                gradio.Textbox(label=words("tools"), lines=3, elem_id="tools"),
+                gradio.Textbox(label=words("tools"), lines=3, elem_id="tools", render=False),
             ],
             additional_outputs=[speed],
             concurrency_limit=None,
