@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import os
 import queue
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 _BLOCK = 32  # tokens of a block of PagedAttention's cache on CPU
 _CACHE_BYTES = 2  # of a number in the cache, at most: u8 with its scales, f16, bf16
 _SHARE_OF_MEMORY = 4
+_REFUSED = "refused"
 _CLOSED = object()
 _STDERR = 2
 
@@ -51,7 +51,7 @@ class BatchedEngine:
         self._blocks = blocks
         self._admission = Admission(options.max_running, options.max_waiting, options.queue_seconds)
         self._numbers = itertools.count(1)
-        self._requests: dict[int, asyncio.Queue[GeneratedToken | EngineError]] = {}
+        self._requests: dict[int, asyncio.Queue[GeneratedToken | Exception]] = {}
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()
         self._cache_use = 0.0
         self._problem: str | None = "the model is being loaded"
@@ -76,9 +76,7 @@ class BatchedEngine:
             threading.Thread(target=target, daemon=True).start()
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises `UnsupportedError` for a JSON schema that has no form, which would stop all requests."""
-        if request.json_schema is not None and not isinstance(json.loads(request.json_schema), dict):
-            raise UnsupportedError("The JSON schema is no object.", "response_format")
+        """Refuses nothing: whether a JSON schema has a grammar is known when the computation begins."""
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GeneratedToken]:
         """See [`Engine.generate`]."""
@@ -86,13 +84,13 @@ class BatchedEngine:
             if self._problem:
                 raise EngineError(f"The engine cannot compute: {self._problem}.")
             number = next(self._numbers)
-            arrived: asyncio.Queue[GeneratedToken | EngineError] = asyncio.Queue()
+            arrived: asyncio.Queue[GeneratedToken | Exception] = asyncio.Queue()
             self._requests[number] = arrived
             self._outbox.put(("add", number, request.input_ids, _settings(request)))
             try:
                 while True:
                     token = await arrived.get()
-                    if isinstance(token, EngineError):
+                    if isinstance(token, Exception):
                         raise token
                     yield token
                     if token.finish_reason is not None:
@@ -210,6 +208,11 @@ class BatchedEngine:
             if arrived is None:  # it was closed
                 if finish_reason is None and error is None:
                     self._outbox.put(("cancel", number))
+                continue
+            if finish_reason == _REFUSED:
+                message = f"The JSON schema has no grammar: {error}"
+                arrived.put_nowait(UnsupportedError(message, "response_format"))
+                del self._requests[number]
                 continue
             if finish_reason is not None and not new:
                 error = "it ended without a token"

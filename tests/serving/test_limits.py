@@ -249,3 +249,23 @@ def test_a_missing_extra_is_a_line_for_pip(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=re.escape('pip install "optimum-chatglm-ov[web]"')):
         require("web")
+
+
+def test_a_schema_without_grammar_harms_no_other_answer(random_model):
+    """openvino-genai learns of it in the midst of a step of all requests."""
+    with serving(random_model, options(), engine_options()) as running:
+
+        def ask(seed):
+            settings = {"temperature": 1.0, "top_p": 1.0} if seed % 2 else {"temperature": 0}
+            return running.chat("a", seed=seed, max_tokens=150, **settings).choices[0].message.content
+
+        alone = [ask(seed) for seed in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(ask, seed) for seed in range(4)]
+            wait_for(lambda: running.engine.state().running == 4)
+            for schema in ({"type": "objekt"}, {"type": "string", "pattern": "(["}, {"enum": []}):
+                wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+                with pytest.raises(openai.BadRequestError, match="has no grammar") as failure:
+                    running.chat("b", response_format=wanted)
+                assert failure.value.param == "response_format"
+            assert [answer.result() for answer in answers] == alone

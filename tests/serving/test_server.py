@@ -188,7 +188,8 @@ def test_unknown_fields_are_ignored_and_unknown_paths_refused(server):
     assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
     for body in (b"", b"{", b"[]", b'{"model": "\\ud800"}', b"\xff", b"[" * 100_000):
-        response = httpx.post(f"{server.url}/v1/chat/completions", content=body)
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
         assert response.status_code in (400, 404) and "error" in response.json()
 
 
