@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -21,6 +20,9 @@ from .errors import RequestError
 from .metrics import AnswerClock, Metrics
 from .model import ServedModel
 from .prompts import Plan
+
+
+_LONGEST = 365 * 24 * 3600.0  # seconds that a timer may have
 
 
 @dataclass(frozen=True)
@@ -80,25 +82,24 @@ async def all_answers(model: ServedModel, plan: Plan, metrics: Metrics) -> Async
         except Exception as error:  # it belongs to whoever iterates
             pieces.put_nowait((index, error))
 
+    seconds = model.options.request_seconds
+    timeout = RequestError(
+        f"The answer took longer than {seconds:g} s. Lower `max_tokens`, or try again when less is asked for.",
+        504,
+        code="timeout",
+    )
     tasks = [asyncio.create_task(give(index, generation)) for index, generation in enumerate(plan.generations)]
-    deadline = time.monotonic() + model.options.request_seconds
+    timer = asyncio.get_running_loop().call_later(min(seconds, _LONGEST), pieces.put_nowait, (0, timeout))
     unfinished = len(tasks)
     try:
         while unfinished:
-            try:
-                index, piece = await asyncio.wait_for(pieces.get(), max(0.0, deadline - time.monotonic()))
-            except asyncio.TimeoutError:
-                raise RequestError(
-                    f"The answer took longer than {model.options.request_seconds:g} s. Lower `max_tokens`, or try "
-                    "again when less is asked for.",
-                    504,
-                    code="timeout",
-                ) from None
+            index, piece = await pieces.get()
             if isinstance(piece, BaseException):
                 raise piece
             unfinished -= piece.finish_reason is not None
             yield index, piece
     finally:
+        timer.cancel()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

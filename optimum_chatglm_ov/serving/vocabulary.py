@@ -43,8 +43,7 @@ def save_vocabulary(tokenizer: Any, folder: str) -> None:
     """Writes the files that openvino-genai takes a vocabulary from: an OpenVINO detokenizer, and the special ids."""
     import numpy as np
     import openvino as ov
-    from openvino import opset13 as opset
-    from openvino_tokenizers import _get_factory
+    from openvino import opset15 as opset
     from openvino_tokenizers.tokenizer_pipeline import VocabDecoderStep
 
     bytes_of = TokenBytes(tokenizer)
@@ -52,7 +51,7 @@ def save_vocabulary(tokenizer: Any, folder: str) -> None:
     ids = opset.parameter([-1, -1], np.int64, name="input_ids")
     step = VocabDecoderStep(vocab=vocabulary, skip_tokens=[tokenizer.eos_token_id])
     pieces = step.get_ov_subgraph([opset.convert(ids, "i32").output(0)])
-    text = _get_factory().create("StringTensorPack", pieces[2:5])
+    text = opset.string_tensor_pack(*pieces[2:5])
     model = ov.Model([text.output(0)], [ids], "detokenizer")
     model.output(0).tensor.set_names({"string_output"})
     ov.save_model(model, Path(folder) / "openvino_detokenizer.xml")

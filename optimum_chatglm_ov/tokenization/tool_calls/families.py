@@ -98,18 +98,21 @@ class MessageParser:
 
     def _begin_call(self, name: str, source: str) -> None:
         self._name, self._source, self._read = name, source, ""
-        self._reader, self._is_given = self.arguments(), False
+        self._reader, self._is_given, self._arguments = self.arguments(), False, ""
         self._state = self._in_arguments
 
     def _in_arguments(self, events: list[Event], is_last: bool) -> bool:
         piece, self._buffer = self._buffer, ""
         self._read += piece
         arguments, state = self._reader.feed(piece)
-        if arguments:
+        self._arguments += arguments
+        if self._is_given or self._arguments.strip() not in ("", "{"):  # a bracket alone may begin anything
             if not self._is_given:
                 events.append(CallBegin(self._calls, self._name))
                 self._is_given = True
-            events.append(CallArguments(self._calls, arguments))
+            if self._arguments:
+                events.append(CallArguments(self._calls, self._arguments))
+            self._arguments = ""
         if state == DONE:
             self._source, self._buffer = (
                 self._source + self._read[: self._reader.used],
