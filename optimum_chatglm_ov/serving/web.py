@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import os
@@ -73,7 +74,7 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
     async def say(message: str, history: list[dict[str, Any]], *settings: Any) -> AsyncIterator[tuple[list, str]]:
         try:
             request = _request(model, message, history, *settings)
-            plan = plan_chat(model, request, client="page")
+            plan = await asyncio.to_thread(plan_chat, model, request, "page")
         except (ValueError, ValidationError) as error:
             raise gradio.Error(str(error)) from error
         except Exception as error:
@@ -92,7 +93,7 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
         gradio.ChatInterface(
             say,
             title=f"{model.name}",
-            chatbot=gradio.Chatbot(elem_id="chat", label=words("title"), scale=1),
+            chatbot=gradio.Chatbot(elem_id="chat", label=words("title"), scale=1, buttons=["copy", "copy_all"]),
             textbox=gradio.Textbox(
                 placeholder=words("ask"),
                 show_label=False,
@@ -139,13 +140,13 @@ def _request(
     model: ServedModel,
     message: str,
     history: list[dict[str, Any]],
-    system: str,
+    system: str | None,
     temperature: float,
     top_p: float,
     max_tokens: int,
-    tools: str,
+    tools: str | None,
 ) -> ChatCompletionRequest:
-    messages = [{"role": "system", "content": system}] if system.strip() else []
+    messages = [{"role": "system", "content": system}] if (system or "").strip() else []
     for item in history:
         title = (item.get("metadata") or {}).get("title") or ""
         text = _text(item["content"])
@@ -161,7 +162,7 @@ def _request(
             "temperature": temperature,
             "top_p": top_p,
             "max_tokens": None if max_tokens >= model.engine.prompt_and_answer else int(max_tokens),
-            "tools": json.loads(tools) if tools.strip() else None,
+            "tools": json.loads(tools) if (tools or "").strip() else None,
         }
     )
 

@@ -4,9 +4,11 @@
     python tests/benchmarks/measure_serving.py load [FOLDER] --clients 1 8 64 --requests 128
     python tests/benchmarks/measure_serving.py soak [FOLDER] --clients 64 --minutes 30
     python tests/benchmarks/measure_serving.py fuzz --examples 500
+    python tests/benchmarks/measure_serving.py engine FOLDER --clients 1 8 64
 
 FOLDER is an exported model with a tokenizer; without one, the tiny model of the package. `load` also serves the same
-requests one at a time, with the same engine, for comparison. All numbers are of the client's side.
+requests one at a time, with the same engine, for comparison. All numbers are the client's. `engine` leaves HTTP
+and text out, and compares token ids: for models with random weights, which need no tokenizer.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from serving_support import NAME, Server, options, serving  # noqa: E402
 
+from optimum_chatglm_ov.assets import TINY_CHATGLM3  # noqa: E402
 from optimum_chatglm_ov.cli.embedded import embedded_model  # noqa: E402
-from optimum_chatglm_ov.serving.engine import EngineOptions  # noqa: E402
+from optimum_chatglm_ov.export.exporter import load_config  # noqa: E402
+from optimum_chatglm_ov.serving.engine import EngineOptions, GenerationRequest  # noqa: E402
+from optimum_chatglm_ov.serving.engine_batched import BatchedEngine  # noqa: E402
+from optimum_chatglm_ov.tokenization import load_tokenizer  # noqa: E402
 
 
 WORDS = "你好 你是谁 天气 怎么样 讲个笑话 OpenVINO 模型 北京 hello what is 1+1 再见 为什么 how are you".split()
@@ -160,6 +166,48 @@ def measure_soak(folder: Path, args: argparse.Namespace) -> int:
     return int(wrong > 0)
 
 
+async def ask_engine(engine: BatchedEngine, number: int, max_tokens: int, results: Results) -> None:
+    """One answer of `engine`, greedy, to a prompt of 16 to 200 random ids."""
+    rng = random.Random(number)
+    ids = [rng.randrange(3, 60000) for _ in range(rng.randint(16, 200))]
+    found, last = [], time.perf_counter()
+    async for token in engine.generate(GenerationRequest(ids, max_tokens, stop_ids=(2,))):
+        now = time.perf_counter()
+        (results.between if found else results.first).append(now - last)
+        last = now
+        found.append(token.token_id)
+    results.tokens += len(found)
+    results.answers[number] = str(found)
+
+
+async def load_engine(engine: BatchedEngine, clients: int, count: int, max_tokens: int) -> Results:
+    """As [`load`], without HTTP."""
+    results, left, start = Results(), list(range(count)), time.perf_counter()
+
+    async def one() -> None:
+        while left:
+            await ask_engine(engine, left.pop(), max_tokens, results)
+
+    await asyncio.gather(*(one() for _ in range(clients)))
+    results.seconds = time.perf_counter() - start
+    return results
+
+
+async def measure_engine(folder: Path, args: argparse.Namespace) -> int:
+    options = EngineOptions(max_running=args.max_running, cache_tokens=args.cache_tokens, ov_config=properties(args))
+    engine = BatchedEngine(folder, load_tokenizer(TINY_CHATGLM3), load_config(folder), options)
+    await engine.start()
+    expected = {}
+    for clients in args.clients:
+        count = min(args.requests, args.alone) if clients == 1 else args.requests
+        results = await load_engine(engine, clients, count, args.max_tokens)
+        expected = expected or results.answers
+        differing = sum(results.answers[number] != answer for number, answer in expected.items())
+        print(results.line(f"{clients} clients"), f"; {differing} of {len(expected)} differ from alone", flush=True)
+    await engine.close()
+    return 0
+
+
 def measure_fuzz(args: argparse.Namespace) -> int:
     sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
     from test_fuzz import fuzz
@@ -179,7 +227,7 @@ def properties(args: argparse.Namespace) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "soak", "fuzz"))
+    parser.add_argument("what", choices=("load", "soak", "fuzz", "engine"))
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--requests", type=int, default=128)
@@ -193,6 +241,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.what == "fuzz":
         return measure_fuzz(args)
+    if args.what == "engine":
+        return asyncio.run(measure_engine(args.folder, args))
     measure = measure_load if args.what == "load" else measure_soak
     if args.folder is not None:
         return measure(args.folder, args)

@@ -18,7 +18,8 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytest_plugins = ["serving_support"]
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
 
-PLACEHOLDERS = {"en-US": "Ask something", "zh-CN": "说点什么吧"}
+# What the page says in each language: in the empty box, and on the button that answers once more.
+WORDS = {"en-US": ("Ask something", "Retry"), "zh-CN": ("说点什么吧", "重试")}
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +63,14 @@ def wait_for(find, seconds: float = 20.0):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("language", list(PLACEHOLDERS))
+@pytest.mark.parametrize("language", list(WORDS))
 def test_a_conversation_in_the_browser(page, language, tmp_path):
     expected = page.chat("你好").choices[0].message.content
     driver = browser(language)
     try:
         driver.get(page.url)
         box = wait_for(lambda: driver.find_elements("css selector", "#ask textarea"))[0]
-        assert box.get_attribute("placeholder") == PLACEHOLDERS[language]
+        assert box.get_attribute("placeholder") == WORDS[language][0]
 
         def bots():
             return [element.text for element in driver.find_elements("css selector", "#chat [data-testid=bot]")]
@@ -78,7 +79,12 @@ def test_a_conversation_in_the_browser(page, language, tmp_path):
         wait_for(lambda: any(expected in text for text in bots()))
         wait_for(lambda: "tokens/s" in driver.find_element("css selector", "#speed").text)
         driver.save_screenshot(str(tmp_path / f"page-{language}.png"))
-        wait_for(lambda: driver.find_elements("css selector", "#chat [data-testid=user]"))
+        before = page.engine.state().running, len(bots())
+        driver.find_element("css selector", f"button[aria-label={WORDS[language][1]}]").click()
+        wait_for(
+            lambda: any(expected in text for text in bots()) and (page.engine.state().running, len(bots())) == before
+        )
+        assert len(driver.find_elements("css selector", "#chat [data-testid=user]")) == 1
     finally:
         driver.quit()
 
