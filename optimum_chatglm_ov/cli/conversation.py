@@ -13,12 +13,7 @@ from typing import Any
 
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..tokenization.chat_rules import PLACEHOLDER
-
-
-# What the post-processing of an answer may still change when more of it is known: ASCII punctuation next to Chinese
-# characters, blanks at the end, half a character, and a placeholder.
-_UNSETTLED = ",!:;? \n\ufffd"
+from ..tokenization.chat_rules import settled
 
 
 class Conversation:
@@ -60,7 +55,7 @@ class Conversation:
                 if interrupts:
                     break
                 if isinstance(response, str):
-                    shown = _show(_settled(response), shown)
+                    shown = _show(settled(response), shown)
         _show(response if isinstance(response, str) else json.dumps(response, ensure_ascii=False), shown)
         print(flush=True)
         print(f"[{clock.summary()}{', stopped' if interrupts else ''}]", file=sys.stderr, flush=True)
@@ -77,15 +72,6 @@ def _show(text: str, shown: str) -> str:
     sys.stdout.write(text[len(shown) :])
     sys.stdout.flush()
     return text
-
-
-def _settled(response: str) -> str:
-    """Returns the part of an unfinished response that later tokens cannot change."""
-    for length in range(min(len(PLACEHOLDER) - 1, len(response)), 0, -1):
-        if response.endswith(PLACEHOLDER[:length]):
-            response = response[:-length]
-            break
-    return response.rstrip(_UNSETTLED)
 
 
 class _TokenClock(LogitsProcessor):

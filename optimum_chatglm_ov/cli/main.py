@@ -19,6 +19,7 @@ from .arguments import UsageError
 # Name, module beside this one, help. A module has `add_arguments(parser)` and `run(args) -> int`.
 SUBCOMMANDS = (
     ("chat", "chat", "talk to a model in the terminal"),
+    ("serve", "serve", "serve a model over HTTP with OpenAI's interface"),
     ("export", "export", "export a checkpoint to OpenVINO"),
     ("tokenizer", "tokenizer", "write a tokenizer in the forms that other programs read"),
     ("compare", "compare", "compare two models on a text"),

@@ -14,7 +14,7 @@ from typing import Any
 from ..architectures.families import Family, family_of_generation
 from ..errors import ChatGLMError
 from .codegeex4 import defined_functions
-from .messages import as_messages
+from .messages import BETWEEN_MESSAGES, PLACEHOLDER, YEAR, as_messages
 
 
 # One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards; all read
@@ -24,8 +24,6 @@ History = list[Any]
 # list of calls where CodeGeeX4 makes several.
 Response = str | dict[str, Any] | list[dict[str, Any]]
 
-_BETWEEN_MESSAGES = "<|assistant|>"
-PLACEHOLDER, _YEAR = "[[训练时间]]", "2023年"
 _PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _PUNCTUATION_NEXT_TO_CHINESE = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
@@ -42,7 +40,21 @@ def _process_chatglm(text: str) -> str:
 
 
 def _process_chatglm2(text: str) -> str:
-    return text.strip().replace(PLACEHOLDER, _YEAR)
+    return text.strip().replace(PLACEHOLDER, YEAR)
+
+
+# What these may still change when more of an answer is known: ASCII punctuation next to Chinese characters, blanks at
+# the end, half a character, and a placeholder.
+_UNSETTLED = ",!:;? \n\ufffd"
+
+
+def settled(response: str) -> str:
+    """The part of an unfinished response that later tokens cannot change."""
+    for length in range(min(len(PLACEHOLDER) - 1, len(response)), 0, -1):
+        if response.endswith(PLACEHOLDER[:length]):
+            response = response[:-length]
+            break
+    return response.rstrip(_UNSETTLED)
 
 
 def _process_messages(
@@ -51,7 +63,7 @@ def _process_messages(
     """The last message of `text` (each is metadata, a line break and content), and `history` with all of them."""
     history = copy.deepcopy(history)
     response: Response = ""
-    for message in text.split(_BETWEEN_MESSAGES):
+    for message in text.split(BETWEEN_MESSAGES):
         metadata, line_break, content = message.partition("\n")
         if not line_break:
             metadata, content = "", message
@@ -60,7 +72,7 @@ def _process_messages(
             content = content.strip()
         history.append({"role": "assistant", "metadata": metadata, "content": content})
         if not name:
-            response = content.replace(PLACEHOLDER, _YEAR)
+            response = content.replace(PLACEHOLDER, YEAR)
         elif history[0]["role"] == "system" and history[0].get("tools") is not None:
             response = {"name": name, "parameters": read_parameters(content)}
         else:
@@ -111,10 +123,10 @@ def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[R
     can_call = any(defined_functions(message) for message in history)
     history = copy.deepcopy(history)
     content = ""
-    for content in map(str.strip, text.split(_BETWEEN_MESSAGES)):
+    for content in map(str.strip, text.split(BETWEEN_MESSAGES)):
         history.append({"role": "assistant", "metadata": "", "content": content})
     calls = _calls_of_blocks(content, incomplete) if can_call else []
-    return (calls[0] if len(calls) == 1 else calls or content.replace(PLACEHOLDER, _YEAR)), history
+    return (calls[0] if len(calls) == 1 else calls or content.replace(PLACEHOLDER, YEAR)), history
 
 
 def _calls_of_blocks(content: str, incomplete: bool) -> list[dict[str, Any]]:

@@ -19,6 +19,10 @@ ToolCall = tuple[str, dict[str, Any]]
 
 ROLES_OF_RESULTS = ("tool", "function")
 
+# What stands between several messages of one answer, and what the models say for the year of their training.
+BETWEEN_MESSAGES = "<|assistant|>"
+PLACEHOLDER, YEAR = "[[训练时间]]", "2023年"
+
 
 def as_messages(history: Sequence[Any] | None) -> list[dict[str, Any]]:
     """`(query, response)` pairs, messages, or both -> messages; `None` in a pair is what was not said.

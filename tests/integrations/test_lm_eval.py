@@ -15,8 +15,6 @@ from optimum_chatglm_ov import export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm-eval")
-
 # The README's command.
 COMMAND = "import optimum_chatglm_ov, lm_eval.__main__ as harness; harness.cli_evaluate()"
 QUESTIONS = [

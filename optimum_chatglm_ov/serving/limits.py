@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands before every request: the key of the interface, and the size of a body."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+
+from .errors import RequestError, error_response
+
+
+# What asks for the key where a page is served, which asks for it in its own way.
+_INTERFACE = ("/v1/", "/tokenize", "/metrics", "/openapi.json")
+
+
+class Gate:
+    """ASGI middleware that refuses requests without the key, and bodies that are too large.
+
+    Args:
+        api_key: what `Authorization: Bearer` must name, except for /health; `None`: nothing is asked for.
+        max_body: bytes.
+        has_page: what is not of the interface belongs to a page, which asks for the key itself.
+    """
+
+    def __init__(self, app: Any, api_key: str | None, max_body: int, has_page: bool = False):
+        self._app, self._max_body, self._has_page = app, max_body, has_page
+        self._api_key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if self._api_key is not None and not self._is_open(scope["path"]) and not self._has_key(headers):
+            error = RequestError("The API key is missing or wrong.", 401, code="invalid_api_key")
+            await error_response(error)(scope, receive, send)
+            return
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body:
+            await self._too_large()(scope, receive, send)
+            return
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._max_body:
+                await self._too_large()(scope, receive, send)
+                return
+        is_given = False
+
+        async def receive_whole() -> dict[str, Any]:
+            nonlocal is_given
+            if is_given:
+                return await receive()
+            is_given = True
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        await self._app(scope, receive_whole, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path == "/health" or self._has_page and not path.startswith(_INTERFACE)
+
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        return hmac.compare_digest(key.strip(), self._api_key) and scheme.lower() == b"bearer"
+
+    def _too_large(self) -> Any:
+        error = RequestError(
+            f"The body is larger than {self._max_body} bytes. Send less.", 413, code="request_too_large"
+        )
+        return error_response(error)
