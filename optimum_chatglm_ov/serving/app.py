@@ -15,7 +15,7 @@ import prometheus_client
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from ..cli.arguments import package_version
+from ..environment import package_version
 from .answers import all_answers
 from .engine import EngineOptions
 from .errors import RequestError, add_error_handlers
