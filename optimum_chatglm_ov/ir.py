@@ -13,7 +13,12 @@ import openvino as ov
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 
 from . import native
-from .architectures.families import GENERATIONS_OF_RANKS, is_base, rope_ratio_type_of_generation
+from .architectures.families import (
+    GENERATIONS_OF_RANKS,
+    MODEL_TYPES_OF_TRANSFORMERS,
+    is_base,
+    rope_ratio_type_of_generation,
+)
 from .architectures.registry import architecture_of
 from .checkpoint.shards import WEIGHT_FILES
 from .configuration import ChatGLMConfig
@@ -111,7 +116,7 @@ def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any
     """
     found = read_config(source)
     model_type = found.get("model_type")
-    if model_type in CONFIG_MAPPING and model_type != ChatGLMConfig.model_type:
+    if model_type in MODEL_TYPES_OF_TRANSFORMERS:
         if rope_ratio_type:
             raise ValueError(f"`rope_ratio_type` is a key of ChatGLM, and {source} is a {model_type}. Leave it out.")
         config = CONFIG_MAPPING[model_type].from_pretrained(source)

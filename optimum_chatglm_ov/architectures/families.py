@@ -74,6 +74,8 @@ FAMILIES = (
 )
 ARCHITECTURES = frozenset(family.architecture for family in FAMILIES)
 MODEL_TYPES = frozenset(family.model_type for family in FAMILIES)
+# Whose configurations, torch classes and tokenizers transformers has.
+MODEL_TYPES_OF_TRANSFORMERS = MODEL_TYPES - {"chatglm"}
 # Of the tokenizers of this package; others come with their checkpoints.
 GENERATIONS = ("chatglm", "chatglm2", "chatglm3", "glm4", "codegeex4")
 # One vocabulary has been published for these, larger than any other.

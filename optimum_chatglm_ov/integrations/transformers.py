@@ -7,6 +7,7 @@ What is changed says which versions of transformers need it; a test of each says
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
+from ..architectures.families import MODEL_TYPES_OF_TRANSFORMERS
 from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError
 from ..ir import has_openvino_model
@@ -119,7 +121,7 @@ def load_exported_models() -> None:
 
     @functools.wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_exported(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", "")):
+        if _is_exported(pretrained_model_name_or_path, kwargs.get("subfolder")):
             from ..modeling import OVChatGLMForCausalLM
 
             return OVChatGLMForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -129,9 +131,12 @@ def load_exported_models() -> None:
     AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)
 
 
-def _is_exported(folder: Path) -> bool:
+def _is_exported(name_or_path: Any, subfolder: str | None) -> bool:
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        return False
+    folder = Path(name_or_path, subfolder or "")
     try:
-        return has_openvino_model(folder) and read_config(folder).get("model_type") not in (None, "chatglm")
+        return has_openvino_model(folder) and read_config(folder).get("model_type") in MODEL_TYPES_OF_TRANSFORMERS
     except CheckpointError:  # of another package
         return False
 

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..architectures.families import FAMILIES
+from ..architectures.families import MODEL_TYPES_OF_TRANSFORMERS
 from ..signals import signals_wait
 from .base import ChatGLMTokenizer
 
 
 _FAST_TOKENIZER_FILE = "tokenizer.json"
-# Whose checkpoints come with a tokenizer of transformers.
-_MODEL_TYPES_OF_TRANSFORMERS = {family.model_type for family in FAMILIES} - {"chatglm"}
 
 
 def has_vocabulary(folder: str | Path) -> bool:
@@ -40,6 +38,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 def _is_fast(folder: str | Path) -> bool:
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return config.get("model_type") in _MODEL_TYPES_OF_TRANSFORMERS
+        return config.get("model_type") in MODEL_TYPES_OF_TRANSFORMERS
     except (OSError, ValueError, AttributeError):
         return False

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..architectures.families import MODEL_TYPES
+from ..architectures.families import MODEL_TYPES_OF_TRANSFORMERS
 from .messages import as_messages
 
 
-_MODEL_TYPES_OF_TRANSFORMERS = MODEL_TYPES - {"chatglm"}
 _ASSISTANT = "<|assistant|>"
 _END_OF_THOUGHT = "</think>"
 
 
 def chat_tokenizer(tokenizer: Any, model: Any) -> Any:
     """`tokenizer` as `chat()` of `model` uses it: wrapped where the model's is one of transformers."""
-    if model.config.model_type not in _MODEL_TYPES_OF_TRANSFORMERS:
+    if model.config.model_type not in MODEL_TYPES_OF_TRANSFORMERS:
         return tokenizer
     ids = model.generation_config.eos_token_id
     return TemplateChat(tokenizer, ids if isinstance(ids, list) else [] if ids is None else [ids])

@@ -186,6 +186,8 @@ def test_weights_of_a_wrong_shape_are_named_as_in_the_checkpoint(checkpoint, tmp
 def test_auto_classes_load_what_is_asked_for(name, checkpoint, tmp_path, capsys):
     source, folder = checkpoint(name), tmp_path / "ir"
     assert main(["export", str(source), str(folder)]) == 0
+    assert main(["chat", "--model", str(folder), "--prompt", "hello", "--max-new-tokens", "3"]) == 0
+    assert ", first after" in capsys.readouterr().err
     assert isinstance(
         AutoModelForCausalLM.from_pretrained(source), PreTrainedModel
     )  # torch's, as without this package
