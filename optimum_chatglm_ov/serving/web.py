@@ -88,7 +88,6 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
         except Exception as error:
             raise gradio.Error(str(as_request_error(error))) from error
 
-    family = model.rules.family
     with gradio.Blocks(title=model.name, analytics_enabled=False, fill_height=True) as page:
         gradio.ChatInterface(
             say,
@@ -107,33 +106,39 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
             additional_inputs_accordion=gradio.Accordion(
                 words("settings"), open=False, elem_id="settings", render=False
             ),
-            additional_inputs=[
-                gradio.Textbox(label=words("system"), lines=2, elem_id="system", render=False),
-                gradio.Slider(
-                    0,
-                    2,
-                    0 if model.options.greedy else family.temperature,
-                    step=0.05,
-                    label=words("temperature"),
-                    render=False,
-                ),
-                gradio.Slider(0.05, 1, family.top_p, step=0.05, label=words("top_p"), render=False),
-                gradio.Slider(
-                    1,
-                    model.engine.prompt_and_answer,
-                    min(1024, model.engine.prompt_and_answer),
-                    step=1,
-                    label=words("max_tokens"),
-                    render=False,
-                ),
-                gradio.Textbox(label=words("tools"), lines=3, elem_id="tools", render=False),
-            ],
+            additional_inputs=_settings(gradio, words, model),
             additional_outputs=[speed],
             concurrency_limit=None,
             api_visibility="private",
         )
         speed.render()
     return page
+
+
+def _settings(gradio: Any, words: Any, model: ServedModel) -> list[Any]:
+    """Parts of the page for what `_request` takes after the history, in its order."""
+    family = model.rules.family
+    return [
+        gradio.Textbox(label=words("system"), lines=2, elem_id="system", render=False),
+        gradio.Slider(
+            0,
+            2,
+            0 if model.options.greedy else family.temperature,
+            step=0.05,
+            label=words("temperature"),
+            render=False,
+        ),
+        gradio.Slider(0.05, 1, family.top_p, step=0.05, label=words("top_p"), render=False),
+        gradio.Slider(
+            1,
+            model.engine.prompt_and_answer,
+            min(1024, model.engine.prompt_and_answer),
+            step=1,
+            label=words("max_tokens"),
+            render=False,
+        ),
+        gradio.Textbox(label=words("tools"), lines=3, elem_id="tools", render=False),
+    ]
 
 
 def _request(
