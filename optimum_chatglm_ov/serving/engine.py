@@ -133,7 +133,6 @@ class EngineOptions:
         device: OpenVINO device.
         ov_config: OpenVINO properties.
         attention, linear: see `OVChatGLMForCausalLM.from_pretrained`; of the queue.
-        extension: native library that the IR of a batched engine needs; `None`: it is of OpenVINO's operations alone.
         max_running: requests that are computed at once by a batched engine.
         max_waiting: requests that wait.
         queue_seconds: how long one waits.
@@ -146,7 +145,6 @@ class EngineOptions:
     ov_config: dict[str, str] = field(default_factory=dict)
     attention: str | None = None
     linear: str | None = None
-    extension: str | None = None
     max_running: int = 32
     max_waiting: int = 256
     queue_seconds: float = 60.0

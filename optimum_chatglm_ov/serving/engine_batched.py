@@ -19,6 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .. import native
+from ..ir import MODEL_FILE
 from . import batching_process_path
 from .admission import Admission
 from .engine import EngineError, EngineOptions, EngineState, GeneratedToken, GenerationRequest, UnsupportedError
@@ -136,7 +138,7 @@ class BatchedEngine:
                 "vocabulary": self._vocabulary.name,
                 "device": self._options.device,
                 "ov_config": self._options.ov_config,
-                "extension": self._options.extension,
+                "extension": self._extension(),
                 "max_running": self._options.max_running,
                 "blocks": self._blocks,
             }
@@ -148,6 +150,10 @@ class BatchedEngine:
         if kind != "ready":
             self._end_process()
             raise EngineError(f"{self._folder}: openvino-genai does not load this model: {facts}")
+
+    def _extension(self) -> str | None:
+        """The native library, if the model holds native linear layers."""
+        return os.fspath(native.extension_path()) if native.is_native(self._folder / MODEL_FILE) else None
 
     def _end_process(self) -> None:
         with contextlib.suppress(OSError):

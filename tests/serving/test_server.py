@@ -14,6 +14,7 @@ from conftest import DATA
 from serving_support import NAME, engine_options, options, serving
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
+from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.tokenization import load_tokenizer
 
 
@@ -47,6 +48,14 @@ def test_answers_are_those_of_chat(either, expected):
         assert response.choices[0].finish_reason == "stop" and response.model == NAME
         usage = response.usage
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens and usage.completion_tokens > 1
+
+
+def test_native_linear_layers_answer_many_at_once(tmp_path, expected):
+    folder = export_model(TINY_CHATGLM3, tmp_path / "ir", weight_format="int8", linear="native")
+    with serving(folder, options(), engine_options(kind="batched")) as running:
+        with concurrent.futures.ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(lambda text: running.chat(text).choices[0].message.content, expected))
+    assert answers == list(expected.values())
 
 
 def test_streams_are_the_same_answers(either, expected):
