@@ -99,7 +99,25 @@ def convert_tokenizers(tokenizer: ChatGLMTokenizer) -> tuple[ov.Model, ov.Model]
             chat_template=chat_template_of(tokenizer),
             **names,
         )
-        return convert_tokenizer(fast, with_detokenizer=True)
+        models = convert_tokenizer(fast, with_detokenizer=True)
+    if definition["model"]["type"] == "BPE" and definition["model"]["byte_fallback"]:
+        _name_tokens_by_their_text(models[1], backend)
+    return models
+
+
+def _name_tokens_by_their_text(detokenizer: ov.Model, backend: Tokenizer) -> None:
+    """Gives `VocabDecoder` blanks and bytes for `▁` and `<0x41>`: there GenAI's grammars read what tokens write."""
+    from openvino_tokenizers.utils import create_string_constant_node
+
+    texts: list[bytes] = []
+    for index in range(backend.get_vocab_size()):
+        name = backend.id_to_token(index) or ""
+        is_byte = _BYTE_PIECE.fullmatch(name)
+        texts.append(bytes([int(name[3:5], 16)]) if is_byte else name.replace("▁", " ").encode())
+    (decoder,) = [node for node in detokenizer.get_ops() if node.get_type_name() == "VocabDecoder"]
+    for place, output in enumerate(create_string_constant_node(texts), 1):
+        decoder.input(place).replace_source_output(output)
+    detokenizer.validate_nodes_and_infer_types()
 
 
 def _spell_in_bytes(definition: dict[str, Any]) -> None:

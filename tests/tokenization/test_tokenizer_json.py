@@ -109,7 +109,7 @@ def test_varied_strings(name, backend):
         if "chatglm-6b" not in name or "<|blank_81|>" not in text:  # README.md, "Limits"
             assert backend(name).decode(ids, skip_special_tokens=False) == exact.decode(ids), text
         compared += 1
-    assert compared > 1200
+    assert compared > 1100
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
