@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,6 +80,26 @@ class Choices:
                     f"{model_id}: `{argument}` is not for this IR, which holds the fused attention operation. "
                     "Leave it out, or export the original checkpoint again in the portable form."
                 )
+
+
+def no_ir_error(model_id: str | Path) -> FileNotFoundError:
+    """What `export=False` ends with where nothing has been exported."""
+    return FileNotFoundError(
+        f"{model_id}: no openvino_model.xml with its .bin was found, and `export=False` forbids making them. "
+        "Leave `export` unset to export the original checkpoint."
+    )
+
+
+def check_not_merged(model_id: str, adapters: Sequence[Any], prefix_encoder: Any) -> None:
+    """
+    Raises:
+        ValueError: something is to be merged into an IR.
+    """
+    if adapters or prefix_encoder:
+        raise ValueError(
+            f"{model_id}: `adapters` and `prefix_encoder` are merged at export, but this is exported already. "
+            "Export the original checkpoint again with them (`export=True`)."
+        )
 
 
 def export_temporarily(

@@ -32,7 +32,14 @@ from .ir import (
     model_folder,
     weight_precision,
 )
-from .loading import Choices, export_temporarily, stored_generation_config, weight_format_of
+from .loading import (
+    Choices,
+    check_not_merged,
+    export_temporarily,
+    no_ir_error,
+    stored_generation_config,
+    weight_format_of,
+)
 from .native import NativeBuildError
 from .originals import OriginalsMixin
 from .runtime.compilation import core, with_logits_to_keep
@@ -182,10 +189,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             warn_once(str(model_id))
         has_ir = has_openvino_model(source)
         if export is False and not has_ir:
-            raise FileNotFoundError(
-                f"{model_id}: no openvino_model.xml with its .bin was found, and `export=False` forbids making them. "
-                "Leave `export` unset to export the original checkpoint."
-            )
+            raise no_ir_error(model_id)
         folder, temporary = source, None
         if export or not has_ir:
             temporary = export_temporarily(
@@ -200,13 +204,10 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             )
             folder = Path(temporary.name) / "model"
             load_in_8bit = quantization_config = config = None  # those of the export
-        elif adapters or prefix_encoder:
-            raise ValueError(
-                f"{model_id}: `adapters` and `prefix_encoder` are merged at export, but this is exported already. "
-                "Export the original checkpoint again with them (`export=True`)."
-            )
-        elif native.is_fused(folder / MODEL_FILE):
-            choices.check_fused_ir(str(model_id), compile_only, load_in_8bit, quantization_config)
+        else:
+            check_not_merged(str(model_id), adapters, prefix_encoder)
+            if native.is_fused(folder / MODEL_FILE):
+                choices.check_fused_ir(str(model_id), compile_only, load_in_8bit, quantization_config)
         if config is None:
             config = load_config(folder, rope_ratio_type)
         config.name_or_path = str(model_id)
