@@ -18,7 +18,6 @@ MODULES = {
 }
 MOST_LINES_OF_FUNCTION = 60
 MOST_LINES_OF_FILE = 400
-# To be split.
 
 
 def imports(module: str, everywhere: bool = False) -> set[str]:
