@@ -35,6 +35,7 @@ _CLEANED_UP = (
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
+_SPECIAL_TOKENS = tuple(name for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES if name.endswith("_token"))
 _KEYS_OF_ADDED_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _RETURN_DICT_BY_DEFAULT = (
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters["return_dict"].default
@@ -114,6 +115,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _complete_arguments(self, kwargs: dict[str, Any]) -> None:
         """Changes the arguments that transformers gets, once the vocabulary is known."""
 
+    def _has_in_vocabulary(self, token: str) -> bool:
+        """Whether the vocabulary has `token`, for which no special token must be added that is matched in text."""
+        return False
+
     def _decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Text of `token_ids`, before blanks are cleaned up."""
         raise NotImplementedError
@@ -143,7 +148,28 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Ids that end an answer, `eos_token_id` first."""
         return list(dict.fromkeys([self.eos_token_id, *self.convert_tokens_to_ids(list(self.turn_end_tokens))]))
 
+    # Special tokens ------------------------------------------------------------------------------------------------
+
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
+        """As in transformers; a token that the vocabulary has is chosen, and stays text where a text holds it."""
+        chosen = {
+            name: str(token)
+            for name, token in special_tokens_dict.items()
+            if name in _SPECIAL_TOKENS and isinstance(token, (str, AddedToken)) and self._has_in_vocabulary(str(token))
+        }
+        for name, token in chosen.items():
+            setattr(self, name, token)
+        others = {name: token for name, token in special_tokens_dict.items() if name not in chosen}
+        return super().add_special_tokens(others, *args, **kwargs)
+
     # Encoding ------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[Any]:
+        """Tokens of `text`. Added tokens are matched in it; special tokens that are none of those are text."""
+        tokens = super().tokenize(text, **kwargs)
+        # transformers 5 takes a text for a special token that is the same as one
+        as_text = set(self.all_special_tokens) - self.added_tokens_encoder.keys()
+        return [part for token in tokens for part in (self._tokenize(token) if token in as_text else [token])]
 
     def get_special_tokens_mask(
         self,
@@ -362,10 +388,10 @@ def read_special_tokens(kwargs: dict[str, Any]) -> None:
     """Makes `AddedToken`s of the special tokens that are plain dictionaries, as files edited by hand have them.
 
     Raises:
-        TokenizerError: a dictionary has no text.
+        TokenizerError: one is no text, and no dictionary with a text.
     """
     for name, value in kwargs.items():
-        if name.endswith("_token") and isinstance(value, dict):
+        if name in (*_SPECIAL_TOKENS, "gmask_token", "end_token") and value is not None:
             kwargs[name] = _added_token(name, value)
         elif name in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, (list, tuple)):
             kwargs[name] = [_added_token(name, token) for token in value]
@@ -376,9 +402,9 @@ def read_special_tokens(kwargs: dict[str, Any]) -> None:
 
 
 def _added_token(name: str, value: Any) -> Any:
-    if not isinstance(value, dict):
+    if isinstance(value, (str, AddedToken)):
         return value
-    if not isinstance(value.get("content"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise TokenizerError(
             f"`{name}` is {value!r}; expected the text of a token, or a dictionary with it as `content`. Mend it in "
             "tokenizer_config.json."
