@@ -180,7 +180,7 @@ class ChatMixin:
             rules, tokenizer, max_length, do_sample, top_p, temperature, logits_processor, kwargs
         )
         earlier, generated = list(history), []
-        with TokenStream(self.generate_turn, prompt=prompt, num_beams=1, **settings) as tokens:
+        with TokenStream(self.generate_turn, prompt=prompt, num_beams=1, num_return_sequences=1, **settings) as tokens:
             for token in tokens:
                 if rules.has_messages and not generated and not _has_pairs(earlier):
                     history.append({"role": role, "content": query})

@@ -13,6 +13,7 @@ from .architectures.families import (
     GENERATIONS,
     GENERATIONS_OF_RANKS,
     LARGEST_SENTENCEPIECE_VOCABULARY,
+    SENTENCEPIECE_VOCABULARY,
     Family,
     family_of_generation,
     family_of_name,
@@ -160,8 +161,8 @@ class ChatGLMConfig(PretrainedConfig):
 
     def named_family(self) -> Family | None:
         """Finds the family that the name tells, unless the vocabulary contradicts."""
-        possible = GENERATIONS_OF_RANKS if self.has_vocabulary_of_ranks else GENERATIONS
-        return family_of_name(self.original_name_or_path, possible)
+        is_told = self.architecture == "chatglm2" and self.padded_vocab_size >= SENTENCEPIECE_VOCABULARY
+        return family_of_name(self.original_name_or_path, self.generations if is_told else GENERATIONS)
 
     def _infer_rope_ratio_type(self) -> str | None:
         if self.rope_ratio in (None, 1) or self.has_vocabulary_of_ranks:
@@ -261,8 +262,9 @@ class ChatGLMConfig(PretrainedConfig):
         if self.rope_ratio_type is None:
             raise ValueError(
                 f"config.json has `rope_ratio`={self.rope_ratio}, which chatglm2-6b-32k uses to divide positions and "
-                "later models to multiply the rotary base, and neither `_name_or_path` nor the tokenizer tells which "
-                'this checkpoint is. Set `rope_ratio_type` to "linear" (positions) or "theta" (base) in config.json '
+                "later models to multiply the rotary base, and neither `_name_or_path` "
+                f"{self.original_name_or_path!r} with `padded_vocab_size` {self.padded_vocab_size} nor the tokenizer "
+                'tells which this checkpoint is. Set `rope_ratio_type` to "linear" (positions) or "theta" (base) in config.json '
                 "or pass it to the export (`--rope-ratio-type` on the command line)."
             )
         return self.rope_ratio_type == rope_ratio_type

@@ -115,8 +115,15 @@ class OriginalsMixin:
             int64 [B, L + n] after the n-th step: `input_ids` and all new tokens.
 
         Raises:
-            ValueError: see `generate`; it cannot search with beams.
+            ValueError: see `generate`; beams, or more than one sequence for each row, were asked for.
         """
+        settings, _ = self._prepare_generation_config(generation_config, **kwargs)
+        for name in ("num_beams", "num_return_sequences"):
+            if (getattr(settings, name, None) or 1) != 1:
+                raise ValueError(
+                    f"`stream_generate` shows the sequence of each row while it grows, so `{name}` is 1; repeat the "
+                    "rows of `input_ids` for several samples, or use `generate`."
+                )
         batch, given = input_ids.shape[0], input_ids
         if past_key_values is not None:
             given = torch.cat((past_key_values.input_ids, input_ids), dim=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DATA, Golden
 from tokenization_cases import NAMES, golden
-from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from optimum_chatglm_ov import ChatGLMConfig, ToolCallError
 from optimum_chatglm_ov.originals import OriginalsMixin
@@ -91,6 +91,14 @@ def test_stream_generate_of_a_batch(name, either_model):
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     *_, last = model.stream_generate(**inputs, max_new_tokens=6, do_sample=False)
     assert last.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("settings", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2}])
+def test_stream_generate_shows_one_sequence_of_each_row(settings, exact_model):
+    model, ids, name = exact_model("chatglm2-6b"), torch.tensor([[64, 65]]), next(iter(settings))
+    for arguments in (settings, {"generation_config": GenerationConfig(**settings)}):
+        with pytest.raises(ValueError, match=f"`{name}` is 1"):
+            next(model.stream_generate(ids, max_new_tokens=2, **arguments))
 
 
 def test_stream_generate_goes_on(either_model):

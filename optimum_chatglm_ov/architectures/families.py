@@ -81,6 +81,8 @@ GENERATIONS = ("chatglm", "chatglm2", "chatglm3", "glm4", "codegeex4")
 # One vocabulary has been published for these, larger than any other.
 GENERATIONS_OF_RANKS = ("glm4", "codegeex4")
 LARGEST_SENTENCEPIECE_VOCABULARY = 100_000
+# The one that has been published for ChatGLM2 and ChatGLM3; what has fewer tokens is no published checkpoint.
+SENTENCEPIECE_VOCABULARY = 65_024
 
 
 def model_name(name_or_path: str) -> str:

@@ -60,10 +60,11 @@ def check_model_type(config: Mapping[str, Any], name: str) -> None:
     """Logs a warning if the configuration of the repository `name` is ChatGLM's and only lacks its `model_type`.
 
     Raises:
-        CheckpointError: it is of another model type, or of none and not ChatGLM's (see [`is_chatglm`]).
+        CheckpointError: it is of another model type than its keys say, or of none and not ChatGLM's (see
+            [`is_chatglm`]).
     """
     model_type = config.get("model_type")
-    if model_type in MODEL_TYPES:
+    if model_type in MODEL_TYPES and (model_type == ChatGLMConfig.model_type or not has_chatglm_keys(config)):
         return
     is_own = is_chatglm(config, {})
     if not model_type and is_own:
@@ -84,6 +85,11 @@ def check_model_type(config: Mapping[str, Any], name: str) -> None:
     )
 
 
+def has_chatglm_keys(config: Mapping[str, Any]) -> bool:
+    """Tells whether a config.json has the keys of ChatGLM, which no other model has together."""
+    return any(keys <= config.keys() for keys in _KEYS)
+
+
 def is_chatglm(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> bool | None:
     """Tells whether a repository is ChatGLM's by its model type, its keys or the class names in `auto_map`.
 
@@ -96,7 +102,7 @@ def is_chatglm(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -
     Returns:
         `None` if neither tells.
     """
-    if config.get("model_type") == ChatGLMConfig.model_type or any(keys <= config.keys() for keys in _KEYS):
+    if config.get("model_type") == ChatGLMConfig.model_type or has_chatglm_keys(config):
         return True
     auto_map = config.get("auto_map")
     if isinstance(auto_map, Mapping) and "AutoConfig" in auto_map:

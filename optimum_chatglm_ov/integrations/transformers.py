@@ -24,7 +24,7 @@ from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError
 from ..ir import has_openvino_model
 from ..tokenization import ChatGLM4Tokenizer, ChatGLMTokenizer
-from .recognition import check_model_type, is_chatglm, read_config, warn_once
+from .recognition import check_model_type, has_chatglm_keys, is_chatglm, read_config, warn_once
 
 
 RUNS_REMOTE_CODE = SpecifierSet(">=4.51")
@@ -173,9 +173,10 @@ def _without_remote_code(original: Any) -> Any:
             if kwargs.get("trust_remote_code"):
                 warn_once(name)
             kwargs["trust_remote_code"] = False
-            if config and config.get("model_type") not in CONFIG_MAPPING:
+            is_unknown = bool(config) and config.get("model_type") not in CONFIG_MAPPING
+            if is_unknown or has_chatglm_keys(config):
                 check_model_type(config, name)
-                if issubclass(cls, AutoConfig):
+                if is_unknown and issubclass(cls, AutoConfig):
                     for argument in ("trust_remote_code", "code_revision"):
                         kwargs.pop(argument, None)
                     return ChatGLMConfig.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

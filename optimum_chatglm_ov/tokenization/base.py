@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import PaddingStrategy, to_py_obj
 
 from .chat_templates import is_own_template
 from .generation import detect_generation
 from .messages import ToolCall, check_roles, plain_messages
-from .special_tokens import read_special_tokens, undo_fast_forms
+from .special_tokens import SPECIAL_TOKENS, read_special_tokens, undo_fast_forms
 from .vocabulary import TokenizerError
 
 
@@ -118,6 +118,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _complete_arguments(self, kwargs: dict[str, Any]) -> None:
         """Changes the arguments that transformers gets, once the vocabulary is known."""
 
+    def _has_in_vocabulary(self, token: str) -> bool:
+        """Whether the vocabulary has `token`, for which no special token must be added that is matched in text."""
+        return False
+
     def _decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Text of `token_ids`, before blanks are cleaned up."""
         raise NotImplementedError
@@ -147,7 +151,28 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Ids that end an answer, `eos_token_id` first."""
         return list(dict.fromkeys([self.eos_token_id, *self.convert_tokens_to_ids(list(self.turn_end_tokens))]))
 
+    # Special tokens ------------------------------------------------------------------------------------------------
+
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
+        """As in transformers; a token that the vocabulary has is chosen, and stays text where a text holds it."""
+        chosen = {
+            name: str(token)
+            for name, token in special_tokens_dict.items()
+            if name in SPECIAL_TOKENS and isinstance(token, (str, AddedToken)) and self._has_in_vocabulary(str(token))
+        }
+        for name, token in chosen.items():
+            setattr(self, name, token)
+        others = {name: token for name, token in special_tokens_dict.items() if name not in chosen}
+        return super().add_special_tokens(others, *args, **kwargs)
+
     # Encoding ------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[Any]:
+        """Tokens of `text`. Added tokens are matched in it; special tokens that are none of those are text."""
+        tokens = super().tokenize(text, **kwargs)
+        # transformers 5 takes a text for a special token that is the same as one
+        as_text = set(self.all_special_tokens) - self.added_tokens_encoder.keys()
+        return [part for token in tokens for part in (self._tokenize(token) if token in as_text else [token])]
 
     def get_special_tokens_mask(
         self,

@@ -24,6 +24,7 @@ History = list[Any]
 # list of calls where CodeGeeX4 makes several.
 Response = str | dict[str, Any] | list[dict[str, Any]]
 
+_BEGIN_OF_BLOCK, _FENCE = re.compile(r"```json\s*"), re.compile(r"\s*```")
 _PUNCTUATION = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _PUNCTUATION_NEXT_TO_CHINESE = re.compile(r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 
@@ -120,7 +121,7 @@ def _unreadable_json(content: str, error: Exception) -> ToolCallError:
 
 def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[Response, History]:
     """As `_process_messages`, of messages without metadata, where blocks of JSON are calls if there are functions."""
-    can_call = any(defined_functions(message) for message in history)
+    can_call = any(defined_functions(history))
     history = copy.deepcopy(history)
     content = ""
     for content in map(str.strip, text.split(BETWEEN_MESSAGES)):
@@ -135,12 +136,18 @@ def _calls_of_blocks(content: str, incomplete: bool) -> list[dict[str, Any]]:
     Raises:
         ToolCallError: a block that looks like a call is no JSON, and it is complete.
     """
-    calls = []
-    for block in re.findall(r"```json(.*?)```", content, re.DOTALL):
+    calls, end = [], 0
+    while block := _BEGIN_OF_BLOCK.search(content, end):
+        rest = content[block.end() :]  # a fence in a text of the call does not end the block
         try:
-            call = json.loads(block)
+            call, length = json.JSONDecoder().raw_decode(rest)
+            end = block.end() + length
+            if not _FENCE.match(content, end):
+                raise ValueError("its block goes on after the JSON")
         except (ValueError, RecursionError) as error:
-            if incomplete or '"name"' not in block:
+            if "```" not in rest:  # the block has no end yet
+                break
+            if incomplete or '"name"' not in rest:
                 return []
             raise _unreadable_json(content, error) from error
         if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:

@@ -20,6 +20,13 @@ from .vocabulary import TokenizerError, load_sentencepiece, whole_characters
 
 _BLANKS = re.compile(" {2,80}")
 _BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
+_DEFAULT_TOKENS = {
+    "bos_token": "<sop>",
+    "eos_token": "<eop>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "[MASK]",
+}
 _IMAGE_TOKEN = re.compile(r"<image_(\d+)>")
 
 
@@ -61,14 +68,7 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
                 kwargs.update(kwargs.pop(table))
         self.gmask_token = str(kwargs.pop("gmask_token", None) or "[gMASK]")
         self.end_token = str(kwargs.pop("end_token", None) or "</s>")
-        defaults = {
-            "bos_token": "<sop>",
-            "eos_token": "<eop>",
-            "unk_token": "<unk>",
-            "pad_token": "<pad>",
-            "mask_token": "[MASK]",
-        }
-        special_tokens = {name: str(kwargs.pop(name, None) or token) for name, token in defaults.items()}
+        chosen = {name: str(kwargs.pop(name, None) or token) for name, token in _DEFAULT_TOKENS.items()}
         super().__init__(
             vocab_file if ice_text_file is None else None,
             ice_text_file,
@@ -76,16 +76,17 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
             remove_space=remove_space,
             do_lower_case=do_lower_case,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **special_tokens,
+            **_DEFAULT_TOKENS,
             **kwargs,
         )
-        # In text these swallow the blanks around them, and so do those that others have replaced.
+        # In text the defaults swallow the blanks around them, also where others have replaced them.
         self.added_tokens_decoder = {
             self._convert_token_to_id(token): AddedToken(
                 token, lstrip=True, rstrip=True, normalized=False, special=True
             )
-            for token in (*defaults.values(), *special_tokens.values())
+            for token in _DEFAULT_TOKENS.values()
         }
+        self.add_special_tokens(chosen)
 
     def _load_vocabulary(self) -> None:
         self.sp_model = load_sentencepiece(self.vocab_file)
@@ -99,6 +100,9 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
     def _piece_to_id(self, piece: str) -> int | None:
         index = self.sp_model.piece_to_id(piece)
         return None if index == self.sp_model.unk_id() and piece != "<unk>" else index
+
+    def _has_in_vocabulary(self, token: str) -> bool:
+        return self._piece_to_id(token) is not None or self._image_token_id(token) is not None
 
     # Vocabulary ----------------------------------------------------------------------------------------------------
 
@@ -123,10 +127,12 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return {**vocab, **self.added_tokens_encoder}
 
     def _convert_token_to_id(self, token: str) -> int:
+        image_token_id = self._image_token_id(token)
+        return self.num_image_tokens + self.sp_model.piece_to_id(token) if image_token_id is None else image_token_id
+
+    def _image_token_id(self, token: str) -> int | None:
         image = _IMAGE_TOKEN.fullmatch(token)
-        if image and int(image[1]) < self.num_image_tokens:
-            return int(image[1])
-        return self.num_image_tokens + self.sp_model.piece_to_id(token)
+        return int(image[1]) if image and int(image[1]) < self.num_image_tokens else None
 
     def _convert_id_to_token(self, index: int) -> str:
         if index < self.num_image_tokens:

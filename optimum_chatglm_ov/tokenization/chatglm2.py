@@ -93,13 +93,13 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         self._chosen_tokens = {
             name: str(kwargs.pop(name))
             for name in self.SPECIAL_TOKENS_ATTRIBUTES
-            if isinstance(kwargs.get(name), (str, AddedToken)) and self._is_in_vocabulary(str(kwargs[name]))
+            if isinstance(kwargs.get(name), (str, AddedToken)) and self._has_in_vocabulary(str(kwargs[name]))
         }
         for name, token in _DEFAULT_TOKENS.items():
             if self._chosen_tokens.get(name) == token:
                 del self._chosen_tokens[name]
 
-    def _is_in_vocabulary(self, token: str) -> bool:
+    def _has_in_vocabulary(self, token: str) -> bool:
         return token == "<unk>" or self.tokenizer.token_to_id(token) != self.tokenizer.sp_model.unk_id()
 
     def __setattr__(self, key: str, value: Any) -> None:

@@ -54,21 +54,24 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         return self.tokenizer.index_special_tokens.get(index) or super()._convert_id_to_token(index)
 
     def _decode_ids(self, token_ids: int | list[int], skip_special_tokens: bool) -> str:
-        if skip_special_tokens and isinstance(token_ids, list):
-            token_ids = self._without_turn_end(token_ids)
+        if skip_special_tokens:
+            token_ids = self._without_turn_ends(token_ids)
         return super()._decode_ids(token_ids, skip_special_tokens)
 
-    def _without_turn_end(self, token_ids: list[int]) -> list[int]:
-        """`token_ids` without the token that ended the answer, and the padding after it.
+    def _without_turn_ends(self, token_ids: int | list[int]) -> int | list[int]:
+        """`token_ids` without the tokens at their end that end an answer or fill up its row of a batch.
 
-        The original shows control tokens whatever is asked for, so a list of nothing but several is shown in full.
+        The original shows control tokens whatever is asked for; so does this where nothing but others are left.
         """
+        ends = {self.pad_token_id, *self.turn_end_ids}
+        if isinstance(token_ids, int):
+            return [] if token_ids in ends else token_ids
         end = len(token_ids)
-        while end and token_ids[end - 1] == self.pad_token_id:
+        while end and token_ids[end - 1] in ends:
             end -= 1
         controls = {*self.special_tokens.values(), *self.tokenizer.index_special_tokens}
-        is_answer = end == 1 or not controls.issuperset(token_ids[:end])
-        return token_ids[: end - 1] if end and is_answer and token_ids[end - 1] in self.turn_end_ids else token_ids
+        is_answer = not end or not controls.issuperset(token_ids[:end])
+        return token_ids[:end] if is_answer else token_ids
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if not self.encode_special_tokens:

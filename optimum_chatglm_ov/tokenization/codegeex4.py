@@ -27,9 +27,9 @@ class CodeGeeX4Tokenizer(ChatGLM4Tokenizer, saved_as="ChatGLM4Tokenizer"):
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict | Callable] | None
     ) -> list[dict[str, Any]]:
         definitions, said = tool_schemas(tools or ()), []
-        for index, message in enumerate(messages):
-            functions = defined_functions(message)
-            definitions += functions
+        for index, (message, functions) in enumerate(zip(messages, defined_functions(messages))):
+            key = "content" if message["role"] == "tool" else "tools"
+            definitions += tool_schemas(functions, f"messages[{index}]: `{key}")
             if functions and message["role"] == "tool":
                 continue
             calls_before = any(earlier["role"] == "assistant" for earlier in said)
@@ -53,11 +53,19 @@ class CodeGeeX4Tokenizer(ChatGLM4Tokenizer, saved_as="ChatGLM4Tokenizer"):
         return [{"role": "assistant", "content": "\n".join(blocks)}]
 
 
-def defined_functions(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Reads the functions that a message defines; none if it says something."""
-    if message["role"] != "tool":
-        return list(message.get("tools") or ())
-    content = message.get("content")
+def defined_functions(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Reads the functions that each message defines; none of one that says something, or gives what a call gave."""
+    found, calls = [], False
+    for message in messages:
+        if message["role"] != "tool":
+            calls = bool(message.get("tool_calls") or message.get("function_call"))
+            found.append(message.get("tools") or [])
+        else:
+            found.append([] if calls or message.get("tool_call_id") else _functions_of_content(message.get("content")))
+    return found
+
+
+def _functions_of_content(content: Any) -> list[Mapping[str, Any]]:
     functions = content.get("function") if isinstance(content, Mapping) else content
     functions = [functions] if isinstance(functions, Mapping) else functions
     is_definition = isinstance(functions, list) and all(

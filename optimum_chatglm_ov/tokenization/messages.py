@@ -60,6 +60,10 @@ def plain_messages(
     for index, item in enumerate(conversation):
         where = f"messages[{index}]"
         message = {key: value for key, value in item.items() if value is not None}
+        if "tools" in message:
+            message["tools"] = tool_schemas(message["tools"], f"{where}: `tools")
+        if not isinstance(message.get("metadata", ""), str):
+            raise ValueError(f"{where}: `metadata` is {message['metadata']!r}; expected a text.")
         calls = _calls(message, where)
         message["content"] = _text(message.get("content"), where)
         if message["role"] in ROLES_OF_RESULTS:
@@ -86,17 +90,30 @@ def check_roles(conversation: Sequence[Any], roles: Sequence[str] | None, tokeni
             )
 
 
-def tool_schemas(tools: Sequence[Mapping[str, Any] | Callable]) -> list[dict[str, Any]]:
+def tool_schemas(tools: Any, where: str = "`tools") -> list[dict[str, Any]]:
     """`tools` as JSON schemas; that of a Python function comes from its signature and docstring.
 
+    Args:
+        tools: a list of schemas and functions.
+        where: their place, for errors; it ends in the key, without the closing mark.
+
     Raises:
-        ValueError: one is neither.
+        ValueError: it is no list, or has something else, or a function without a name.
     """
+    if not isinstance(tools, (list, tuple)):
+        raise ValueError(f"{where}` is a {type(tools).__name__}; expected a list of functions.")
     schemas = []
     for index, tool in enumerate(tools):
-        if not inspect.isroutine(tool) and not isinstance(tool, Mapping):
-            raise ValueError(f"`tools[{index}]` is {tool!r}; expected a JSON schema (a dictionary) or a function.")
-        schemas.append(get_json_schema(tool) if inspect.isroutine(tool) else dict(tool))
+        if inspect.isroutine(tool):
+            schemas.append(get_json_schema(tool))
+            continue
+        if not isinstance(tool, Mapping):
+            raise ValueError(f"{where}[{index}]` is {tool!r}; expected a JSON schema (a dictionary) or a function.")
+        function = tool.get("function", tool)
+        has_name = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        if tool.get("type", "function") == "function" and not has_name:
+            raise ValueError(f"{where}[{index}]` is {tool!r}; expected a function with its `name`.")
+        schemas.append(dict(tool))
     return schemas
 
 
@@ -117,7 +134,12 @@ def bare_functions(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def wrapped_functions(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Functions with `{"type": "function", "function": ...}` around them; tools that have a type stay as they are."""
-    return [tool if "type" in tool else {"type": "function", "function": tool} for tool in tools]
+    return [
+        tool
+        if tool.get("type", "function") != "function" or {"type", "function"} <= tool.keys()
+        else {"type": "function", "function": tool.get("function", tool)}
+        for tool in tools
+    ]
 
 
 def _text(content: Any, where: str) -> str:
@@ -167,8 +189,8 @@ def _call(entry: Any, where: str) -> ToolCall:
     if isinstance(entry.get("function"), Mapping):
         entry, where = entry["function"], f"{where}.function"
     name, arguments = entry.get("name"), entry.get("arguments")
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}.name` is {name!r}; expected the name of a function.")
+    if not isinstance(name, str) or not name or len(name.splitlines()) > 1 or name != name.strip():
+        raise ValueError(f"{where}.name` is {name!r}; expected the name of a function, without blanks around it.")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")

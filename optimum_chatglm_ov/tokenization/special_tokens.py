@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AddedToken
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from .vocabulary import TokenizerError
 
@@ -14,6 +14,7 @@ MARK = "\ufdd0"
 """In tokenizer.json, stands before the names of control tokens that are not recognised in text. It is no character."""
 
 NAMES_OF_FAST_INPUTS = ["input_ids", "attention_mask"]
+SPECIAL_TOKENS = tuple(name for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES if name.endswith("_token"))
 _KEYS_OF_ADDED_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -21,10 +22,10 @@ def read_special_tokens(kwargs: dict[str, Any]) -> None:
     """Makes `AddedToken`s of the special tokens that are plain dictionaries, as files edited by hand have them.
 
     Raises:
-        TokenizerError: a dictionary has no text.
+        TokenizerError: one is no text, and no dictionary with a text.
     """
     for name, value in kwargs.items():
-        if name.endswith("_token") and isinstance(value, dict):
+        if name in (*SPECIAL_TOKENS, "gmask_token", "end_token") and value is not None:
             kwargs[name] = _added_token(name, value)
         elif name in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, (list, tuple)):
             kwargs[name] = [_added_token(name, token) for token in value]
@@ -44,9 +45,9 @@ def undo_fast_forms(kwargs: dict[str, Any]) -> None:
 
 
 def _added_token(name: str, value: Any) -> Any:
-    if not isinstance(value, dict):
+    if isinstance(value, (str, AddedToken)):
         return value
-    if not isinstance(value.get("content"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise TokenizerError(
             f"`{name}` is {value!r}; expected the text of a token, or a dictionary with it as `content`. Mend it in "
             "tokenizer_config.json."

@@ -113,7 +113,7 @@ def checkpoint(target, model, tokenizer, tokenizer_config=None, **changes):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("/home/u/ChatGLM2-6B/THUDM/glm-4-9b-chat", "theta"),
+        ("/home/u/glm-4/THUDM/chatglm3-6b-32k", "theta"),
         ("/home/u/glm-4/THUDM/chatglm2-6b-32k/", "linear"),
         (f"/hub/chatglm3/models--THUDM--chatglm2-6b-32k/snapshots/{HASH}", "linear"),
         (f"C:\\chatglm2\\models--THUDM--chatglm3-6b-32k\\snapshots\\{HASH}", "theta"),
@@ -123,6 +123,18 @@ def checkpoint(target, model, tokenizer, tokenizer_config=None, **changes):
 )
 def test_only_the_name_tells_what_rope_ratio_means(name, expected):
     assert ChatGLMConfig(rope_ratio=16, _name_or_path=name).rope_ratio_type == expected
+
+
+@pytest.mark.parametrize("name", ["THUDM/glm-4-9b-chat", "THUDM/codegeex4-all-9b", "/ChatGLM2-6B/glm-4-9b"])
+def test_a_name_that_the_vocabulary_contradicts_tells_nothing(name, tmp_path):
+    for vocabulary, expected in ((65024, None), (64, "theta"), (151552, "theta")):
+        config = ChatGLMConfig(rope_ratio=16, _name_or_path=name, padded_vocab_size=vocabulary)
+        assert config.rope_ratio_type == expected
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "chatglm", "rope_ratio": 16, "_name_or_path": name}))
+    with pytest.raises(ValueError, match=f"'{name}' with `padded_vocab_size` 65024 .*Set `rope_ratio_type`"):
+        load_config(tmp_path)
+    assert load_config(tmp_path, "linear").rope_ratio_type == "linear"
 
 
 def test_parent_folders_do_not_scale_queries():

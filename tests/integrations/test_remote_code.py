@@ -326,6 +326,24 @@ def test_another_model_type_is_refused_by_name(change, arguments, cage):
                 auto_class.from_pretrained(folder, **arguments)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "bert", "glm", "glm4"])
+@pytest.mark.parametrize("source", ["chatglm-6b-3layer-untied", "chatglm2-6b"])
+def test_a_model_type_of_transformers_that_the_keys_contradict_is_refused(source, model_type, cage):
+    def known_type(config, tokenizer_config):
+        config["model_type"] = model_type
+
+    folder = cage.folder(known_type, MODELS / source)
+    for load in (
+        OVChatGLMForCausalLM.from_pretrained,
+        AutoConfig.from_pretrained,
+        AutoTokenizer.from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+        functools.partial(pipeline, "text-generation"),
+    ):
+        with pytest.raises(CheckpointError, match=f'model_type is \'{model_type}\'.*set "model_type": "chatglm"'):
+            load(str(folder))
+
+
 def test_generation_runs_no_code_of_a_folder(cage):
     folder = cage.folder(tokenizer_alone)
     model = OVChatGLMForCausalLM.from_pretrained(folder)

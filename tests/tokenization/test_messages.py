@@ -149,6 +149,14 @@ BAD_MESSAGES = [
     ([{**QUESTION, "tool_calls": [call({})]}], r"messages\[0\]: `tool_calls` in a message of role 'user'"),
     ([{"role": "assistant", "function_call": {"name": "f", "arguments": "x"}}],
      r"messages\[0\]: `function_call.arguments` is 'x'"),
+    ([{"role": "assistant", "function_call": {"name": "f\ng", "arguments": "{}"}}],
+     r"messages\[0\]: `function_call.name` is 'f\\ng'"),
+    ([QUESTION, {**QUESTION, "metadata": 5}], r"messages\[1\]: `metadata` is 5"),
+    ([{"role": "system", "content": "", "tools": "f"}], r"messages\[0\]: `tools` is a str; expected a list"),
+    ([{"role": "system", "content": "", "tools": TOOL}], r"messages\[0\]: `tools` is a dict; expected a list"),
+    ([{"role": "system", "content": "", "tools": [TOOL, 5]}], r"messages\[0\]: `tools\[1\]` is 5"),
+    ([{"role": "system", "content": "", "tools": [{"type": "function"}]}],
+     r"messages\[0\]: `tools\[0\]` is .*expected a function with its `name`"),
 ]  # fmt: skip
 
 
@@ -185,6 +193,10 @@ def test_tools_that_are_none_are_refused():
     tok = tokenizer("models.glm-4-9b-chat")
     with pytest.raises(ValueError, match=r"`tools\[1\]` is 'f'; expected a JSON schema"):
         text_of(tok, [QUESTION], tools=[TOOL, "f"])
+    for nameless in ({"type": "function"}, {"type": "function", "function": {}}, {"description": "f"}, {}):
+        for name in WITH_TOOLS:
+            with pytest.raises(ValueError, match=r"`tools\[0\]` is .*expected a function with its `name`"):
+                text_of(tokenizer(name), [QUESTION], tools=[nameless])
     with pytest.raises(Exception, match="GLM-4 has no tool of type web_search; use function, python"):
         text_of(tok, [QUESTION], tools=[{"type": "web_search"}])
 
@@ -321,9 +333,27 @@ def test_codegeex4_writes_calls_and_reads_results(codegeex4):
         text_of(codegeex4, [QUESTION, {"role": "tool", "content": "22"}])
 
 
+@pytest.mark.parametrize("content", [[FUNCTION], {"function": [FUNCTION]}])
+def test_codegeex4_takes_no_result_for_a_definition(content, codegeex4):
+    calls = assistant(call('{"city": "a"}'))
+    before = text_of(codegeex4, [QUESTION, calls], tools=[TOOL])
+    texts = [
+        text_of(codegeex4, [QUESTION, calls, {"role": "tool", "content": json.dumps(content), **key}], tools=[TOOL])
+        for key in ({}, {"tool_call_id": "1"})
+    ]
+    assert texts == [before + "<|observation|>\n" + json.dumps(content)] * 2
+    for key in ({}, {"tool_call_id": "1"}):
+        with pytest.raises(ValueError, match=r"messages\[2\]: `content.* text"):
+            text_of(codegeex4, [QUESTION, calls, {"role": "tool", "content": content, **key}])
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
+        (
+            '```json\n{"name": "f", "arguments": {"a": "```json x``` y"}}\n```\n```json\n{"name": "g", "arguments": {}}```',
+            [{"name": "f", "parameters": {"a": "```json x``` y"}}, {"name": "g", "parameters": {}}],
+        ),
         ('\n```json\n{"name": "f", "arguments": {"a": 1}}\n```', {"name": "f", "parameters": {"a": 1}}),
         (
             '```json\n{"name": "f", "arguments": {}}\n```\n```json\n{"name": "g", "arguments": {}}\n```',

@@ -218,6 +218,45 @@ def test_a_pad_token_id_can_be_set(name, tmp_path):
         assert loaded(text)["input_ids"] == before
 
 
+@pytest.mark.parametrize("choice", ["pad_token", "bos_token"])
+@pytest.mark.parametrize("way", ["add", "set", "load"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in GLM4])  # whose vocabulary has no such token
+def test_a_chosen_token_stays_text(name, way, choice, tmp_path):
+    text = "a</s>b <unk> </s> <eop> <image_2> <pad> <|user|>"
+    before = tokenizer(name)(text, add_special_tokens=False)["input_ids"]
+    tok = AutoTokenizer.from_pretrained(folder(name), **({choice: "</s>"} if way == "load" else {}))
+    if way == "add":
+        tok.add_special_tokens({choice: "</s>"})
+    elif way == "set":
+        setattr(tok, choice, "</s>")
+    expected = tok.convert_tokens_to_ids("</s>")
+    tok.save_pretrained(tmp_path)
+    for loaded in (tok, AutoTokenizer.from_pretrained(tmp_path)):
+        assert getattr(loaded, choice) == "</s>" and getattr(loaded, f"{choice}_id") == expected
+        assert loaded(text, add_special_tokens=False)["input_ids"] == before
+        assert loaded.tokenize("</s>") == tokenizer(name).tokenize("</s>") != ["</s>"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_pad_token_keeps_its_id(name, tmp_path):
+    tok = AutoTokenizer.from_pretrained(folder(name))
+    new = len(tok)
+    assert tok.add_special_tokens({"pad_token": "[PAD]"}) == 1
+    tok.save_pretrained(tmp_path)
+    for loaded in (tok, AutoTokenizer.from_pretrained(tmp_path)):
+        assert (loaded.pad_token, loaded.pad_token_id) == ("[PAD]", new)
+        assert loaded("a [PAD] b", add_special_tokens=False)["input_ids"].count(new) == 1
+
+
+@pytest.mark.parametrize("value", [5, ["</s>"], True])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_token_is_refused(name, value, tmp_path):
+    config = json.loads((folder(name) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    path = copy_of(name, tmp_path / "a", config=config | {"pad_token": value})
+    with pytest.raises(TokenizerError, match="`pad_token` is .*expected the text of a token"):
+        AutoTokenizer.from_pretrained(path)
+
+
 @pytest.mark.parametrize("name", ["tokenizers.chatglm2-6b", SENTENCEPIECE])
 def test_every_token_of_the_vocabulary_can_be_chosen(name, tmp_path):
     tok, text = AutoTokenizer.from_pretrained(folder(name)), "a</s>b <s> sop [MASK]"

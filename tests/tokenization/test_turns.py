@@ -143,4 +143,20 @@ def test_padding_after_an_end_is_no_text(exported):
     tok = AutoTokenizer.from_pretrained(exported("chatglm3-6b"))
     answer = [*tok.encode("好", add_special_tokens=False), tok.get_command("<|observation|>")]
     assert tok.decode([*answer, tok.pad_token_id, tok.pad_token_id], skip_special_tokens=True) == "好"
+    assert tok.decode([*answer, tok.eos_token_id, tok.eos_token_id], skip_special_tokens=True) == "好"
     assert tok.decode(answer).endswith("<|observation|>")  # without being asked to skip it
+
+
+@pytest.mark.parametrize("name", ["chatglm3-6b", "glm-4-9b-chat"])
+def test_ends_alone_are_no_text(name, exported):
+    tok = AutoTokenizer.from_pretrained(exported(name))
+    for end in end_ids(exported(name), ENDS[name]):
+        for ids in (end, [end], [end, tok.eos_token_id, tok.eos_token_id], [end, tok.pad_token_id, end]):
+            assert tok.decode(ids, skip_special_tokens=True) == ""
+
+
+def test_batches_padded_with_an_end_show_none(exported):
+    tok = AutoTokenizer.from_pretrained(exported("chatglm3-6b"))
+    good, user = tok.encode("好", add_special_tokens=False), tok.get_command("<|user|>")
+    rows = [[*good, user, *[tok.eos_token_id] * len(good)], tok.encode("好好", add_special_tokens=False) + [user]]
+    assert tok.batch_decode(rows, skip_special_tokens=True) == ["好", "好好"]
