@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
@@ -19,7 +17,7 @@ from transformers.utils import PaddingStrategy, to_py_obj
 from .chat_templates import is_own_template
 from .generation import detect_generation
 from .messages import ToolCall, check_roles, plain_messages
-from .special_tokens import SPECIAL_TOKENS, read_special_tokens, undo_fast_forms
+from .special_tokens import SPECIAL_TOKENS, other_class_is_expected, read_special_tokens, undo_fast_forms
 from .vocabulary import TokenizerError
 
 
@@ -101,7 +99,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Loads from a folder or a Hub id; arguments as in transformers, and those of the class."""
         try:
-            with _other_class_is_expected():
+            with other_class_is_expected():
                 return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except ImportError as error:
             # Without protobuf, transformers turns every exception of a tokenizer's constructor into this one.
@@ -364,21 +362,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if os.path.abspath(target) != os.path.abspath(self.vocab_file):
             shutil.copyfile(self.vocab_file, target)
         return (target,)
-
-
-@contextmanager
-def _other_class_is_expected() -> Iterator[None]:
-    """Keeps transformers from warning that tokenizer_config.json names another class: the one of tokenizer.json."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("The tokenizer class you load from this checkpoint")
-
-    base = logging.getLogger(PreTrainedTokenizerBase.__module__)
-    base.addFilter(is_other)
-    try:
-        yield
-    finally:
-        base.removeFilter(is_other)
 
 
 def _vocabulary_path(vocab_file: str | None, ice_text_file: str | None, name_or_path: str | None) -> str:

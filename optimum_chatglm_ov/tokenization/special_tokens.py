@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -53,3 +56,18 @@ def _added_token(name: str, value: Any) -> Any:
             "tokenizer_config.json."
         )
     return AddedToken(**{key: value[key] for key in _KEYS_OF_ADDED_TOKENS if key in value})
+
+
+@contextmanager
+def other_class_is_expected() -> Iterator[None]:
+    """Keeps transformers from warning that tokenizer_config.json names another class: the one of tokenizer.json."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("The tokenizer class you load from this checkpoint")
+
+    base = logging.getLogger(PreTrainedTokenizerBase.__module__)
+    base.addFilter(is_other)
+    try:
+        yield
+    finally:
+        base.removeFilter(is_other)
