@@ -264,8 +264,8 @@ class ChatGLMConfig(PretrainedConfig):
                 f"config.json has `rope_ratio`={self.rope_ratio}, which chatglm2-6b-32k uses to divide positions and "
                 "later models to multiply the rotary base, and neither `_name_or_path` "
                 f"{self.original_name_or_path!r} with `padded_vocab_size` {self.padded_vocab_size} nor the tokenizer "
-                'tells which this checkpoint is. Set `rope_ratio_type` to "linear" (positions) or "theta" (base) in config.json '
-                "or pass it to the export (`--rope-ratio-type` on the command line)."
+                'tells which this checkpoint is. Set `rope_ratio_type` to "linear" (positions) or "theta" (base) in '
+                "config.json or pass it to the export (`--rope-ratio-type` on the command line)."
             )
         return self.rope_ratio_type == rope_ratio_type
 
