@@ -17,6 +17,7 @@ from transformers.utils import PaddingStrategy, to_py_obj
 from .chat_templates import is_own_template
 from .generation import detect_generation
 from .messages import ToolCall, check_roles, plain_messages
+from .special_tokens import SPECIAL_TOKENS, read_special_tokens
 from .vocabulary import TokenizerError
 
 
@@ -35,8 +36,6 @@ _CLEANED_UP = (
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
-_SPECIAL_TOKENS = tuple(name for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES if name.endswith("_token"))
-_KEYS_OF_ADDED_TOKENS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _RETURN_DICT_BY_DEFAULT = (
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters["return_dict"].default
 )
@@ -155,7 +154,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         chosen = {
             name: str(token)
             for name, token in special_tokens_dict.items()
-            if name in _SPECIAL_TOKENS and isinstance(token, (str, AddedToken)) and self._has_in_vocabulary(str(token))
+            if name in SPECIAL_TOKENS and isinstance(token, (str, AddedToken)) and self._has_in_vocabulary(str(token))
         }
         for name, token in chosen.items():
             setattr(self, name, token)
@@ -382,31 +381,3 @@ def _check_ids(token_ids: int | Sequence[int]) -> None:
                 f"{token_id} is not a token id; expected 0 or more. Labels have -100 where nothing is learned: "
                 "replace it by `pad_token_id`, or leave it out, before decoding."
             )
-
-
-def read_special_tokens(kwargs: dict[str, Any]) -> None:
-    """Makes `AddedToken`s of the special tokens that are plain dictionaries, as files edited by hand have them.
-
-    Raises:
-        TokenizerError: one is no text, and no dictionary with a text.
-    """
-    for name, value in kwargs.items():
-        if name in (*_SPECIAL_TOKENS, "gmask_token", "end_token") and value is not None:
-            kwargs[name] = _added_token(name, value)
-        elif name in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, (list, tuple)):
-            kwargs[name] = [_added_token(name, token) for token in value]
-        elif name in ("extra_special_tokens", "model_specific_special_tokens") and isinstance(value, dict):
-            kwargs[name] = {key: _added_token(f"{name}.{key}", token) for key, token in value.items()}
-        elif name == "added_tokens_decoder" and isinstance(value, dict):
-            kwargs[name] = {int(key): _added_token(f"{name}.{key}", token) for key, token in value.items()}
-
-
-def _added_token(name: str, value: Any) -> Any:
-    if isinstance(value, (str, AddedToken)):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise TokenizerError(
-            f"`{name}` is {value!r}; expected the text of a token, or a dictionary with it as `content`. Mend it in "
-            "tokenizer_config.json."
-        )
-    return AddedToken(**{key: value[key] for key in _KEYS_OF_ADDED_TOKENS if key in value})

@@ -11,9 +11,10 @@ import numpy as np
 from transformers import AddedToken, BatchEncoding
 from transformers.utils import PaddingStrategy
 
-from .base import ChatGLMTokenizer, read_special_tokens
+from .base import ChatGLMTokenizer
 from .chat_templates import CHATGLM_TEMPLATE
 from .messages import as_messages, check_roles
+from .special_tokens import read_special_tokens
 from .vocabulary import TokenizerError, load_sentencepiece, whole_characters
 
 

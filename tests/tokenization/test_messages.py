@@ -351,7 +351,8 @@ def test_codegeex4_takes_no_result_for_a_definition(content, codegeex4):
     ("answer", "expected"),
     [
         (
-            '```json\n{"name": "f", "arguments": {"a": "```json x``` y"}}\n```\n```json\n{"name": "g", "arguments": {}}```',
+            '```json\n{"name": "f", "arguments": {"a": "```json x``` y"}}\n```\n'
+            '```json\n{"name": "g", "arguments": {}}```',
             [{"name": "f", "parameters": {"a": "```json x``` y"}}, {"name": "g", "parameters": {}}],
         ),
         ('\n```json\n{"name": "f", "arguments": {"a": 1}}\n```', {"name": "f", "parameters": {"a": 1}}),
