@@ -77,6 +77,19 @@ _DEFAULTS_CHATGLM2 = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_SIZES = (
+    "ffn_hidden_size",
+    "hidden_size",
+    "inner_hidden_size",
+    "kv_channels",
+    "max_sequence_length",
+    "multi_query_group_num",
+    "num_attention_heads",
+    "num_layers",
+    "padded_vocab_size",
+    "seq_length",
+    "vocab_size",
+)
 _MARKS_OF_CHATGLM = ("inner_hidden_size", "position_encoding_2d", "gmask_token_id", "max_sequence_length")
 
 
@@ -125,6 +138,12 @@ class ChatGLMConfig(PretrainedConfig):
 
         defaults = _DEFAULTS_CHATGLM if self.architecture == "chatglm" else _DEFAULTS_CHATGLM2
         original = {key: kwargs.pop(key, default) for key, default in defaults.items()}
+        for key in _SIZES:
+            if key in original and (type(original[key]) is not int or original[key] < 1):
+                raise ValueError(f"`{key}` is {original[key]!r}; expected a whole number, 1 or more.")
+        for key in ("layernorm_epsilon", "rope_ratio"):
+            if not isinstance(original.get(key), (int, float, type(None))):
+                raise ValueError(f"`{key}` is {original[key]!r}; expected a number.")
         rope_ratio_type = kwargs.pop("rope_ratio_type", None)
         query_log_scaling = kwargs.pop("query_log_scaling", None)
         # `_name_or_path` as the checkpoint's authors wrote it; transformers overwrites the attribute when loading.

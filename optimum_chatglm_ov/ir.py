@@ -16,7 +16,6 @@ from . import native
 from .architectures.families import (
     GENERATIONS_OF_RANKS,
     MODEL_TYPES_OF_TRANSFORMERS,
-    is_base,
     rope_ratio_type_of_generation,
 )
 from .architectures.registry import architecture_of
@@ -156,13 +155,11 @@ def _agreed_rope_ratio_type(config: ChatGLMConfig, tokenizer: Any) -> str | None
     return by_tokenizer
 
 
-def end_turns(generation_config: GenerationConfig, config: PretrainedConfig, tokenizer: Any) -> None:
+def end_turns(generation_config: GenerationConfig, tokenizer: Any) -> None:
     """Lets generation stop at every id that ends a turn, beside those that `generation_config` names.
 
-    A base model, which completes text, knows no turns.
+    Also of a base model: it hardly generates one, and a chat model that was made of it keeps its name.
     """
-    if is_base(getattr(config, "original_name_or_path", "")):
-        return
     named = generation_config.eos_token_id
     named = named if isinstance(named, list) else [] if named is None else [named]
     ids = list(dict.fromkeys([*named, *getattr(tokenizer, "turn_end_ids", ())]))

@@ -41,7 +41,7 @@ from .loading import (
     weight_format_of,
 )
 from .native import NativeBuildError
-from .originals import OriginalsMixin
+from .originals import OriginalsMixin, openvino_device
 from .runtime.compilation import core, with_logits_to_keep
 from .runtime.model import EngineForCausalLM
 from .tokenization import has_vocabulary, load_tokenizer
@@ -117,7 +117,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         quantization_config: OVWeightQuantizationConfig | Mapping[str, Any] | None = None,
         dtype: torch.dtype | str | None = None,
         use_cache: bool = True,
-        device: str = "CPU",
+        device: str | torch.device | int = "CPU",
         ov_config: Mapping[str, str] | None = None,
         compile: bool = True,
         compile_only: bool = False,
@@ -143,7 +143,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             dtype: precision that the weights are exported in, of models of any size (also as `torch_dtype`), unless
                 `load_in_8bit` or `quantization_config` asks for another; "auto" says nothing. An IR keeps its own.
             use_cache: `False` computes every step of a generation from its first token.
-            device: OpenVINO device.
+            device: OpenVINO device; one of CUDA ("cuda", a number) means the CPU, and the log says so.
             ov_config: OpenVINO properties, for example `{"KV_CACHE_PRECISION": "u8"}`.
             compile: compile at once; otherwise at the first call.
             compile_only: hand the IR file straight to the compiler; such a model cannot be saved or changed.
@@ -168,6 +168,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         """
         compile_only = bool(compile_only)
         choices = Choices.of(attention, linear, compile_only)
+        device = openvino_device(device)
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
@@ -293,7 +294,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         if not has_vocabulary(folder):
             return
         try:
-            end_turns(self.generation_config, self.config, load_tokenizer(folder))
+            end_turns(self.generation_config, load_tokenizer(folder))
         except (OSError, ValueError) as error:
             logger.warning(
                 f"{folder}: the tokenizer cannot be read ({error}); `generate` stops only at the ids that "

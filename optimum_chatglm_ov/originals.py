@@ -12,6 +12,7 @@ from transformers import BatchEncoding
 
 from .chat import StreamedTokens
 from .configuration import ChatGLMConfig
+from .runtime.compilation import core
 from .runtime.token_stream import TokenStream
 from .tokenization.chat_rules import RULES, History, Response
 from .tokenization.messages import as_messages
@@ -27,6 +28,31 @@ _NO_EFFECT = {
     "half": 'pass `dtype=torch.float16` (weights) or `ov_config={"INFERENCE_PRECISION_HINT": "f16"}` (computation)',
     "quantize": 'pass `quantization_config={"bits": 4}` or `load_in_8bit=True`',
 }
+
+
+# Of torch, and none of OpenVINO's; "xpu" is Intel's GPU, but a script that says so means torch.
+_DEVICES_OF_TORCH = ("hpu", "meta", "mps", "xla", "xpu")
+
+
+def openvino_device(device: Any) -> str:
+    """The name of OpenVINO's device that `device` means: a name, a `torch.device`, or the number of one of CUDA's.
+
+    CUDA's are none of OpenVINO's: the CPU takes their place, and the log says so.
+
+    Raises:
+        ValueError: it is another of torch's devices, or nothing of all that.
+    """
+    name = str(device) if isinstance(device, (str, torch.device)) else ""
+    kind = "cuda" if type(device) is int else name.partition(":")[0].lower()
+    if kind == "cuda":
+        logger.warning(f"The device {device!r} has no effect: {_NO_EFFECT['cuda']}. The model runs on the CPU.")
+        return "CPU"
+    if not name or kind in _DEVICES_OF_TORCH:
+        raise ValueError(
+            f"`device` is {device!r}; expected a device of OpenVINO, here {', '.join(core.available_devices)}, or "
+            'a way to choose among them ("AUTO"). Leave it out for the CPU.'
+        )
+    return name
 
 
 def _without_effect(name: str) -> Callable[..., Any]:
@@ -57,10 +83,19 @@ class OriginalsMixin:
     )
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> Any:
-        """Moves the model to an OpenVINO device. "cuda" is no such device: nothing moves, and the log says so."""
-        if isinstance(device, str) and device.lower().startswith("cuda"):
+        """Moves the model to an OpenVINO device; a type of numbers changes nothing, as in optimum-intel.
+
+        CUDA's devices are none of OpenVINO's: nothing moves, and the log says so.
+
+        Raises:
+            ValueError: see [`openvino_device`].
+        """
+        if isinstance(device, torch.dtype):
+            return super().to(device, *args, **kwargs)
+        if type(device) is int or str(device).lower().startswith("cuda"):
             return self.cuda()
-        return super().to(device, *args, **kwargs)
+        name = openvino_device(device)
+        return super().to(name if isinstance(device, str) else device, *args, **kwargs)
 
     def build_inputs(
         self, tokenizer: Any, query: str, history: History | None = None, role: str = "user"
@@ -68,11 +103,14 @@ class OriginalsMixin:
         """Builds the prompt of one more turn, int64 tensors [1, L]; arguments as those of `chat()`."""
         return tokenizer.build_chat_input(query, history=history, role=role).to(self.device)
 
-    def process_response(self, output: str, history: History | None = None) -> str | tuple[Response, History]:
+    def process_response(
+        self, output: str | None = None, history: History | None = None, response: str | None = None
+    ) -> str | tuple[Response, History]:
         """Makes a response of a generated text.
 
         Args:
             output: the text.
+            response: the same, as ChatGLM and ChatGLM2 name it.
             history: from ChatGLM3 on, the messages, with the one that is answered; left as it is. Without it the text
                 is processed as ChatGLM and ChatGLM2 do.
 
@@ -82,8 +120,11 @@ class OriginalsMixin:
 
         Raises:
             ToolCallError: the arguments of a call cannot be read.
-            TypeError: `history` for ChatGLM, whose conversations are pairs.
+            TypeError: `history` for ChatGLM, whose conversations are pairs; no text, or two.
         """
+        if (output is None) == (response is None):
+            raise TypeError("process_response() takes one text, as `output` or `response`.")
+        output = response if output is None else output
         possible = [RULES[generation] for generation in self.config.generations]
         if history is not None and not any(rules.has_messages for rules in possible):
             raise TypeError("process_response() takes the text alone with ChatGLM-6B; leave `history` out.")

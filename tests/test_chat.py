@@ -422,6 +422,15 @@ def test_a_stream_is_one_sequence(name, arguments, either_model, exact_tokenizer
     assert list(either_model(name).stream_chat(exact_tokenizer(name), "你好", history, **settings))
 
 
+def test_a_stream_is_one_sequence_whatever_the_checkpoint_samples(either_model, exact_tokenizer, monkeypatch):
+    model, tok = either_model("chatglm2-6b"), exact_tokenizer("chatglm2-6b")
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    monkeypatch.setattr(model.generation_config, "num_return_sequences", 2)
+    ids = tok.encode("a b c", add_special_tokens=False)
+    *_, (response, _) = model.stream_chat(tok, "hi", **{**says(ids, len(ids)), "do_sample": True})
+    assert response == "a b c"
+
+
 # Caches kept between turns -----------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from conftest import DATA, Golden
 from tokenization_cases import NAMES, golden
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from optimum_chatglm_ov import ChatGLMConfig, ToolCallError
+from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, ToolCallError
 from optimum_chatglm_ov.originals import OriginalsMixin
 
 
@@ -38,6 +38,15 @@ def test_process_response(name):
         found = model.process_response(case["in"], *history)
         assert (list(found) if has_messages else found) == case["out"]
         assert json.dumps(history) == before
+
+
+@pytest.mark.parametrize("name", ["models.chatglm-6b", "chatglm2-6b"])
+def test_process_response_takes_the_text_by_either_name(name):
+    model = Unloaded(name)
+    assert model.process_response(response=" a ") == model.process_response(output=" a ") == "a"
+    for arguments in ({}, {"output": "a", "response": "a"}):
+        with pytest.raises(TypeError, match="one text, as `output` or `response`"):
+            model.process_response(**arguments)
 
 
 def test_process_response_of_chatglm_has_no_history():
@@ -132,6 +141,23 @@ def test_stream_generate_takes_processors_and_can_be_left(exact_model):
     assert only.calls < 1000
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda"), 0])
+def test_cuda_means_the_cpu(device, exported, caplog):
+    model = OVChatGLMForCausalLM.from_pretrained(exported("chatglm2-6b"), device=device, compile=False)
+    assert model._device == "CPU"
+    (record,) = [record for record in caplog.records if record.name.startswith("optimum_chatglm_ov")]
+    assert 'device="GPU"' in record.getMessage()
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0", torch.device("xpu"), None])
+def test_devices_of_torch_are_refused(device, exported, exact_model):
+    with pytest.raises(ValueError, match="`device` is .*expected a device of OpenVINO, here .*CPU"):
+        OVChatGLMForCausalLM.from_pretrained(exported("chatglm2-6b"), device=device)
+    if device is not None:
+        with pytest.raises(ValueError, match="`device` is .*expected a device of OpenVINO, here .*CPU"):
+            exact_model("chatglm2-6b").to(device)
+
+
 @pytest.mark.parametrize(
     "name, arguments, advice",
     [
@@ -141,6 +167,8 @@ def test_stream_generate_takes_processors_and_can_be_left(exact_model):
         ("cuda", (), 'device="GPU"'),
         ("cuda", (0,), 'device="GPU"'),
         ("to", ("cuda:0",), 'device="GPU"'),
+        ("to", (torch.device("cuda"),), 'device="GPU"'),
+        ("to", (0,), 'device="GPU"'),
         ("cpu", (), 'device="CPU"'),
         ("quantize", (4,), 'quantization_config={"bits": 4}'),
     ],

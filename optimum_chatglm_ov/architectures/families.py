@@ -121,8 +121,3 @@ def rope_ratio_type_of_generation(generation: str) -> str | None:
     """What `rope_ratio` means in all families of a generation that have one."""
     types = {family.rope_ratio_type for family in FAMILIES if family.generation == generation} - {None}
     return types.pop() if len(types) == 1 else None
-
-
-def is_base(name_or_path: str) -> bool:
-    """Whether a name is that of a model that completes text and knows no turns: chatglm3-6b-base."""
-    return re.search(r"[-_]base(?![a-z])", model_name(name_or_path), re.IGNORECASE) is not None

@@ -21,14 +21,15 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 # What training tools put in front of the original names, and what they nest the tensors in.
-_PREFIX = re.compile(r"(?:(?:base_model\.model|module|model|_orig_mod)\.)+")
-_NESTS = ("state_dict", "module", "model")
+_PREFIX = re.compile(r"(?:(?:base_model\.model|module|model|_forward_module|_orig_mod|_fsdp_wrapped_module)\.)+")
+_WRAPPERS = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of layers
+_NESTS = ("state_dict", "model_state_dict", "module", "model")
 
 
 def split_name(name: str) -> tuple[str, str]:
     """What stands in front of the name of a tensor, put there by a training tool or a model class, and the rest."""
     prefix = match[0] if (match := _PREFIX.match(name)) else ""
-    return prefix, name[len(prefix) :]
+    return prefix, _WRAPPERS.sub("", name[len(prefix) :])
 
 
 def read_tensor(shard: Shard, name: str, check: bool = True) -> torch.Tensor:
@@ -123,7 +124,7 @@ class _PickleShard:
         if not isinstance(self._tensors, dict):
             raise ValueError(f"expected a dictionary of tensors, found {type(self._tensors).__name__}")
         nests = []
-        while not self.names() and (nest := next((n for n in _NESTS if isinstance(self._tensors.get(n), dict)), None)):
+        while nest := next((name for name in _NESTS if isinstance(self._tensors.get(name), dict)), None):
             nests.append(nest)
             self._tensors = self._tensors[nest]
         self.nest = ".".join(nests)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from ..errors import CheckpointError
 from ..ir import end_turns, log_ignored_cache
+from ..unsupported import check_settings
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _OF_SAMPLING = (
 )
 _OF_BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
 _OF_RETURNED_DICT = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OF_OTHER_CACHES = ("cache_implementation", "cache_config", "return_legacy_cache")
 
 
@@ -40,7 +42,7 @@ def read_generation_config(source: Path, config: PretrainedConfig, tokenizer: An
     They name every id that ends a turn.
 
     Raises:
-        CheckpointError: generation_config.json cannot be read, or asks for what transformers refuses.
+        CheckpointError: generation_config.json cannot be read, or asks for what this model or transformers refuses.
     """
     file = source / "generation_config.json"
     if file.is_file():
@@ -57,17 +59,39 @@ def read_generation_config(source: Path, config: PretrainedConfig, tokenizer: An
         log_ignored_cache(file if config.use_cache else source / "config.json")
     if without_effect:
         logger.info(f"{file}: without effect and left out: {', '.join(without_effect)}.")
+    settings = {name: value for name, value in settings.items() if name not in without_effect}
     try:
-        generation_config = GenerationConfig.from_dict(
-            {name: value for name, value in settings.items() if name not in without_effect}
-        )
+        _check(settings)
+        generation_config = GenerationConfig.from_dict(settings)
+        check_settings(generation_config)
         if tokenizer is not None:
-            end_turns(generation_config, config, tokenizer)
+            end_turns(generation_config, tokenizer)
         with TemporaryDirectory(prefix="optimum_chatglm_ov-") as folder:
             generation_config.save_pretrained(folder)  # strict, as when the model is written
-    except ValueError as error:
-        raise CheckpointError(f"{file}: transformers refuses it. Mend or remove the file. {error}") from error
+    except (TypeError, ValueError) as error:  # transformers compares before it looks at types
+        raise CheckpointError(f"{file}: no text can be generated with it. Mend or remove the file. {error}") from error
     return generation_config
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: `settings`, without those that have no effect, end every generation.
+    """
+    for name in _IDS:
+        value = settings.get(name)
+        several = name == "eos_token_id" and isinstance(value, list)
+        ids = value if several else [] if value is None else [value]
+        if not all(_is_number(token_id) and token_id >= 0 for token_id in ids):
+            raise ValueError(f"`{name}` is {value!r}; expected the id of a token.")
+    if settings.get("do_sample") and settings.get("temperature") is not None and not settings["temperature"] > 0:
+        raise ValueError(f"`temperature` is {settings['temperature']}; expected more than 0 with `do_sample`.")
+    if (settings.get("num_beam_groups") or 1) > 1:
+        raise ValueError("`num_beam_groups`: not every version of transformers has groups of beams. Leave it out.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _without_effect(settings: Mapping[str, Any]) -> list[str]:
@@ -87,6 +111,7 @@ def _without_effect(settings: Mapping[str, Any]) -> list[str]:
         names.add("num_return_sequences")
     if not settings.get("return_dict_in_generate"):
         names |= set(_OF_RETURNED_DICT)
-    if (settings.get("pad_token_id") or 0) < 0:
-        names.add("pad_token_id")
+    for name, value in settings.items():
+        if value in ([], {}) or (name in _IDS and _is_number(value) and value < 0):  # nothing is named
+            names.add(name)
     return sorted(names & settings.keys())

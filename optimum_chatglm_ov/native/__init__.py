@@ -57,7 +57,7 @@ def linear_instruction_sets() -> list[str]:
 
 
 def linear_is_fast() -> bool:
-    """Whether the native linear layers are meant for this CPU: it multiplies bytes (VNNI) and has no AMX."""
+    """Whether the native linear layers are meant for this CPU: it multiplies bytes, with VNNI or AMX."""
     return bool(functions().chatglm_linear_is_fast())
 
 

@@ -26,6 +26,7 @@ from transformers import GenerationConfig
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..unsupported import check_settings
 from .cache import FusedCache, KeptTurn, held_length, past_key_values_of
 from .compilation import compile_engine
 from .engine import LOGITS_TO_KEEP, Engine, StatefulEngine
@@ -34,7 +35,6 @@ from .generation import (
     check_continuation,
     check_custom_generate,
     check_rollback,
-    check_settings,
     longest_output,
     mark_beams,
 )
@@ -152,7 +152,7 @@ class EngineForCausalLM(OVModelForCausalLM):
         position_ids: torch.LongTensor | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, Any]:
         """Computes logits; keys and values stay in the engine.
 
         Args:
@@ -163,7 +163,7 @@ class EngineForCausalLM(OVModelForCausalLM):
                 with fused attention also after its `crop`.
             position_ids: int64 `[batch, new_tokens]`; chatglm-6b also takes its tokenizer's `[batch, 2, tokens]`.
             logits_to_keep: logits of that many last positions; 0 = all.
-            kwargs: `use_cache`, `return_dict` and `cache_position`, which change nothing.
+            kwargs: `return_dict`, `False` for a tuple; `use_cache` and `cache_position`, which change nothing.
 
         Returns:
             `logits`, f32 `[batch, new_tokens or logits_to_keep, vocab_size]`, and `past_key_values`: a marker, with
@@ -177,7 +177,8 @@ class EngineForCausalLM(OVModelForCausalLM):
         """
         check_arguments(f"{type(self).__name__}.forward", kwargs)
         with self._turn:
-            return self._forward(input_ids, attention_mask, past_key_values, position_ids, int(logits_to_keep))
+            output = self._forward(input_ids, attention_mask, past_key_values, position_ids, int(logits_to_keep))
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
 
     def _forward(
         self,

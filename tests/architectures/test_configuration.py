@@ -76,6 +76,14 @@ def test_the_tokenizer_tells_what_rope_ratio_means(tmp_path, caplog):
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["chatglm-6b-3layer-untied", "chatglm2-6b"])
+@pytest.mark.parametrize("change", [{"num_layers": "2"}, {"hidden_size": 64.0}, {"num_attention_heads": None}])
+def test_sizes_are_whole_numbers(change, name):
+    ((key, value),) = change.items()
+    with pytest.raises(ValueError, match=f"`{key}` is {value!r}; expected a whole number"):
+        ChatGLMConfig(**original(name, **change))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "not found"), ("{", "not valid JSON"), ('{"model_type": "llama"}', "'llama', expected 'chatglm'")],

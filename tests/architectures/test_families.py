@@ -10,7 +10,7 @@ from tokenization_cases import DATA, folder
 from transformers import AutoTokenizer
 
 from optimum_chatglm_ov import ChatGLMConfig
-from optimum_chatglm_ov.architectures.families import FAMILIES, GENERATIONS, family_of_name, is_base, model_name
+from optimum_chatglm_ov.architectures.families import FAMILIES, GENERATIONS, family_of_name, model_name
 from optimum_chatglm_ov.ir import load_config
 from optimum_chatglm_ov.tokenization import (
     ChatGLM2Tokenizer,
@@ -87,14 +87,6 @@ def test_every_family_is_found_by_its_own_name():
 def test_families_with_tokenizers_of_transformers(name, expected):
     family = family_of_name(name, {"glm-hf", "glm-0414"})
     assert (family and family.model_type) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("THUDM/chatglm3-6b-base", True), ("a-base/chatglm3-6b", False), ("chatglm3-6b-baseball", False)],
-)
-def test_base_models(name, expected):
-    assert is_base(name) is expected
 
 
 # What rope_ratio means ---------------------------------------------------------------------------------------------

@@ -57,13 +57,25 @@ def test_file_of_old_torch(tmp_path):
     assert torch.equal(open_checkpoint(folder)["lm_head.weight"].data, tensors["transformer.output_layer.weight"])
 
 
-@pytest.mark.parametrize("nest", [(), ("module",), ("state_dict",), ("state_dict", "module")])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "base_model.model.", "model.", "_orig_mod.module."])
+@pytest.mark.parametrize("nest", [(), ("module",), ("state_dict",), ("model_state_dict",), ("state_dict", "module")])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "_forward_module.",
+        "_fsdp_wrapped_module.",
+        "module.",
+        "_orig_mod.",
+        "base_model.model.",
+        "model.",
+        "_orig_mod.module.",
+    ],
+)
 def test_names_and_nests_of_training_tools(prefix, nest, tmp_path, caplog):
     folder, tensors = one_file("chatglm3-6b", tmp_path)
     saved = {prefix + name: tensor for name, tensor in tensors.items()}
     for name in reversed(nest):
-        saved = {name: saved, "epoch": 3}
+        saved = {name: saved, "epoch": 3, "step": torch.tensor(7)}
     torch.save(saved, folder / "pytorch_model.bin")
     checkpoint = open_checkpoint(folder)
     assert torch.equal(checkpoint["lm_head.weight"].data, tensors["transformer.output_layer.weight"])
@@ -75,6 +87,19 @@ def test_names_and_nests_of_training_tools(prefix, nest, tmp_path, caplog):
     assert len(found) == bool(prefix or nest)
     assert not prefix or repr(prefix) in found[0]
     assert not nest or repr(".".join(nest)) in found[0]
+
+
+def test_names_of_wrapped_layers(tmp_path):
+    folder, tensors = one_file("chatglm3-6b", tmp_path)
+    wrapped = {
+        f"_fsdp_wrapped_module.{name}".replace(".layers.1.", ".layers.1._checkpoint_wrapped_module."): tensor
+        for name, tensor in tensors.items()
+    }
+    torch.save(wrapped, folder / "pytorch_model.bin")
+    assert torch.equal(
+        open_checkpoint(folder)["layers.1.mlp.down_proj.weight"].data,
+        tensors["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"],
+    )
 
 
 def test_prefixed_safetensors_of_chatglm(tmp_path, caplog):

@@ -35,6 +35,7 @@ OF_OTHERS = {
     "cache_implementation": "static",
     "cache_config": {"max_cache_len": 8},
     "pad_token_id": -1,
+    "bad_words_ids": [],
 }
 EVERYTHING = OF_SAMPLING | OF_BEAMS | OF_OTHERS
 
@@ -74,6 +75,10 @@ def test_each_setting_alone_does_not_end_an_export(name, source, tmp_path):
     assert name not in exported(source({"eos_token_id": 2, name: EVERYTHING[name]}), tmp_path)
 
 
+def test_an_end_that_is_none_gives_way_to_the_tokenizers(source, tmp_path):
+    assert exported(source({"eos_token_id": -1}), tmp_path)["eos_token_id"] == 2
+
+
 def test_settings_of_the_mode_that_is_chosen_stay(source, tmp_path):
     sampling = {name: value for name, value in OF_SAMPLING.items() if name != "top_h"}  # not in all versions
     chosen = {"do_sample": True, "num_return_sequences": 3, **sampling}
@@ -90,6 +95,16 @@ def test_settings_of_the_mode_that_is_chosen_stay(source, tmp_path):
         ({"num_beams": 2, "early_stopping": "perhaps"}, "early_stopping"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"streamer": "mine"}, "streamer"),
+        ({"pad_token_id": [0]}, r"`pad_token_id` is \[0\]"),
+        ({"max_new_tokens": "12"}, "'str' and 'int'"),
+        ({"eos_token_id": "2"}, "`eos_token_id` is '2'"),
+        ({"eos_token_id": [2, None]}, r"`eos_token_id` is \[2, None\]"),
+        ({"do_sample": True, "temperature": 0}, "`temperature` is 0"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "`penalty_alpha` is 0.6"),
+        ({"guidance_scale": 1.5}, "`guidance_scale` is 1.5"),
+        ({"dola_layers": "low"}, "`dola_layers` is 'low'"),
+        ({"prefill_chunk_size": 64}, "`prefill_chunk_size` is 64"),
+        ({"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5}, "num_beam_groups"),
         ("{", "not a JSON object"),
         ("[]", "not a JSON object"),
     ],

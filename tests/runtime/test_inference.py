@@ -169,6 +169,14 @@ def test_forward_refuses_by_name_what_it_does_not_know(name, value, either_model
     np.testing.assert_array_equal(found.numpy(), expected.numpy())
 
 
+def test_forward_gives_a_tuple_where_it_is_asked_for(either_model):
+    model, ids = either_model("chatglm2-6b"), torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    logits, past = model(ids, return_dict=False)
+    np.testing.assert_array_equal(logits.numpy(), expected.numpy())
+    assert model(ids[:, :1], past_key_values=past).logits.shape[1] == 1
+
+
 def test_settings_that_mean_nothing(either_model):
     model, ids = either_model("chatglm2-6b"), torch.tensor([[5, 6, 7]])
     found = model.generate(ids, **GREEDY, guidance_scale=1.0, penalty_alpha=0.0)

