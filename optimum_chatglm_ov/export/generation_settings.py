@@ -79,9 +79,9 @@ def _check(settings: Mapping[str, Any]) -> None:
         ValueError: `settings`, without those that have no effect, end every generation.
     """
     for name in _IDS:
-        value = settings.get(name)
+        value: Any = settings.get(name)
         several = name == "eos_token_id" and isinstance(value, list)
-        ids = value if several else [] if value is None else [value]
+        ids: list[Any] = value if several else [] if value is None else [value]
         if not all(_is_number(token_id) and token_id >= 0 for token_id in ids):
             raise ValueError(f"`{name}` is {value!r}; expected the id of a token.")
     if settings.get("do_sample") and settings.get("temperature") is not None and not settings["temperature"] > 0:

@@ -29,6 +29,7 @@ from optimum_chatglm_ov.cli.export import adapter, add_options, weight_arguments
 from optimum_chatglm_ov.cli.main import SUBCOMMANDS, main
 from optimum_chatglm_ov.integrations.recognition import warn_once
 from optimum_chatglm_ov.native import is_fused
+from optimum_chatglm_ov.tokenization.chat_rules import settled
 
 
 MODELS = DATA / "models"
@@ -470,7 +471,7 @@ def test_a_reader_that_leaves_is_no_error(exported):
 
 
 @pytest.mark.parametrize(
-    "response, settled",
+    "response, expected",
     [
         ("你好", "你好"),
         ("你好,", "你好"),
@@ -480,8 +481,8 @@ def test_a_reader_that_leaves_is_no_error(exported):
         ("a[0] = [1", "a[0] = [1"),
     ],
 )
-def test_what_may_still_change_is_not_shown(response, settled):
-    assert conversation._settled(response) == settled
+def test_what_may_still_change_is_not_shown(response, expected):
+    assert settled(response) == expected
 
 
 def test_a_message_that_replaces_another_gets_its_own_line(capsys):
