@@ -44,7 +44,7 @@ template <class Products, class = void>
 struct IsProducts : std::false_type {};
 template <class Products>
 struct IsProducts<Products, decltype(
-    void(Products::kStored == CachePrecision::f32), void(Products::kPanelBlocks * Products::kRowMultiple),
+    void(Products::kStored == CachePrecision::f32), void(Products::kPanelBlocks + Products::kRowMultiple),
     void(Products::accepts(int64_t())),
     void(Products::scores(std::declval<typename Products::Session&>(),
                           std::declval<RowsView<const typename Products::Element>>(),

@@ -5,7 +5,7 @@
 // OpenVINO.
 #pragma once
 
-#include <cstdint>
+#include "common/elements.hpp"
 
 namespace optimum_chatglm_ov {
 
@@ -47,7 +47,7 @@ const char* linear_format_error(const LinearFormat& format, int64_t out_features
 // to be combined with `flip` by exclusive or (0x80 or 0x88 make signed integers unsigned); scales f16 and zero_points
 // u8 [out_features, groups]; bias f32 [out_features] or null. packed: out_features / 32 panels.
 void pack_linear(const LinearFormat& format, int64_t out_features, const uint8_t* integers, uint8_t flip,
-                 const uint16_t* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed);
+                 const f16* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed);
 
 struct LinearWeights {
     int64_t out_features;

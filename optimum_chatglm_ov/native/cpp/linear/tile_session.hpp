@@ -105,13 +105,13 @@ private:
 // What a panel of weights holds: linear.hpp.
 struct Panel {
     const float *bias, *multipliers;
-    const uint16_t* scales;
+    const f16* scales;
     const uint8_t *zero_points, *integers;
 
     Panel(const LinearFormat& f, const uint8_t* panel)
         : bias(reinterpret_cast<const float*>(panel)),
           multipliers(bias + kPanelColumns),
-          scales(reinterpret_cast<const uint16_t*>(multipliers + kPanelColumns)),
+          scales(reinterpret_cast<const f16*>(multipliers + kPanelColumns)),
           zero_points(reinterpret_cast<const uint8_t*>(scales + f.in_features / f.group_size * kPanelColumns)),
           integers(panel + panel_header_bytes(f)) {}
 };

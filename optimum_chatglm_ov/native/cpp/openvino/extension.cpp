@@ -64,7 +64,7 @@ CHATGLM_EXPORT int64_t chatglm_linear_panel_bytes(int64_t in_features, int64_t o
 
 // See pack_linear. `packed` has not been touched yet: it is in huge pages then, where the system allows.
 CHATGLM_EXPORT void chatglm_linear_pack(int64_t in_features, int64_t out_features, int64_t bits, int64_t group_size,
-                                        const uint8_t* integers, uint8_t flip, const uint16_t* scales,
+                                        const uint8_t* integers, uint8_t flip, const optimum_chatglm_ov::f16* scales,
                                         const uint8_t* zero_points, const float* bias, uint8_t* packed) {
     const optimum_chatglm_ov::LinearFormat format{in_features, bits, group_size, optimum_chatglm_ov::kActivationGroup};
     optimum_chatglm_ov::use_huge_pages(packed,
