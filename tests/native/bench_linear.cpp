@@ -13,9 +13,9 @@
 #include <string>
 #include <vector>
 
+#include "bench/peaks.hpp"
 #include "fuzzing.hpp"
 #include "linear/linear.hpp"
-#include "bench/peaks.hpp"
 #include "timing.hpp"
 
 using namespace optimum_chatglm_ov;

@@ -90,7 +90,7 @@ struct Problem {
 struct InstructionSet {
     std::string name;
     int64_t steps = 0;
-    double worst = 0;  // error, as a part of what is tolerated
+    double worst = 0;         // error, as a part of what is tolerated
     Fingerprint fingerprint;  // of outputs and caches
 
     bool takes(const AttentionArguments& a) const {
@@ -113,9 +113,9 @@ void fail(const Problem& p, const InstructionSet& isa, const std::string& what) 
     const auto& a = p.a;
     std::printf("FAILED on %s: %s\n  seed %ld: batch %d new %d past %d", isa.name.c_str(), what.c_str(), p.seed,
                 (int)a.batch, (int)a.query_length, (int)a.past_length);
-    std::printf(" heads %d/%d head_dim %d rotary %d cache %d type %d\n",
-                (int)a.num_attention_heads, (int)a.num_key_value_heads, (int)a.head_dim, (int)a.rotary_dim,
-                (int)a.cache_precision, (int)a.activation_type);
+    std::printf(" heads %d/%d head_dim %d rotary %d cache %d type %d\n", (int)a.num_attention_heads,
+                (int)a.num_key_value_heads, (int)a.head_dim, (int)a.rotary_dim, (int)a.cache_precision,
+                (int)a.activation_type);
     std::exit(1);
 }
 
@@ -135,9 +135,7 @@ Rows reference(Problem& p, const Activations& query) {
         const std::vector<float> q = p.rotated(query, b, t, h);
         std::vector<double> scores(total, -INFINITY), result(a.head_dim, 0.0);
         double largest = -INFINITY, sum = 0;
-        const auto cache_row = [&](int64_t k) {
-            return k < a.past_length ? p.beam_table[b * p.tokens() + k] : b;
-        };
+        const auto cache_row = [&](int64_t k) { return k < a.past_length ? p.beam_table[b * p.tokens() + k] : b; };
         for (int64_t k = 0; k < total; k++) {
             const int64_t context = p.context.empty() ? 0 : p.context[b];
             if ((k >= context && k > a.past_length + t) || !p.mask[b * p.tokens() + k]) continue;
@@ -151,8 +149,7 @@ Rows reference(Problem& p, const Activations& query) {
             if (scores[k] == -INFINITY) continue;
             const double w = std::exp(scores[k] - largest);
             sum += w;
-            for (int64_t d = 0; d < a.head_dim; d++)
-                result[d] += w * p.kept(p.values, cache_row(k), k, h / group, d);
+            for (int64_t d = 0; d < a.head_dim; d++) result[d] += w * p.kept(p.values, cache_row(k), k, h / group, d);
         }
         if (sum > 0)
             for (double& x : result) x /= sum;
@@ -274,8 +271,7 @@ void run_problem(long seed, std::vector<InstructionSet>& instruction_sets, int64
     // Large scores would be as uncertain as they are large, in any arithmetic on rounded keys.
     if (a.cache_precision != CachePrecision::f32) a.scale /= p.key_loudness;
     a.batch = uniform(1, 4);
-    const int64_t past =
-        uniform(0, std::min(longest_past, kCached / (a.batch * a.num_key_value_heads * a.head_dim)));
+    const int64_t past = uniform(0, std::min(longest_past, kCached / (a.batch * a.num_key_value_heads * a.head_dim)));
     std::vector<int64_t> lengths;
     for (int64_t rest = past; rest > 0; rest -= lengths.back()) lengths.push_back(uniform(1, rest));
     lengths.push_back(uniform(1, uniform(0, 2) ? longest : 40));
@@ -286,8 +282,8 @@ void run_problem(long seed, std::vector<InstructionSet>& instruction_sets, int64
     a.cache_rows = a.batch + uniform(0, 1);
     a.cache_blocks = (total + kBlockTokens - 1) / kBlockTokens + uniform(0, 1);
     const int64_t tokens = p.tokens();
-    const size_t bytes = a.cache_rows * a.num_key_value_heads * a.cache_blocks *
-                         cache_block_bytes(a.cache_precision, a.head_dim);
+    const size_t bytes =
+        a.cache_rows * a.num_key_value_heads * a.cache_blocks * cache_block_bytes(a.cache_precision, a.head_dim);
     p.key_cache.assign(bytes, 0xff), p.value_cache.assign(bytes, 0xff);  // NaN in f32 and in bf16
     a.key_cache = p.key_cache.data(), a.value_cache = p.value_cache.data();
     p.keys.assign(a.cache_rows * tokens * a.num_key_value_heads * a.head_dim, NAN), p.values = p.keys;

@@ -24,18 +24,20 @@ namespace optimum_chatglm_ov {
 template <class Dot, class = void>
 struct IsDot : std::false_type {};
 template <class Dot>
-struct IsDot<Dot, decltype(
-    void(Dot::kStored == CachePrecision::f32), void(Dot::kPair + Dot::kLanes + Dot::kRegisters + Dot::kPanelBlocks),
-    void(Dot::kScoreRows + Dot::kValueVectors + Dot::kValueRows),
-    void(typename Dot::Accumulator(Dot::add(Dot::zero(), Dot::zero()))),
-    void(Dot::store(std::declval<float*>(),
-                    Dot::multiply_add_key(Dot::broadcast(std::declval<const typename Dot::Element*>()),
+struct IsDot<Dot,
+             decltype(void(Dot::kStored == CachePrecision::f32),
+                      void(Dot::kPair + Dot::kLanes + Dot::kRegisters + Dot::kPanelBlocks),
+                      void(Dot::kScoreRows + Dot::kValueVectors + Dot::kValueRows),
+                      void(typename Dot::Accumulator(Dot::add(Dot::zero(), Dot::zero()))),
+                      void(Dot::store(std::declval<float*>(),
+                                      Dot::multiply_add_key(
+                                          Dot::broadcast(std::declval<const typename Dot::Element*>()),
                                           Dot::load(std::declval<const typename Dot::Element*>()), Dot::zero()))),
-    void(Dot::end(std::declval<float*>(),
-                  Dot::multiply_add(Dot::broadcast(std::declval<const typename Dot::Element*>()),
-                                    Dot::load(std::declval<const typename Dot::Element*>()),
-                                    Dot::begin(std::declval<const float*>())),
-                  1.0f)))> : std::true_type {};
+                      void(Dot::end(std::declval<float*>(),
+                                    Dot::multiply_add(Dot::broadcast(std::declval<const typename Dot::Element*>()),
+                                                      Dot::load(std::declval<const typename Dot::Element*>()),
+                                                      Dot::begin(std::declval<const float*>())),
+                                    1.0f)))> : std::true_type {};
 
 namespace {
 

@@ -78,8 +78,8 @@ const char* linear_format_error(const LinearFormat& f, int64_t out_features) {
     return nullptr;
 }
 
-void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* integers, uint8_t flip,
-                 const f16* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed) {
+void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* integers, uint8_t flip, const f16* scales,
+                 const uint8_t* zero_points, const float* bias, uint8_t* packed) {
     constexpr int64_t kLine = 64;  // bytes of a row that are taken at a time, while its cache line is there
     const int64_t groups = f.in_features / f.group_size, row_bytes = f.in_features * f.bits / 8;
     const uint32_t flips = flip * 0x01010101u;

@@ -11,8 +11,8 @@ namespace optimum_chatglm_ov {
 
 class Executor;  // parallel.hpp
 
-constexpr int64_t kPanelColumns = 32;      // output features that are stored together
-constexpr int64_t kActivationGroup = 32;   // activation groups are multiples of this many input features
+constexpr int64_t kPanelColumns = 32;     // output features that are stored together
+constexpr int64_t kActivationGroup = 32;  // activation groups are multiples of this many input features
 
 // How the weights of a layer are stored: weight[n, k] = scale[n, k / group_size] * (integer[n, k] - zero_point[n, k /
 // group_size]), integers of `bits` bits without sign.

@@ -26,8 +26,8 @@ struct PortableLines {
         return r;
     }
 
-    // 32 numbers become bf16 times 2^64, of each 8 the even ones first. The lanes of `sum` together gain their sum times
-    // 2^-48.
+    // 32 numbers become bf16 times 2^64, of each 8 the even ones first. The lanes of `sum` together gain their sum
+    // times 2^-48.
     static void pack(const float* x, bf16* line, Vector& sum) {
         for (int i = 0; i < 32; i++) {
             const bf16 rounded = to_bf16(x[i] * 0x1p64f);
@@ -178,7 +178,7 @@ struct Avx512Lines {
         const __m512 factor = _mm512_set1_ps(inverse);
         __m512i sum = _mm512_setzero_si512(), high_sums = sum;
         for (int64_t i = 0; i < count; i += 64, target += stride)
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
             for (int64_t j = 0; j < 64; j += 16) {
                 const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + j), factor));
                 const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
@@ -196,7 +196,7 @@ struct Avx512Lines {
         const __m512 factor = _mm512_set1_ps(inverse);
         __m512i sums = _mm512_setzero_si512();
         for (int64_t i = 0; i < count; i += 64, target += stride)
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
             for (int64_t j = 0; j < 64; j += 16) {
                 const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + j), factor));
                 _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j), _mm512_cvtepi32_epi8(whole));
@@ -218,9 +218,9 @@ struct Avx512Lines {
     static inline __attribute__((always_inline)) void convert_halves(const uint8_t* stored, bf16* target) {
         // bf16 of q - 8 times 2^-112, for q and q + 16: the lowest of the bits that follow does not matter
         alignas(64) static constexpr uint16_t kTable[32] = {
-            0x8900, 0x88e0, 0x88c0, 0x88a0, 0x8880, 0x8840, 0x8800, 0x8780, 0, 0x0780, 0x0800, 0x0840, 0x0880, 0x08a0,
-            0x08c0, 0x08e0, 0x8900, 0x88e0, 0x88c0, 0x88a0, 0x8880, 0x8840, 0x8800, 0x8780, 0, 0x0780, 0x0800, 0x0840,
-            0x0880, 0x08a0, 0x08c0, 0x08e0};
+            0x8900, 0x88e0, 0x88c0, 0x88a0, 0x8880, 0x8840, 0x8800, 0x8780, 0,      0x0780, 0x0800,
+            0x0840, 0x0880, 0x08a0, 0x08c0, 0x08e0, 0x8900, 0x88e0, 0x88c0, 0x88a0, 0x8880, 0x8840,
+            0x8800, 0x8780, 0,      0x0780, 0x0800, 0x0840, 0x0880, 0x08a0, 0x08c0, 0x08e0};
         const __m512i table = _mm512_load_si512(kTable), x = _mm512_loadu_si512(stored);
         _mm512_store_si512(target, _mm512_permutexvar_epi16(x, table));
         _mm512_store_si512(target + 32, _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), table));
@@ -230,18 +230,15 @@ struct Avx512Lines {
 
     static inline __attribute__((always_inline)) void convert_scaled_bytes(const uint8_t* low, const uint8_t* high,
                                                                            const f16* scales,
-                                                                           const uint8_t* zero_points,
-                                                                           bf16* target) {
+                                                                           const uint8_t* zero_points, bf16* target) {
         const __m512i scale = load_scales(scales), zero = load_zero_points(zero_points);
-        each_line(low, high, [&](__m512i whole, bf16* line) {
-            store_rounded(multiply(subtract(whole, zero), scale), line);
-        }, target);
+        each_line(
+            low, high, [&](__m512i whole, bf16* line) { store_rounded(multiply(subtract(whole, zero), scale), line); },
+            target);
     }
 
-    static inline __attribute__((always_inline)) void convert_scaled_halves(const uint8_t* stored,
-                                                                            const f16* scales,
-                                                                            const uint8_t* zero_points,
-                                                                            bf16* target) {
+    static inline __attribute__((always_inline)) void convert_scaled_halves(const uint8_t* stored, const f16* scales,
+                                                                            const uint8_t* zero_points, bf16* target) {
         const __m512i scale = load_scales(scales), zero = load_zero_points(zero_points);
         const __m512i x = _mm512_loadu_si512(stored);
         const auto line = [&](__m512i shifted, bf16* place) __attribute__((always_inline)) {
@@ -282,9 +279,7 @@ private:
     static void store(__m512i x, bf16* line) {
         _mm512_store_si512(line, _mm512_and_si512(_mm512_srai_epi16(x, 3), _mm512_set1_epi16(int16_t(0x8fff))));
     }
-    static void store_rounded(__m512i x, bf16* line) {
-        store(_mm512_add_epi16(x, _mm512_set1_epi16(4)), line);
-    }
+    static void store_rounded(__m512i x, bf16* line) { store(_mm512_add_epi16(x, _mm512_set1_epi16(4)), line); }
     static __m512i pairs(__m256i words) {
         const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6,
                                                5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);

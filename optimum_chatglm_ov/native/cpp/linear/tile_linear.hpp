@@ -82,7 +82,10 @@ private:
     class Converter {
     public:
         Converter(const TileTask& task, int64_t first, int64_t last, void* target)
-            : format_(*task.format), weights_(task.weights), first_(first), steps_(last - first),
+            : format_(*task.format),
+              weights_(task.weights),
+              first_(first),
+              steps_(last - first),
               target_(static_cast<bf16*>(target)),
               units(task.panels * steps_ * kUnitsOfStep) {
             if (units) begin_panel();
@@ -174,8 +177,7 @@ private:
                         block<2>(session, a, b, count, block_sums, chunk > 0, ahead, share, converter, pace);
                     else
                         block<1>(session, a, b, count, block_sums, chunk > 0, ahead, share, converter, pace);
-                    if (is_last)
-                        finish<kBits, kScales>(task, n, m, block_sums, block_sums - panels / 2 * kBlockSums);
+                    if (is_last) finish<kBits, kScales>(task, n, m, block_sums, block_sums - panels / 2 * kBlockSums);
                 }
             }
             while (converter.units) converter.next();
@@ -185,8 +187,8 @@ private:
     template <int kRowTiles, class Converter>
     static inline __attribute__((always_inline)) void block(Session& session, const uint8_t* a, const uint8_t* b,
                                                             int64_t steps, float* sums, bool has_sums,
-                                                            const uint8_t* ahead, int64_t share,
-                                                            Converter& converter, int64_t pace) {
+                                                            const uint8_t* ahead, int64_t share, Converter& converter,
+                                                            int64_t pace) {
         if (has_sums)
             session.template load_sums<kRowTiles>(sums);
         else
