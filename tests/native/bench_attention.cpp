@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times the attention of one layer below OpenVINO, on every instruction set of this CPU that is no model of another:
-// a whole prompt, and one token after as many others, with each cache. Best of a few, all taken in turns, so that other
-// load on the machine hits them alike.
+// a whole prompt, and one token after as many others, with each cache. Best of a few, all taken in turns, so that
+// other load on the machine hits them alike.
 // Usage: bench_attention [THREADS [TOKENS [SECONDS [NAMES]]]], NAMES part of the printed names, empty for all
 #include <algorithm>
 #include <atomic>
@@ -18,8 +18,8 @@
 
 #include "attention/attention.hpp"
 #include "attention/kernel.hpp"
-#include "common/parallel.hpp"
 #include "bench/peaks.hpp"
+#include "common/parallel.hpp"
 
 using namespace optimum_chatglm_ov;
 

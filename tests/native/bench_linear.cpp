@@ -13,9 +13,9 @@
 #include <string>
 #include <vector>
 
+#include "bench/peaks.hpp"
 #include "fuzzing.hpp"
 #include "linear/linear.hpp"
-#include "bench/peaks.hpp"
 #include "timing.hpp"
 
 using namespace optimum_chatglm_ov;
@@ -33,7 +33,7 @@ int main(int argc, char** argv) {
     {
         std::vector<uint8_t> integers(out * in * bits / 8), zeros(out * in / group, bits == 8 ? 128 : 8);
         for (uint8_t& v : integers) v = static_cast<uint8_t>(generator());
-        const std::vector<uint16_t> scales(out * in / group, 0x2000);
+        const std::vector<f16> scales(out * in / group, f16{0x2000});
         for (int64_t i = 0; i < layers; i++)
             pack_linear(format, out, integers.data(), 0, scales.data(), zeros.data(), nullptr, memory + i * bytes);
     }

@@ -28,19 +28,11 @@ constexpr int64_t kPortableProducts = 1 << 30, kModelProducts = 1 << 28;
 constexpr float kLoud = 30;
 constexpr int64_t kRise = 24, kRises = 6;  // tokens after which keys become twice as large, and how often they do
 
-float round_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    bits = (bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
 // Activations in either type, with a few elements of padding after each row; one row in `rarity` is `loudness` times
 // larger.
 struct Activations {
     std::vector<float> f32;
-    std::vector<uint16_t> bf16;
+    std::vector<bf16> half;
     int64_t stride;
     Activations(int64_t rows, int64_t columns, bool is_bf16, float loudness = 1, int64_t rarity = 1)
         : stride(columns + 3) {
@@ -51,20 +43,18 @@ struct Activations {
             for (int64_t c = 0; c < columns; c++) f32[r * stride + c] = factor * normal(generator);
         }
         if (!is_bf16) return;
-        for (float& x : f32) x = x == x ? round_bf16(x) : x;
-        bf16.resize(f32.size());
+        for (float& x : f32) x = x == x ? to_float(to_bf16(x)) : x;
+        half.resize(f32.size());
         for (int64_t r = 0; r < rows; r++) multiply_row(r, 1);
     }
     // By a power of two, which leaves bf16 numbers what they are.
     void multiply_row(int64_t row, float factor) {
         for (int64_t i = row * stride; i < (row + 1) * stride; i++) {
             f32[i] *= factor;
-            uint32_t bits;
-            std::memcpy(&bits, &f32[i], 4);
-            if (!bf16.empty()) bf16[i] = static_cast<uint16_t>(bits >> 16);
+            if (!half.empty()) half[i] = to_bf16(f32[i]);
         }
     }
-    const void* data() const { return bf16.empty() ? static_cast<const void*>(f32.data()) : bf16.data(); }
+    const void* data() const { return half.empty() ? static_cast<const void*>(f32.data()) : half.data(); }
     float at(int64_t row, int64_t column) const { return f32[row * stride + column]; }
 };
 
@@ -100,7 +90,7 @@ struct Problem {
 struct InstructionSet {
     std::string name;
     int64_t steps = 0;
-    double worst = 0;  // error, as a part of what is tolerated
+    double worst = 0;         // error, as a part of what is tolerated
     Fingerprint fingerprint;  // of outputs and caches
 
     bool takes(const AttentionArguments& a) const {
@@ -123,9 +113,9 @@ void fail(const Problem& p, const InstructionSet& isa, const std::string& what) 
     const auto& a = p.a;
     std::printf("FAILED on %s: %s\n  seed %ld: batch %d new %d past %d", isa.name.c_str(), what.c_str(), p.seed,
                 (int)a.batch, (int)a.query_length, (int)a.past_length);
-    std::printf(" heads %d/%d head_dim %d rotary %d cache %d type %d\n",
-                (int)a.num_attention_heads, (int)a.num_key_value_heads, (int)a.head_dim, (int)a.rotary_dim,
-                (int)a.cache_precision, (int)a.activation_type);
+    std::printf(" heads %d/%d head_dim %d rotary %d cache %d type %d\n", (int)a.num_attention_heads,
+                (int)a.num_key_value_heads, (int)a.head_dim, (int)a.rotary_dim, (int)a.cache_precision,
+                (int)a.activation_type);
     std::exit(1);
 }
 
@@ -145,9 +135,7 @@ Rows reference(Problem& p, const Activations& query) {
         const std::vector<float> q = p.rotated(query, b, t, h);
         std::vector<double> scores(total, -INFINITY), result(a.head_dim, 0.0);
         double largest = -INFINITY, sum = 0;
-        const auto cache_row = [&](int64_t k) {
-            return k < a.past_length ? p.beam_table[b * p.tokens() + k] : b;
-        };
+        const auto cache_row = [&](int64_t k) { return k < a.past_length ? p.beam_table[b * p.tokens() + k] : b; };
         for (int64_t k = 0; k < total; k++) {
             const int64_t context = p.context.empty() ? 0 : p.context[b];
             if ((k >= context && k > a.past_length + t) || !p.mask[b * p.tokens() + k]) continue;
@@ -161,8 +149,7 @@ Rows reference(Problem& p, const Activations& query) {
             if (scores[k] == -INFINITY) continue;
             const double w = std::exp(scores[k] - largest);
             sum += w;
-            for (int64_t d = 0; d < a.head_dim; d++)
-                result[d] += w * p.kept(p.values, cache_row(k), k, h / group, d);
+            for (int64_t d = 0; d < a.head_dim; d++) result[d] += w * p.kept(p.values, cache_row(k), k, h / group, d);
         }
         if (sum > 0)
             for (double& x : result) x /= sum;
@@ -244,13 +231,10 @@ void step(Problem& p, std::vector<InstructionSet>& instruction_sets, int64_t que
         std::copy(key_cache.begin(), key_cache.end(), p.key_cache.begin());
         std::copy(value_cache.begin(), value_cache.end(), p.value_cache.begin());
         std::vector<float> output(rows * a.num_attention_heads * a.head_dim, std::numeric_limits<float>::quiet_NaN());
-        std::vector<uint16_t> output_bf16(is_bf16 ? output.size() : 0, 0x7fc0);
+        std::vector<bf16> output_bf16(is_bf16 ? output.size() : 0, bf16{0x7fc0});
         a.output = is_bf16 ? static_cast<void*>(output_bf16.data()) : output.data();
         fused_attention(a, threads, isa.name.c_str());
-        for (size_t i = 0; i < output_bf16.size(); i++) {
-            const uint32_t bits = static_cast<uint32_t>(output_bf16[i]) << 16;
-            std::memcpy(&output[i], &bits, 4);
-        }
+        for (size_t i = 0; i < output_bf16.size(); i++) output[i] = to_float(output_bf16[i]);
         for (float found : output)
             if (!std::isfinite(found))
                 fail(p, isa, "output is not finite: memory was read beyond the tokens, or sums overflowed");
@@ -287,8 +271,7 @@ void run_problem(long seed, std::vector<InstructionSet>& instruction_sets, int64
     // Large scores would be as uncertain as they are large, in any arithmetic on rounded keys.
     if (a.cache_precision != CachePrecision::f32) a.scale /= p.key_loudness;
     a.batch = uniform(1, 4);
-    const int64_t past =
-        uniform(0, std::min(longest_past, kCached / (a.batch * a.num_key_value_heads * a.head_dim)));
+    const int64_t past = uniform(0, std::min(longest_past, kCached / (a.batch * a.num_key_value_heads * a.head_dim)));
     std::vector<int64_t> lengths;
     for (int64_t rest = past; rest > 0; rest -= lengths.back()) lengths.push_back(uniform(1, rest));
     lengths.push_back(uniform(1, uniform(0, 2) ? longest : 40));
@@ -299,8 +282,8 @@ void run_problem(long seed, std::vector<InstructionSet>& instruction_sets, int64
     a.cache_rows = a.batch + uniform(0, 1);
     a.cache_blocks = (total + kBlockTokens - 1) / kBlockTokens + uniform(0, 1);
     const int64_t tokens = p.tokens();
-    const size_t bytes = a.cache_rows * a.num_key_value_heads * a.cache_blocks *
-                         cache_block_bytes(a.cache_precision, a.head_dim);
+    const size_t bytes =
+        a.cache_rows * a.num_key_value_heads * a.cache_blocks * cache_block_bytes(a.cache_precision, a.head_dim);
     p.key_cache.assign(bytes, 0xff), p.value_cache.assign(bytes, 0xff);  // NaN in f32 and in bf16
     a.key_cache = p.key_cache.data(), a.value_cache = p.value_cache.data();
     p.keys.assign(a.cache_rows * tokens * a.num_key_value_heads * a.head_dim, NAN), p.values = p.keys;
@@ -336,7 +319,7 @@ int main(int argc, char** argv) {
     const long past = argc > 4 ? std::atol(argv[4]) : 0;
     std::vector<InstructionSet> instruction_sets;
     std::stringstream names(optimum_chatglm_ov::instruction_sets());
-    for (std::string name; std::getline(names, name, ',');) instruction_sets.push_back({name});
+    for (std::string name; std::getline(names, name, ',');) instruction_sets.push_back({name, 0, 0, Fingerprint()});
     for (long i = seed; i < seed + count; i++)
         run_problem(i, instruction_sets, i % 16 == 15 && !past ? 6 * length : length, past);
     for (const InstructionSet& isa : instruction_sets)

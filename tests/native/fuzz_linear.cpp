@@ -27,9 +27,9 @@ std::vector<float> normal(int64_t count, bool has_outliers = true) {
 }
 
 // f16 of 2^-exponent * (1 + fraction / 1024), and its value.
-uint16_t half(int exponent, int fraction, double& value) {
+f16 half(int exponent, int fraction, double& value) {
     value = std::ldexp(1.0 + fraction / 1024.0, -exponent);
-    return static_cast<uint16_t>((15 - exponent) << 10 | fraction);
+    return {static_cast<uint16_t>((15 - exponent) << 10 | fraction)};
 }
 
 struct Layer {
@@ -45,11 +45,12 @@ struct Layer {
         const uint8_t flip = !is_signed ? 0 : f.bits == 8 ? 0x80 : 0x88;
         const int64_t values = 1 << f.bits;
         std::vector<uint8_t> integers(rows * f.in_features * f.bits / 8), zeros(rows * groups);
-        std::vector<uint16_t> scales(rows * groups);
+        std::vector<f16> scales(rows * groups);
         for (int64_t g = 0; g < rows * groups; g++) {
             double scale;
             scales[g] = half(static_cast<int>(uniform(4, 12)), static_cast<int>(uniform(0, 1023)), scale);
-            if (!uniform(0, 50)) scale = std::ldexp(static_cast<double>(scales[g] = 700), -24);  // denormal
+            if (!uniform(0, 50))
+                scale = std::ldexp(static_cast<double>((scales[g] = f16{700}).bits), -24);  // denormal
             zeros[g] = static_cast<uint8_t>(is_asymmetric ? uniform(0, values - 1) : values / 2);
             for (int64_t i = g * f.group_size; i < (g + 1) * f.group_size; i++) {
                 const int64_t integer = uniform(0, values - 1);
@@ -244,10 +245,10 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints) {
         const Rounding first = is_bytes && is_wide(name, rows) ? Rounding::rows_wide
                                : first_bf16                    ? Rounding::bf16
                                                                : rounding(set, format, rows);
-        const Rounding second = is_bytes && is_wide(name, rows) ? Rounding::rows_wide
-                                : rounding(set, down.format, rows);
-        const double most = second == Rounding::rows || second == Rounding::bf16 || first == Rounding::bf16 ? 1.5e-2
-                                                                                                        : 2e-3;
+        const Rounding second =
+            is_bytes && is_wide(name, rows) ? Rounding::rows_wide : rounding(set, down.format, rows);
+        const double most =
+            second == Rounding::rows || second == Rounding::bf16 || first == Rounding::bf16 ? 1.5e-2 : 2e-3;
         passed &= check("mlp", name, down.format, rows, error(output, expected_down(first, second)), most);
         for (const auto& found : outputs) fingerprints[name].add(found);
         fingerprints[name].add(output);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the native benchmarks share: threads that wait without sleeping, the rate of reading memory, the best of some runs.
+// What the native benchmarks share: threads that wait without sleeping, the rate of reading memory, the best of some
+// runs.
 #pragma once
 
 #include <sys/mman.h>
@@ -30,7 +31,10 @@ public:
                 }
             });
     }
-    ~Pool() { start(0, nullptr, nullptr); for (auto& t : threads_) t.join(); }
+    ~Pool() {
+        start(0, nullptr, nullptr);
+        for (auto& t : threads_) t.join();
+    }
     int64_t concurrency() const override { return static_cast<int64_t>(threads_.size()) + 1; }
     void run(int64_t workers, void (*body)(void*), void* context) const override {
         start(workers, body, context);

@@ -12,8 +12,7 @@ namespace {
 // is found among bit patterns, and adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
 inline float quantize(const float* row, int64_t head_dim, int8_t* __restrict integers) {
     int32_t bits = 0;
-    for (int64_t d = 0; d < head_dim; d++)
-        bits = greater(bits, static_cast<int32_t>(as_bits(row[d]) & 0x7fffffffu));
+    for (int64_t d = 0; d < head_dim; d++) bits = greater(bits, static_cast<int32_t>(as_bits(row[d]) & 0x7fffffffu));
     const float largest = as_float(bits);
     const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
     for (int64_t d = 0; d < head_dim; d++)

@@ -29,9 +29,9 @@ void check_shapes(const AttentionArguments& a) {
             "batch and query length must be at least 1 and the past length at least 0, found " +
                 std::to_string(a.batch) + ", " + std::to_string(a.query_length) + ", " +
                 std::to_string(a.past_length));
-    require(a.num_key_value_heads >= 1 && a.num_attention_heads >= 1 &&
-                a.num_attention_heads % a.num_key_value_heads == 0,
-            "num_attention_heads must be a multiple of num_key_value_heads");
+    require(
+        a.num_key_value_heads >= 1 && a.num_attention_heads >= 1 && a.num_attention_heads % a.num_key_value_heads == 0,
+        "num_attention_heads must be a multiple of num_key_value_heads");
     require(a.head_dim >= 16 && a.head_dim % 16 == 0 && a.head_dim <= kMaxHeadDim,
             "head_dim must be a multiple of 16 up to " + std::to_string(kMaxHeadDim) + ", found " +
                 std::to_string(a.head_dim));
@@ -40,8 +40,8 @@ void check_shapes(const AttentionArguments& a) {
     const int64_t total = a.past_length + a.query_length, capacity = a.cache_blocks * kBlockTokens;
     require(total <= capacity, "the cache holds " + std::to_string(capacity) + " tokens, " + std::to_string(total) +
                                    " are needed: grow it before the inference");
-    require(a.batch <= a.cache_rows, "the cache has " + std::to_string(a.cache_rows) + " rows, the batch " +
-                                         std::to_string(a.batch));
+    require(a.batch <= a.cache_rows,
+            "the cache has " + std::to_string(a.cache_rows) + " rows, the batch " + std::to_string(a.batch));
 }
 
 void check_beam_table(const AttentionArguments& a) {
@@ -147,8 +147,8 @@ Division divide(const AttentionArguments& a, const AttentionKernels& kernels, in
     d.query_parts = ceil_divide(a.query_length, d.queries);
     d.key_parts = 1;
     if (heads * d.query_parts < wanted && concurrency > 1)
-        d.key_parts = std::max<int64_t>(
-            std::min(ceil_divide(wanted, heads * d.query_parts), blocks / kMinBlocksPerSplit), 1);
+        d.key_parts =
+            std::max<int64_t>(std::min(ceil_divide(wanted, heads * d.query_parts), blocks / kMinBlocksPerSplit), 1);
     d.blocks_per_part = ceil_divide(blocks, d.key_parts);
     d.key_parts = ceil_divide(blocks, d.blocks_per_part);
     return d;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two matrix products of attention on bf16 tiles, kRowTiles tiles of 16 rows each. Tiles 0..3: sums [row tile][column
-// tile]; 4, 5: left operand; 6, 7: right operand. After each step of up to four products comes a call of `between`, whose
-// vector instructions run beside them.
+// The two matrix products of attention on bf16 tiles, kRowTiles tiles of 16 rows each. Tiles 0..3: sums
+// [row tile][column tile]; 4, 5: left operand; 6, 7: right operand. After each step of up to four products comes a
+// call of `between`, whose vector instructions run beside them.
 #pragma once
 
 #include "attention/tile_memory.hpp"
@@ -44,9 +44,9 @@ inline __attribute__((always_inline)) void score_tiles(Tiles& tiles, const bf16*
 // Adds weights [blocks][2] tiles times values of 32 channels from `channel` on to output [kRowTiles][head_dim / 16]
 // tiles, of which it begins at those channels.
 template <int kRowTiles, class Tiles, class Between>
-inline __attribute__((always_inline)) void value_tiles(Tiles& tiles, const bf16* weights,
-                                                       const bf16* const* blocks, int64_t count, int64_t channel,
-                                                       int64_t head_dim, float* output, const Between& between) {
+inline __attribute__((always_inline)) void value_tiles(Tiles& tiles, const bf16* weights, const bf16* const* blocks,
+                                                       int64_t count, int64_t channel, int64_t head_dim, float* output,
+                                                       const Between& between) {
     float* second = output + head_dim * kTileRows;
     tiles.template load<0>(output, 64);
     tiles.template load<1>(output + kTileFloats, 64);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two matrix products of attention on byte tiles, for few queries after an int8 cache: blocks are read as they are.
-// A tile of keys is 64 channels of 16 keys, or the last 32; a tile of values is the block's 32 keys of 16 channels.
+// The two matrix products of attention on byte tiles, for few queries after an int8 cache: blocks are read as they
+// are. A tile of keys is 64 channels of 16 keys, or the last 32; a tile of values is the block's 32 keys of 16
+// channels.
 #pragma once
 
 #include "attention/products.hpp"
@@ -51,7 +52,8 @@ struct ByteTileProducts {
                            BlocksView<Element> values, float* output) {
         for (int64_t r = 0; r < weights.count; r += 16) {
             const int64_t left = weights.count - r;
-            const RowsView<const Element> some{weights.data + r * weights.stride, weights.stride, left < 16 ? left : 16};
+            const RowsView<const Element> some{weights.data + r * weights.stride, weights.stride,
+                                               left < 16 ? left : 16};
             float* target = output + r * values.head_dim;
             int64_t c = 0;
             for (; c + 64 <= values.head_dim; c += 64)

@@ -10,13 +10,15 @@ namespace {
 
 #if defined(__AVX512BF16__)
 // Four bytes of each of 16 lanes, times scales of their own -> two lines of bf16 pairs.
-inline void convert_fours(const uint8_t* source, __m512i flip, const __m512* scales, bf16* first,
-                          bf16* second) {
-    alignas(64) static constexpr uint16_t kInTurns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+inline void convert_fours(const uint8_t* source, __m512i flip, const __m512* scales, bf16* first, bf16* second) {
+    alignas(64) static constexpr uint16_t kInTurns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                          21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                          11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_load_si512(kInTurns);
     const __m512i fours = _mm512_xor_si512(_mm512_loadu_si512(source), flip);
-    const auto scaled = [&](__m512i integers, int i) { return _mm512_mul_ps(_mm512_cvtepi32_ps(integers), scales[i]); };
+    const auto scaled = [&](__m512i integers, int i) {
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(integers), scales[i]);
+    };
     const __m512 a = scaled(_mm512_srai_epi32(_mm512_slli_epi32(fours, 24), 24), 0);
     const __m512 b = scaled(_mm512_srai_epi32(_mm512_slli_epi32(fours, 16), 24), 1);
     const __m512 c = scaled(_mm512_srai_epi32(_mm512_slli_epi32(fours, 8), 24), 2);

@@ -42,8 +42,8 @@ struct DotProducts {
         if (query.count > 0) score_rows<kRows>(query, keys.blocks[0], scores);
     }
 
-    static void accumulate(Session&, RowsView<const Element> weights, const float* factors,
-                           BlocksView<Element> values, float* output) {
+    static void accumulate(Session&, RowsView<const Element> weights, const float* factors, BlocksView<Element> values,
+                           float* output) {
         // Few rows: all channels at once reads the values in the order of memory.
         constexpr int kWide = 128 / kLanes;
         constexpr int kWideRows = Dot::kRegisters / kWide / 2;
@@ -104,8 +104,7 @@ private:
                 Operand key[kVectors];
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; v++)
-                    key[v] = Dot::load((v < kHalf ? keys : second) +
-                                       ((s + chain) * 16 + v % kHalf * kLanes) * kPair);
+                    key[v] = Dot::load((v < kHalf ? keys : second) + ((s + chain) * 16 + v % kHalf * kLanes) * kPair);
 #pragma GCC unroll 16
                 for (int r = 0; r < kRows; r++) {
                     const Operand q = Dot::broadcast(query.data + r * head_dim + (s + chain) * kPair);
@@ -141,8 +140,7 @@ private:
         const int64_t head_dim = values.head_dim;
         Accumulator sums[kRows][kVectors];
         for (int r = 0; r < kRows; r++)
-            for (int v = 0; v < kVectors; v++)
-                sums[r][v] = Dot::begin(output + r * head_dim + c + v * kLanes);
+            for (int v = 0; v < kVectors; v++) sums[r][v] = Dot::begin(output + r * head_dim + c + v * kLanes);
         for (int64_t b = 0; b < values.count; b++) {
             const Element* value = values.blocks[b] + c * kPair;
             const Element* weight = weights.data + b * kBlockTokens;
@@ -155,8 +153,7 @@ private:
                 for (int r = 0; r < kRows; r++) {
                     const Operand w = Dot::broadcast(weight + r * weights.stride + s * kPair);
 #pragma GCC unroll 16
-                    for (int v = 0; v < kVectors; v++)
-                        sums[r][v] = Dot::multiply_add(w, operand[v], sums[r][v]);
+                    for (int v = 0; v < kVectors; v++) sums[r][v] = Dot::multiply_add(w, operand[v], sums[r][v]);
                 }
             }
         }

@@ -24,18 +24,20 @@ namespace optimum_chatglm_ov {
 template <class Dot, class = void>
 struct IsDot : std::false_type {};
 template <class Dot>
-struct IsDot<Dot, decltype(
-    void(Dot::kStored == CachePrecision::f32), void(Dot::kPair * Dot::kLanes * Dot::kRegisters * Dot::kPanelBlocks),
-    void(Dot::kScoreRows * Dot::kValueVectors * Dot::kValueRows),
-    void(typename Dot::Accumulator(Dot::add(Dot::zero(), Dot::zero()))),
-    void(Dot::store(std::declval<float*>(),
-                    Dot::multiply_add_key(Dot::broadcast(std::declval<const typename Dot::Element*>()),
+struct IsDot<Dot,
+             decltype(void(Dot::kStored == CachePrecision::f32),
+                      void(Dot::kPair + Dot::kLanes + Dot::kRegisters + Dot::kPanelBlocks),
+                      void(Dot::kScoreRows + Dot::kValueVectors + Dot::kValueRows),
+                      void(typename Dot::Accumulator(Dot::add(Dot::zero(), Dot::zero()))),
+                      void(Dot::store(std::declval<float*>(),
+                                      Dot::multiply_add_key(
+                                          Dot::broadcast(std::declval<const typename Dot::Element*>()),
                                           Dot::load(std::declval<const typename Dot::Element*>()), Dot::zero()))),
-    void(Dot::end(std::declval<float*>(),
-                  Dot::multiply_add(Dot::broadcast(std::declval<const typename Dot::Element*>()),
-                                    Dot::load(std::declval<const typename Dot::Element*>()),
-                                    Dot::begin(std::declval<const float*>())),
-                  1.0f)))> : std::true_type {};
+                      void(Dot::end(std::declval<float*>(),
+                                    Dot::multiply_add(Dot::broadcast(std::declval<const typename Dot::Element*>()),
+                                                      Dot::load(std::declval<const typename Dot::Element*>()),
+                                                      Dot::begin(std::declval<const float*>())),
+                                    1.0f)))> : std::true_type {};
 
 namespace {
 
@@ -127,7 +129,7 @@ struct Int8Dot {
     static Vector to_float(Operand v) { return {_mm512_cvtepi32_ps(v)}; }
     static Operand low_halves(Operand v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
     static Operand high_halves(Operand v) { return low_halves(_mm512_srli_epi16(v, 4)); }
-    static Vector from_half(const uint16_t* p) {
+    static Vector from_half(const f16* p) {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     }
     static Vector from_bytes(const uint8_t* p) {
@@ -155,7 +157,7 @@ struct Int8Dot {
     static Vector to_float(Operand v) { return {_mm256_cvtepi32_ps(v)}; }
     static Operand low_halves(Operand v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
     static Operand high_halves(Operand v) { return low_halves(_mm256_srli_epi16(v, 4)); }
-    static Vector from_half(const uint16_t* p) {
+    static Vector from_half(const f16* p) {
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
     }
     static Vector from_bytes(const uint8_t* p) {

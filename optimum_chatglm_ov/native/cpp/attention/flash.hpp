@@ -138,8 +138,8 @@ private:
         float mean_factor = 0;
         if constexpr (kInt8) mean_factor = sum_values(count, rows_.limit(first));
         for (int64_t r = first; r < last; r++) {
-            const float shrink = FlashSoftmax<Products, Vector>::weigh(panel_, count, rows_.limit(r), scale_,
-                                                                       memory_.row(r, first));
+            const float shrink =
+                FlashSoftmax<Products, Vector>::weigh(panel_, count, rows_.limit(r), scale_, memory_.row(r, first));
             float* output = memory_.output + r * head_dim_;
             const Vector factor = Vector::all(shrink);
             if constexpr (kInt8) {
@@ -166,11 +166,11 @@ private:
         const int64_t value_distance = reads_directly_ ? 0 : kStreamedBlocks;
         const int64_t bytes = cache_block_bytes(a_.cache_precision, head_dim_);
         for (int64_t b = 0; b < count; b++)
-            Products::scores_ahead(session_, query, {panel_.keys + b, 1, head_dim_},
-                                   {scores.data + b * kBlockTokens, scores.stride, rows},
-                                   {{panel_.stored_keys[b] + kStreamedBlocks * bytes,
-                                     panel_.stored_values[b] + value_distance * bytes},
-                                    bytes});
+            Products::scores_ahead(
+                session_, query, {panel_.keys + b, 1, head_dim_},
+                {scores.data + b * kBlockTokens, scores.stride, rows},
+                {{panel_.stored_keys[b] + kStreamedBlocks * bytes, panel_.stored_values[b] + value_distance * bytes},
+                 bytes});
     }
 
     void add_values(int64_t first, int64_t rows, int64_t count) {

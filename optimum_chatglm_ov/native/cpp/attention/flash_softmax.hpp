@@ -38,7 +38,8 @@ public:
         for (int64_t b = 0; b < count; b++) {
             const uint32_t visible = panel.visible_before(b, limit);
             any_visible |= visible;
-            largest = finish_scores(scores + b * kBlockTokens, panel.key_scales[b], row.query_offset, visible, largest);
+            largest =
+                finish_scores(scores + b * kBlockTokens, panel.key_scales[b], row.query_offset, visible, largest);
         }
         if (kInt8) scale *= row.query_scale;
         const float new_max = greater(row.max, largest.max_lane() * scale);
@@ -90,7 +91,8 @@ private:
             }
         if (visible != ~0u)
             for (int64_t j = 0; j < kBlockTokens; j++) scores[j] = (visible >> j & 1) ? scores[j] : kHidden;
-        for (int64_t j = 0; j < kBlockTokens; j += kLanes) largest = Vector::maximum(largest, Vector::load(scores + j));
+        for (int64_t j = 0; j < kBlockTokens; j += kLanes)
+            largest = Vector::maximum(largest, Vector::load(scores + j));
         return largest;
     }
 

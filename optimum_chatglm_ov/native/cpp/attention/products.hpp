@@ -43,19 +43,21 @@ struct AheadView {
 template <class Products, class = void>
 struct IsProducts : std::false_type {};
 template <class Products>
-struct IsProducts<Products, decltype(
-    void(Products::kStored == CachePrecision::f32), void(Products::kPanelBlocks * Products::kRowMultiple),
-    void(Products::accepts(int64_t())),
-    void(Products::scores(std::declval<typename Products::Session&>(),
-                          std::declval<RowsView<const typename Products::Element>>(),
-                          std::declval<BlocksView<typename Products::Element>>(), std::declval<RowsView<float>>())),
-    void(Products::scores_ahead(std::declval<typename Products::Session&>(),
-                                std::declval<RowsView<const typename Products::Element>>(),
-                                std::declval<BlocksView<typename Products::Element>>(),
-                                std::declval<RowsView<float>>(), std::declval<AheadView>())),
-    void(Products::accumulate(std::declval<typename Products::Session&>(),
-                              std::declval<RowsView<const typename Products::Element>>(),
-                              std::declval<const float*>(), std::declval<BlocksView<typename Products::Element>>(),
-                              std::declval<float*>())))> : std::true_type {};
+struct IsProducts<
+    Products, decltype(void(Products::kStored == CachePrecision::f32),
+                       void(Products::kPanelBlocks + Products::kRowMultiple), void(Products::accepts(int64_t())),
+                       void(Products::scores(std::declval<typename Products::Session&>(),
+                                             std::declval<RowsView<const typename Products::Element>>(),
+                                             std::declval<BlocksView<typename Products::Element>>(),
+                                             std::declval<RowsView<float>>())),
+                       void(Products::scores_ahead(std::declval<typename Products::Session&>(),
+                                                   std::declval<RowsView<const typename Products::Element>>(),
+                                                   std::declval<BlocksView<typename Products::Element>>(),
+                                                   std::declval<RowsView<float>>(), std::declval<AheadView>())),
+                       void(Products::accumulate(
+                           std::declval<typename Products::Session&>(),
+                           std::declval<RowsView<const typename Products::Element>>(), std::declval<const float*>(),
+                           std::declval<BlocksView<typename Products::Element>>(), std::declval<float*>())))>
+    : std::true_type {};
 
 }  // namespace optimum_chatglm_ov

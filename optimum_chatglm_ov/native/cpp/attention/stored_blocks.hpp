@@ -24,8 +24,7 @@ void gather_tokens(const AttentionArguments& a, const AttendTask& task, int64_t 
     std::memset(target, 0, Block::bytes(head_dim));
     for (int64_t t = 0; t < kBlockTokens && block * kBlockTokens + t < total; t++) {
         const int64_t slot = block * kBlockTokens + t;
-        const int64_t row =
-            slot < a.past_length ? a.beam_table[task.batch * a.beam_table_stride + slot] : task.batch;
+        const int64_t row = slot < a.past_length ? a.beam_table[task.batch * a.beam_table_stride + slot] : task.batch;
         uint8_t* source = cache_block(a, kIsKey ? a.key_cache : a.value_cache, row, task.kv_head, block);
         for (int64_t d = 0; d < head_dim; d += n) {
             const int64_t at = kIsKey ? Block::key_offset(t, d, head_dim) : Block::value_offset(t, d, head_dim);
@@ -40,8 +39,7 @@ void gather_tokens(const AttentionArguments& a, const AttendTask& task, int64_t 
 template <Kind kKind>
 uint8_t* stored_block(const AttentionArguments& a, const AttendTask& task, int64_t block, uint8_t* gathered) {
     const int64_t row = task.blocks[block].cache_row;
-    if (row >= 0)
-        return cache_block(a, kKind == Kind::keys ? a.key_cache : a.value_cache, row, task.kv_head, block);
+    if (row >= 0) return cache_block(a, kKind == Kind::keys ? a.key_cache : a.value_cache, row, task.kv_head, block);
     with_block(a.cache_precision,
                [&](auto layout) { gather_tokens<decltype(layout), kKind>(a, task, block, gathered); });
     return gathered;

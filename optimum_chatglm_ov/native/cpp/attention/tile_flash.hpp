@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Flash-style attention of one task on bf16 tiles. The cache layouts are tile layouts already: 16 rows of 64 bytes hold
-// 32 channels of 16 keys, or 32 keys of 16 channels. Queries, scores, weights and outputs are kept as whole tiles too.
+// Flash-style attention of one task on bf16 tiles. The cache layouts are tile layouts already: 16 rows of 64 bytes
+// hold 32 channels of 16 keys, or 32 keys of 16 channels. Queries, scores, weights and outputs are kept as whole tiles
+// too.
 //
 // The unit of work is an item: a group of 32 rows against a panel of cache blocks. The tile unit and the vector units
 // work side by side: between the products of one item's scores, and of an earlier item's weights and values, come
@@ -271,7 +272,8 @@ private:
 
     // The group's share of the block that most likely takes this one's place in the next panel.
     void prefetch_share(const bf16* block, int64_t group) const {
-        const int64_t lines = kBlockTokens * head_dim_ * 2 / 64, groups = round_up(rows_.count, kGroupRows) / kGroupRows;
+        const int64_t lines = kBlockTokens * head_dim_ * 2 / 64,
+                      groups = round_up(rows_.count, kGroupRows) / kGroupRows;
         const int64_t share = (lines + groups - 1) / groups;
         const uint8_t* next = reinterpret_cast<const uint8_t*>(block) + kTilePanelBlocks * lines * 64;
         for (int64_t i = group * share; i < lesser((group + 1) * share, lines); i++)
@@ -314,7 +316,7 @@ private:
     const TileMemory memory_;
     Tiles tiles_;
     TilePanel panels_[kTilePanels];
-    TileItem items_[kItems];    // by number
+    TileItem items_[kItems];  // by number
     Waiting waiting_[kRing];
     int64_t scored_items_ = 0, weighed_items_ = 0, valued_items_ = 0;
     int64_t scored_ = 0, weighed_ = 0;  // blocks

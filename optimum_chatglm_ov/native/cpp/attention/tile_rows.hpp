@@ -45,7 +45,8 @@ void write_tile_results(const AttentionArguments& a, const AttendTask& task, con
     for (int64_t r = 0; r < rows.count; r++) {
         const float* lanes = memory.sums[memory.state[r / kGroupRows] & kSecondSums] + r * 16;
         Vector sums = Vector::load(lanes);
-        for (int64_t j = Vector::kLanes; j < 16; j += Vector::kLanes) sums = Vector::add(sums, Vector::load(lanes + j));
+        for (int64_t j = Vector::kLanes; j < 16; j += Vector::kLanes)
+            sums = Vector::add(sums, Vector::load(lanes + j));
         const float sum = sums.sum_lanes();
         const float* source = memory.output_at(r, 0);
         const Vector one = Vector::all(1.0f), factor = Vector::all(sum > 0 ? 1.0f / sum : sum);

@@ -34,38 +34,38 @@ struct Slice {
 };
 
 // The next kSliceRows rows.
-    template <class Vector>
+template <class Vector>
 inline __attribute__((always_inline)) void weigh_rows(Slice& slice, float scale) {
-        const Vector factor = Vector::all(scale);
-        const float* const scores = slice.scores;
-        bf16* const weights = slice.weights;
-        const float* const before = slice.before;
-        float* const after = slice.after;
+    const Vector factor = Vector::all(scale);
+    const float* const scores = slice.scores;
+    bf16* const weights = slice.weights;
+    const float* const before = slice.before;
+    float* const after = slice.after;
 #pragma GCC unroll 4
-        for (int64_t r = 0; r < kSliceRows; r++) {
-            const Vector shift = Vector::all(slice.shift[r]);
-            const auto weight = [&](int64_t j) {
-                return Vector::weight(Vector::multiply_add(Vector::load(scores + r * 16 + j), factor, shift));
-            };
+    for (int64_t r = 0; r < kSliceRows; r++) {
+        const Vector shift = Vector::all(slice.shift[r]);
+        const auto weight = [&](int64_t j) {
+            return Vector::weight(Vector::multiply_add(Vector::load(scores + r * 16 + j), factor, shift));
+        };
 #pragma GCC unroll 2
-            for (int64_t j = 0; j < 16; j += Vector::kLanes) {
-                const Vector left = weight(j), right = weight(kTileFloats + j);
-                Vector::add(Vector::load(before + r * 16 + j), Vector::add(left, right)).store(after + r * 16 + j);
-                if constexpr (Vector::kLanes == 16) {
-                    Vector::store_bf16(weights + r * 32, left, right);
-                } else {
-                    left.store_bf16(weights + r * 32 + j);
-                    right.store_bf16(weights + r * 32 + 16 + j);
-                }
+        for (int64_t j = 0; j < 16; j += Vector::kLanes) {
+            const Vector left = weight(j), right = weight(kTileFloats + j);
+            Vector::add(Vector::load(before + r * 16 + j), Vector::add(left, right)).store(after + r * 16 + j);
+            if constexpr (Vector::kLanes == 16) {
+                Vector::store_bf16(weights + r * 32, left, right);
+            } else {
+                left.store_bf16(weights + r * 32 + j);
+                right.store_bf16(weights + r * 32 + 16 + j);
             }
         }
-        slice.rows -= kSliceRows;
-        slice.scores += kSliceRows * 16 + (slice.rows == kTileRows ? kTileFloats : 0);
-        slice.weights += kSliceRows * 32;
-        slice.before += kSliceRows * 16;
-        slice.after += kSliceRows * 16;
-        slice.shift += kSliceRows;
     }
+    slice.rows -= kSliceRows;
+    slice.scores += kSliceRows * 16 + (slice.rows == kTileRows ? kTileFloats : 0);
+    slice.weights += kSliceRows * 32;
+    slice.before += kSliceRows * 16;
+    slice.after += kSliceRows * 16;
+    slice.shift += kSliceRows;
+}
 
 }  // namespace
 }  // namespace optimum_chatglm_ov

@@ -59,9 +59,9 @@ CpuFeatures detect() {
     if (!bit(one.ecx, 27)) return f;  // no xgetbv
     const uint64_t states = enabled_states();
     const bool ymm = (states & 0x6) == 0x6, zmm = (states & 0xe6) == 0xe6, tiles = (states & 0x60000) == 0x60000;
-    f.avx2 = ymm && bit(one.ecx, 12) && bit(one.ecx, 29) && bit(seven.ebx, 5);                    // FMA, F16C, AVX2
+    f.avx2 = ymm && bit(one.ecx, 12) && bit(one.ecx, 29) && bit(seven.ebx, 5);                     // FMA, F16C, AVX2
     f.avx512 = f.avx2 && zmm && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) &&  // F, DQ, BW
-               bit(seven.ebx, 31);                                                             // VL
+               bit(seven.ebx, 31);                                                                 // VL
     f.avx2_vnni = f.avx2 && bit(seven_one.eax, 4);
     f.avx512_vnni = f.avx512 && bit(seven.ecx, 11);
     f.avx512_bf16 = f.avx512 && bit(seven_one.eax, 5);

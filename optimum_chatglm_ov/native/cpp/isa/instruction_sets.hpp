@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instruction sets that there are kernels for, each in a source file of its own, and which of them computes.
 //
-// A new one is a file here, compiled for it alone (CMakeLists.txt), with functions that kernels.hpp declares, and a row
-// of the table in instruction_sets.cpp: attention and linear layers find it there by its name and place.
+// A new one is a file here, compiled for it alone (CMakeLists.txt), with functions that kernels.hpp declares, and a
+// row of the table in instruction_sets.cpp: attention and linear layers find it there by its name and place.
 #pragma once
 
 #include <string>

@@ -8,8 +8,8 @@ namespace optimum_chatglm_ov {
 struct AttentionKernels;  // attention/kernel.hpp
 struct LinearKernels;     // linear/linear_kernel.hpp
 
-// Null where the compiler, or the CPU, lacks what they need beside the instruction set of the file; whether the CPU has
-// that one, the table asks before.
+// Null where the compiler, or the CPU, lacks what they need beside the instruction set of the file; whether the CPU
+// has that one, the table asks before.
 const AttentionKernels* amx_attention_kernels();
 const AttentionKernels* amx_model_attention_kernels();
 const AttentionKernels* avx2_attention_kernels();

@@ -49,7 +49,7 @@ struct PortableBytes {
         for (int i = 0; i < Vector::kLanes; i++) r.lane[i] = static_cast<float>(v.lane[i]);
         return r;
     }
-    static Vector from_half(const uint16_t* p) { return PortableLines::from_half(p); }
+    static Vector from_half(const f16* p) { return PortableLines::from_half(p); }
     static Vector from_bytes(const uint8_t* p) { return PortableLines::from_bytes(p); }
 };
 

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "common/cpu_features.hpp"
-#include "linear/linear_kernel.hpp"
 #include "common/parallel.hpp"
+#include "linear/linear_kernel.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -78,8 +78,8 @@ public:
         int64_t columns = 0;
         for (int64_t i = 0; i < count; i++) columns += weights[i].out_features / kPanelColumns;
         const int64_t wanted = 8 * executor.concurrency(), vertical = ceil_divide(panels(), height);
-        const int64_t width = std::min(std::max<int64_t>(columns * vertical / wanted, 1),
-                                       panels() > 1 ? kPanelsTogether : columns);
+        const int64_t width =
+            std::min(std::max<int64_t>(columns * vertical / wanted, 1), panels() > 1 ? kPanelsTogether : columns);
         const int64_t horizontal = ceil_divide(columns, width);
         parallel_for(executor, vertical * horizontal, executor.concurrency(), [&](int64_t task) {
             const int64_t first_row = task / horizontal * height, first_column = task % horizontal * width;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Linear layers over the byte products of one instruction set.
-//   Bytes   Operand (kLanes x 4 bytes, or kLanes i32 sums), load, all, dot, low_halves, high_halves, to_float
-//   Vector  the f32 vectors of as many lanes
+//   Bytes   concepts.hpp
 #pragma once
 
 #include "linear/activation.hpp"
+#include "linear/concepts.hpp"
 #include "linear/linear_kernel.hpp"
 #include "simd/vector.hpp"
 
@@ -151,7 +151,7 @@ private:
         const int64_t first = task.first_segment * segment, group_size = f.activation_group_size;
         const float* bias = reinterpret_cast<const float*>(task.weights) + column;
         const float* multipliers = bias + kPanelColumns;
-        const uint16_t* scales = reinterpret_cast<const uint16_t*>(task.weights + kPanelColumns * 8) + column;
+        const f16* scales = reinterpret_cast<const f16*>(task.weights + kPanelColumns * 8) + column;
         const uint8_t* zero_points = task.weights + kPanelColumns * (8 + groups * 2) + column;
         const uint8_t* integers =
             task.weights + panel_header_bytes(f) + first * kPanelColumns * kBits / 8 + column * 4;
@@ -235,6 +235,7 @@ private:
 
 template <class Bytes>
 const LinearKernels* make_linear_kernels() {
+    static_assert(IsBytes<Bytes>::value, "Bytes lacks what linear/concepts.hpp lists");
     using Products = ByteProducts<Bytes>;
     static const ByteKernels bytes = {Products::kRows, Bytes::kWideRows, Products::quantize, Products::multiply};
     static const LinearKernels kernels = {&bytes, nullptr};

@@ -40,26 +40,26 @@ uint32_t one_to_a_byte(uint32_t halves) {
 // f16: 1 bit of sign, 5 of exponent, 10 of fraction.
 constexpr int kHalfBias = 15, kHalfInfinity = 31;
 
-double half_magnitude(uint16_t half) {
-    const int exponent = half >> 10 & 31, fraction = half & 1023;
+double half_magnitude(f16 half) {
+    const int exponent = half.bits >> 10 & 31, fraction = half.bits & 1023;
     return exponent ? std::ldexp(1024 + fraction, exponent - kHalfBias - 10) : std::ldexp(fraction, -kHalfBias - 9);
 }
 
 // e with 2^e <= the largest magnitude < 2^(e + 1), or 0 if there is none or it is not finite.
-int largest_exponent(const uint16_t* halves, int64_t count) {
-    uint16_t largest = 0;  // the bits are ordered like the magnitudes
-    for (int64_t i = 0; i < count; i++) largest = std::max<uint16_t>(largest, halves[i] & 0x7fff);
-    return largest == 0 || largest >> 10 == kHalfInfinity ? 0 : std::ilogb(half_magnitude(largest));
+int largest_exponent(const f16* halves, int64_t count) {
+    f16 largest{0};  // the bits are ordered like the magnitudes
+    for (int64_t i = 0; i < count; i++) largest.bits = std::max<uint16_t>(largest.bits, halves[i].bits & 0x7fff);
+    return largest.bits == 0 || largest.bits >> 10 == kHalfInfinity ? 0 : std::ilogb(half_magnitude(largest));
 }
 
 // Exact, unless the result is below 2^-14, where f16 has fewer bits.
-uint16_t half_times_power(uint16_t half, int power) {
-    if (power == 0 || (half & 0x7fff) == 0 || (half >> 10 & 31) == kHalfInfinity) return half;
+f16 half_times_power(f16 half, int power) {
+    if (power == 0 || (half.bits & 0x7fff) == 0 || (half.bits >> 10 & 31) == kHalfInfinity) return half;
     const double magnitude = std::ldexp(half_magnitude(half), power);
     const int exponent = std::max(std::ilogb(magnitude), 1 - kHalfBias);
     // a fraction that rounds up to 1024, or up from a denormal, carries into the exponent as it should
     const auto fraction = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
-    return static_cast<uint16_t>((half & 0x8000) | (((exponent + kHalfBias - 1) << 10) + fraction));
+    return {static_cast<uint16_t>((half.bits & 0x8000) | (((exponent + kHalfBias - 1) << 10) + fraction))};
 }
 
 }  // namespace
@@ -78,8 +78,8 @@ const char* linear_format_error(const LinearFormat& f, int64_t out_features) {
     return nullptr;
 }
 
-void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* integers, uint8_t flip,
-                 const uint16_t* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed) {
+void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* integers, uint8_t flip, const f16* scales,
+                 const uint8_t* zero_points, const float* bias, uint8_t* packed) {
     constexpr int64_t kLine = 64;  // bytes of a row that are taken at a time, while its cache line is there
     const int64_t groups = f.in_features / f.group_size, row_bytes = f.in_features * f.bits / 8;
     const uint32_t flips = flip * 0x01010101u;
@@ -88,10 +88,10 @@ void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* int
         std::memset(panel, 0, panel_header_bytes(f));
         if (bias) std::memcpy(panel, bias + first, kPanelColumns * 4);
         auto* multipliers = reinterpret_cast<float*>(panel) + kPanelColumns;
-        auto* panel_scales = reinterpret_cast<uint16_t*>(multipliers + kPanelColumns);
+        auto* panel_scales = reinterpret_cast<f16*>(multipliers + kPanelColumns);
         uint8_t* panel_zeros = panel + kPanelColumns * (8 + groups * 2);
         for (int64_t c = 0; c < kPanelColumns; c++) {
-            const uint16_t* column = scales + (first + c) * groups;
+            const f16* column = scales + (first + c) * groups;
             const int exponent = largest_exponent(column, groups);
             multipliers[c] = std::ldexp(1.0f, exponent);
             for (int64_t g = 0; g < groups; g++) {

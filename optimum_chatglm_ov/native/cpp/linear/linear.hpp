@@ -5,14 +5,14 @@
 // OpenVINO.
 #pragma once
 
-#include <cstdint>
+#include "common/elements.hpp"
 
 namespace optimum_chatglm_ov {
 
 class Executor;  // parallel.hpp
 
-constexpr int64_t kPanelColumns = 32;      // output features that are stored together
-constexpr int64_t kActivationGroup = 32;   // activation groups are multiples of this many input features
+constexpr int64_t kPanelColumns = 32;     // output features that are stored together
+constexpr int64_t kActivationGroup = 32;  // activation groups are multiples of this many input features
 
 // How the weights of a layer are stored: weight[n, k] = scale[n, k / group_size] * (integer[n, k] - zero_point[n, k /
 // group_size]), integers of `bits` bits without sign.
@@ -47,7 +47,7 @@ const char* linear_format_error(const LinearFormat& format, int64_t out_features
 // to be combined with `flip` by exclusive or (0x80 or 0x88 make signed integers unsigned); scales f16 and zero_points
 // u8 [out_features, groups]; bias f32 [out_features] or null. packed: out_features / 32 panels.
 void pack_linear(const LinearFormat& format, int64_t out_features, const uint8_t* integers, uint8_t flip,
-                 const uint16_t* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed);
+                 const f16* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed);
 
 struct LinearWeights {
     int64_t out_features;

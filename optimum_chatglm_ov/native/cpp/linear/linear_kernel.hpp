@@ -86,7 +86,8 @@ struct TileWay {
     // Bytes of the values, and of the sums, of a block.
     int64_t (*value_bytes)(const LinearFormat&);
     int64_t (*sum_bytes)(const LinearFormat&);
-    // Rows [first, last) of a block from f32 rows `stride` apart. What those that are never packed hold does not matter.
+    // Rows [first, last) of a block from f32 rows `stride` apart. What those that are never packed hold does not
+    // matter.
     void (*pack)(const LinearFormat&, const float* input, int64_t stride, int64_t first, int64_t last,
                  const RowBlock& block);
     size_t (*scratch_bytes)(const TileTask&);

@@ -15,7 +15,7 @@ namespace {
 struct PortableLines {
     using Vector = PortableVector;
 
-    static Vector from_half(const uint16_t* p) {
+    static Vector from_half(const f16* p) {
         Vector r;
         for (int i = 0; i < Vector::kLanes; i++) r.lane[i] = half(p[i]);
         return r;
@@ -26,12 +26,12 @@ struct PortableLines {
         return r;
     }
 
-    // 32 numbers become bf16 times 2^64, of each 8 the even ones first. The lanes of `sum` together gain their sum times
-    // 2^-48.
-    static void pack(const float* x, uint16_t* line, Vector& sum) {
+    // 32 numbers become bf16 times 2^64, of each 8 the even ones first. The lanes of `sum` together gain their sum
+    // times 2^-48.
+    static void pack(const float* x, bf16* line, Vector& sum) {
         for (int i = 0; i < 32; i++) {
             const bf16 rounded = to_bf16(x[i] * 0x1p64f);
-            line[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = rounded.bits;
+            line[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = rounded;
             sum.lane[i % Vector::kLanes] += to_float(rounded) * 0x1p-112f;
         }
     }
@@ -82,7 +82,7 @@ struct PortableLines {
     }
 
     // Bytes of features 0 .. 3 and 4 .. 7, minus 128.
-    static void convert_bytes(const uint8_t* low, const uint8_t* high, uint16_t* target) {
+    static void convert_bytes(const uint8_t* low, const uint8_t* high, bf16* target) {
         for (int column = 0; column < 16; column++)
             for (int k = 0; k < 8; k++) {
                 const uint8_t* bytes = k < 4 ? low : high;
@@ -90,14 +90,14 @@ struct PortableLines {
             }
     }
     // Half bytes of features 0 .. 3 (low) and 4 .. 7 (high), minus 8.
-    static void convert_halves(const uint8_t* stored, uint16_t* target) {
+    static void convert_halves(const uint8_t* stored, bf16* target) {
         for (int column = 0; column < 16; column++)
             for (int k = 0; k < 8; k++)
                 put(static_cast<float>((stored[column * 4 + k % 4] >> k / 4 * 4 & 15) - 8), k, column, target);
     }
     // The same times scales, minus zero points.
-    static void convert_scaled_bytes(const uint8_t* low, const uint8_t* high, const uint16_t* scales,
-                                     const uint8_t* zero_points, uint16_t* target) {
+    static void convert_scaled_bytes(const uint8_t* low, const uint8_t* high, const f16* scales,
+                                     const uint8_t* zero_points, bf16* target) {
         for (int column = 0; column < 16; column++)
             for (int k = 0; k < 8; k++) {
                 const uint8_t* bytes = k < 4 ? low : high;
@@ -105,8 +105,8 @@ struct PortableLines {
                     column, target);
             }
     }
-    static void convert_scaled_halves(const uint8_t* stored, const uint16_t* scales, const uint8_t* zero_points,
-                                      uint16_t* target) {
+    static void convert_scaled_halves(const uint8_t* stored, const f16* scales, const uint8_t* zero_points,
+                                      bf16* target) {
         for (int column = 0; column < 16; column++)
             for (int k = 0; k < 8; k++)
                 put(static_cast<float>((stored[column * 4 + k % 4] >> k / 4 * 4 & 15) - zero_points[column]) *
@@ -117,16 +117,15 @@ struct PortableLines {
 private:
     static int32_t to_integer(float x) { return x == x ? static_cast<int32_t>(std::nearbyint(x)) : 0; }
     static int32_t as_integer(float x) { return static_cast<int32_t>(as_bits(x)); }
-    static float half(uint16_t bits) {
-        const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+    static float half(f16 number) {
+        const uint32_t sign = static_cast<uint32_t>(number.bits & 0x8000u) << 16, rest = number.bits & 0x7fffu;
         const bool is_denormal = rest < 0x400;  // as an f32 it would be one too, which the CPU may take for 0
         const float magnitude =
             is_denormal ? static_cast<float>(rest) * 0x1p-24f : as_float((rest << 13) + (112u << 23));
         return as_float(sign | as_bits(magnitude));
     }
-    static void put(float weight, int k, int column, uint16_t* target) {
-        target[(k % 2 * 2 + k / 4) * 32 + column * 2 + k % 4 / 2] =
-            to_bf16(weight * 0x1p-112f).bits;
+    static void put(float weight, int k, int column, bf16* target) {
+        target[(k % 2 * 2 + k / 4) * 32 + column * 2 + k % 4 / 2] = to_bf16(weight * 0x1p-112f);
     }
 };
 
@@ -134,14 +133,14 @@ private:
 struct Avx512Lines {
     using Vector = Avx512Vector;
 
-    static Vector from_half(const uint16_t* p) {
+    static Vector from_half(const f16* p) {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     }
     static Vector from_bytes(const uint8_t* p) {
         return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
     }
 
-    static void pack(const float* x, uint16_t* line, Vector& sum) {
+    static void pack(const float* x, bf16* line, Vector& sum) {
         const __m512 shift = _mm512_set1_ps(0x1p64f);
         const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_loadu_ps(x + 16), shift),
                                                    _mm512_mul_ps(_mm512_loadu_ps(x), shift));
@@ -179,7 +178,7 @@ struct Avx512Lines {
         const __m512 factor = _mm512_set1_ps(inverse);
         __m512i sum = _mm512_setzero_si512(), high_sums = sum;
         for (int64_t i = 0; i < count; i += 64, target += stride)
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
             for (int64_t j = 0; j < 64; j += 16) {
                 const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + j), factor));
                 const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
@@ -197,7 +196,7 @@ struct Avx512Lines {
         const __m512 factor = _mm512_set1_ps(inverse);
         __m512i sums = _mm512_setzero_si512();
         for (int64_t i = 0; i < count; i += 64, target += stride)
-#pragma GCC unroll 4
+#    pragma GCC unroll 4
             for (int64_t j = 0; j < 64; j += 16) {
                 const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + j), factor));
                 _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j), _mm512_cvtepi32_epi8(whole));
@@ -211,17 +210,17 @@ struct Avx512Lines {
     }
 
     static inline __attribute__((always_inline)) void convert_bytes(const uint8_t* low, const uint8_t* high,
-                                                                    uint16_t* target) {
+                                                                    bf16* target) {
         const __m512i middle = _mm512_set1_epi16(0x6480);  // f16 1024 + 128
-        each_line(low, high, [&](__m512i whole, uint16_t* line) { store(subtract(whole, middle), line); }, target);
+        each_line(low, high, [&](__m512i whole, bf16* line) { store(subtract(whole, middle), line); }, target);
     }
 
-    static inline __attribute__((always_inline)) void convert_halves(const uint8_t* stored, uint16_t* target) {
+    static inline __attribute__((always_inline)) void convert_halves(const uint8_t* stored, bf16* target) {
         // bf16 of q - 8 times 2^-112, for q and q + 16: the lowest of the bits that follow does not matter
         alignas(64) static constexpr uint16_t kTable[32] = {
-            0x8900, 0x88e0, 0x88c0, 0x88a0, 0x8880, 0x8840, 0x8800, 0x8780, 0, 0x0780, 0x0800, 0x0840, 0x0880, 0x08a0,
-            0x08c0, 0x08e0, 0x8900, 0x88e0, 0x88c0, 0x88a0, 0x8880, 0x8840, 0x8800, 0x8780, 0, 0x0780, 0x0800, 0x0840,
-            0x0880, 0x08a0, 0x08c0, 0x08e0};
+            0x8900, 0x88e0, 0x88c0, 0x88a0, 0x8880, 0x8840, 0x8800, 0x8780, 0,      0x0780, 0x0800,
+            0x0840, 0x0880, 0x08a0, 0x08c0, 0x08e0, 0x8900, 0x88e0, 0x88c0, 0x88a0, 0x8880, 0x8840,
+            0x8800, 0x8780, 0,      0x0780, 0x0800, 0x0840, 0x0880, 0x08a0, 0x08c0, 0x08e0};
         const __m512i table = _mm512_load_si512(kTable), x = _mm512_loadu_si512(stored);
         _mm512_store_si512(target, _mm512_permutexvar_epi16(x, table));
         _mm512_store_si512(target + 32, _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), table));
@@ -230,22 +229,19 @@ struct Avx512Lines {
     }
 
     static inline __attribute__((always_inline)) void convert_scaled_bytes(const uint8_t* low, const uint8_t* high,
-                                                                           const uint16_t* scales,
-                                                                           const uint8_t* zero_points,
-                                                                           uint16_t* target) {
+                                                                           const f16* scales,
+                                                                           const uint8_t* zero_points, bf16* target) {
         const __m512i scale = load_scales(scales), zero = load_zero_points(zero_points);
-        each_line(low, high, [&](__m512i whole, uint16_t* line) {
-            store_rounded(multiply(subtract(whole, zero), scale), line);
-        }, target);
+        each_line(
+            low, high, [&](__m512i whole, bf16* line) { store_rounded(multiply(subtract(whole, zero), scale), line); },
+            target);
     }
 
-    static inline __attribute__((always_inline)) void convert_scaled_halves(const uint8_t* stored,
-                                                                            const uint16_t* scales,
-                                                                            const uint8_t* zero_points,
-                                                                            uint16_t* target) {
+    static inline __attribute__((always_inline)) void convert_scaled_halves(const uint8_t* stored, const f16* scales,
+                                                                            const uint8_t* zero_points, bf16* target) {
         const __m512i scale = load_scales(scales), zero = load_zero_points(zero_points);
         const __m512i x = _mm512_loadu_si512(stored);
-        const auto line = [&](__m512i shifted, uint16_t* place) __attribute__((always_inline)) {
+        const auto line = [&](__m512i shifted, bf16* place) __attribute__((always_inline)) {
             const __m512i whole = merge(shifted, _mm512_set1_epi16(15));
             store_rounded(multiply(subtract(whole, zero), scale), place);
         };
@@ -271,7 +267,7 @@ private:
     }
     template <class Line>
     static inline __attribute__((always_inline)) void each_line(const uint8_t* low, const uint8_t* high,
-                                                                const Line& line, uint16_t* target) {
+                                                                const Line& line, bf16* target) {
         const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
         const __m512i bytes = _mm512_set1_epi16(255);
         line(merge(a, bytes), target);
@@ -280,18 +276,16 @@ private:
         line(merge(_mm512_srli_epi16(b, 8), bytes), target + 96);
     }
     // f16 -> bf16 times 2^-112
-    static void store(__m512i x, uint16_t* line) {
+    static void store(__m512i x, bf16* line) {
         _mm512_store_si512(line, _mm512_and_si512(_mm512_srai_epi16(x, 3), _mm512_set1_epi16(int16_t(0x8fff))));
     }
-    static void store_rounded(__m512i x, uint16_t* line) {
-        store(_mm512_add_epi16(x, _mm512_set1_epi16(4)), line);
-    }
+    static void store_rounded(__m512i x, bf16* line) { store(_mm512_add_epi16(x, _mm512_set1_epi16(4)), line); }
     static __m512i pairs(__m256i words) {
         const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6,
                                                5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
         return _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(words));
     }
-    static __m512i load_scales(const uint16_t* scales) {
+    static __m512i load_scales(const f16* scales) {
         return pairs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
     }
     static __m512i load_zero_points(const uint8_t* zero_points) {

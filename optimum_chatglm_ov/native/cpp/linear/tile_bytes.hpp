@@ -16,9 +16,9 @@ template <class Tiles, class Lines, bool kWide>
 struct TileBytes {
     using Vector = typename Lines::Vector;
     using Session = TileSession<Tiles>;
-    static constexpr int64_t kStep = 64;                      // input features of one tile product
-    static constexpr int64_t kRows = kWide ? 16 : 32;         // of a block
-    static constexpr int64_t kStepBytes = 2 * kTileBytes;     // of activations, and of weights
+    static constexpr int64_t kStep = 64;                   // input features of one tile product
+    static constexpr int64_t kRows = kWide ? 16 : 32;      // of a block
+    static constexpr int64_t kStepBytes = 2 * kTileBytes;  // of activations, and of weights
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
     static int64_t sum_bytes(const LinearFormat&) { return 32 * 4; }
@@ -70,7 +70,7 @@ private:
             const int64_t first = chunk * steps / chunks, count = (chunk + 1) * steps / chunks - first;
             for (int64_t n = 0; n < task.panels; n++) {
                 const uint8_t* weights = chunk_weights(task, n, first);
-                const uint8_t* next = n + 1 < task.panels    ? chunk_weights(task, n + 1, first)
+                const uint8_t* next = n + 1 < task.panels  ? chunk_weights(task, n + 1, first)
                                       : chunk + 1 < chunks ? chunk_weights(task, 0, first + count)
                                                            : weights;
                 for (int64_t m = 0; m < blocks; m++) {
@@ -101,8 +101,8 @@ private:
                                const uint8_t* next, int64_t share, const uint8_t* other, int64_t other_share,
                                const float* next_sums) {
         for (int64_t step = 0; step < count; step++) {
-            session.template multiply<2, true, Session::Streams::activations>(
-                a + step * kStepBytes, weights + step * kStepBytes, 64, 2 * 64);
+            session.template multiply<2, true, Session::Streams::activations>(a + step * kStepBytes,
+                                                                              weights + step * kStepBytes, 64, 2 * 64);
             if (next_sums) fetch<3, 256>(reinterpret_cast<const uint8_t*>(next_sums) + step * 256);
             for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + step * share + byte, 0, 2);
             for (int64_t byte = 0; byte < other_share; byte += 64)

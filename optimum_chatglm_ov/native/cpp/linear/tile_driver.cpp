@@ -4,16 +4,16 @@
 #include <numeric>
 #include <vector>
 
-#include "linear/linear_kernel.hpp"
 #include "common/parallel.hpp"
+#include "linear/linear_kernel.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
 
-constexpr int64_t kTaskBlocks = 16;   // sums of a task take a quarter of the second-level cache
+constexpr int64_t kTaskBlocks = 16;  // sums of a task take a quarter of the second-level cache
 constexpr int64_t kTaskPanels = 8;
-constexpr int64_t kChunkRows = 512;   // of activations that are held at a time: they stay in the last cache
-constexpr int64_t kPackedRows = 4;    // that one task packs
+constexpr int64_t kChunkRows = 512;  // of activations that are held at a time: they stay in the last cache
+constexpr int64_t kPackedRows = 4;   // that one task packs
 
 // Of each thread that runs inferences: fresh memory would be cleared by the system, again for each layer.
 struct Scratch {
@@ -61,8 +61,8 @@ public:
         const int64_t width = format_.in_features;
         way_ = &choose_way(kernels_, format_);
         // as many rows as one block has cost no more in 16 bits
-        if (way_ == &kernels_.bytes && (rows <= kernels_.wide.block_rows ||
-                                        !rounds_well(kernels_, input, rows, width, executor)))
+        if (way_ == &kernels_.bytes &&
+            (rows <= kernels_.wide.block_rows || !rounds_well(kernels_, input, rows, width, executor)))
             way_ = &kernels_.wide;
         reserve(ceil_divide(rows, way_->block_rows));
         // a few rows are ready before another thread has begun
@@ -149,8 +149,14 @@ void multiply(const PackedRows& activations, const LinearFormat& format, const L
                 pointers[j] = panels.at(layer + j / some, panel + j % some);
                 targets[j] = outputs[layer] + first_row * stride + (panel + j % some) * kPanelColumns;
             }
-            const TileTask task{&format,  activations.blocks() + first_block, last_row - first_row, layers * some,
-                                pointers, gating,                             targets,              stride};
+            const TileTask task{&format,
+                                activations.blocks() + first_block,
+                                last_row - first_row,
+                                layers * some,
+                                pointers,
+                                gating,
+                                targets,
+                                stride};
             way.multiply(task, task_scratch().reserve(way.scratch_bytes(task)));
             next += some;
         }

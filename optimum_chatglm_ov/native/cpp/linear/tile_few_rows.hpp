@@ -61,7 +61,7 @@ struct TileFewRows {
     static constexpr int64_t kUnitBytes = kPanelColumns * kBits;
 
     template <int kBits>
-    static inline __attribute__((always_inline)) void convert(const uint8_t* stored, uint16_t* target) {
+    static inline __attribute__((always_inline)) void convert(const uint8_t* stored, bf16* target) {
         if constexpr (kBits == 8)
             Lines::convert_bytes(stored, stored + kPanelColumns * 4, target);
         else
@@ -79,7 +79,7 @@ struct TileFewRows {
         const int64_t groups = f.in_features / f.group_size, group_steps = f.group_size / kStep;
         const int64_t held = kHeldFeatures / kRowTiles / f.group_size, chunk_groups = held ? held : 1;
         Session session(kRowTiles == 2 ? 16 : task.rows, kRowTiles == 2 ? task.rows - 16 : 16);
-        alignas(64) uint16_t ring[kRing][kStepBytes / 2];
+        alignas(64) bf16 ring[kRing][kStepBytes / 2];
         alignas(64) float products[2][kBlockSums];  // of two groups: one is added up while the next is multiplied
         StoredSteps<kStoredBytes> fetched(task, groups * group_steps, chunk_groups * group_steps), converted = fetched;
         int64_t conversions = 0, multiplications = 0, parity = 0;
@@ -90,7 +90,7 @@ struct TileFewRows {
         };
         const auto convert_step = [&]() __attribute__((always_inline)) {
             const uint8_t* stored = converted.next();
-            uint16_t* target = ring[conversions++ % kRing];
+            bf16* target = ring[conversions++ % kRing];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++)
 #pragma GCC unroll 4

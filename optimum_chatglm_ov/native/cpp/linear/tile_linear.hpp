@@ -27,7 +27,7 @@ struct TileLinear {
     static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t first, int64_t last,
                      const RowBlock& block) {
         for (int64_t r = first; r < last; r++) {
-            uint16_t* line = static_cast<uint16_t*>(block.values) + r * kStep;
+            bf16* line = static_cast<bf16*>(block.values) + r * kStep;
             float* sum = static_cast<float*>(block.sums) + r;
             const float* x = input + r * stride;
             block.scales[r] = 0.0f;
@@ -69,8 +69,8 @@ private:
 
     // 8 input features of 16 columns, times their scales.
     template <int kBits>
-    static inline __attribute__((always_inline)) void convert_scaled(const uint8_t* stored, const uint16_t* scales,
-                                                                     const uint8_t* zero_points, uint16_t* target) {
+    static inline __attribute__((always_inline)) void convert_scaled(const uint8_t* stored, const f16* scales,
+                                                                     const uint8_t* zero_points, bf16* target) {
         if constexpr (kBits == 8)
             Lines::convert_scaled_bytes(stored, stored + kPanelColumns * 4, scales, zero_points, target);
         else
@@ -82,8 +82,11 @@ private:
     class Converter {
     public:
         Converter(const TileTask& task, int64_t first, int64_t last, void* target)
-            : format_(*task.format), weights_(task.weights), first_(first), steps_(last - first),
-              target_(static_cast<uint16_t*>(target)),
+            : format_(*task.format),
+              weights_(task.weights),
+              first_(first),
+              steps_(last - first),
+              target_(static_cast<bf16*>(target)),
               units(task.panels * steps_ * kUnitsOfStep) {
             if (units) begin_panel();
         }
@@ -128,11 +131,11 @@ private:
         const LinearFormat& format_;
         const uint8_t* const* weights_;
         const int64_t first_, steps_;
-        uint16_t* target_;
+        bf16* target_;
         const uint8_t* stored_ = nullptr;
         uint32_t unit_ = 0;
         int64_t step_ = 0, group_steps_ = 0, left_ = 0;  // left: steps until the next group
-        const uint16_t* scales_ = nullptr;
+        const f16* scales_ = nullptr;
         const uint8_t* zero_points_ = nullptr;
 
     public:
@@ -174,8 +177,7 @@ private:
                         block<2>(session, a, b, count, block_sums, chunk > 0, ahead, share, converter, pace);
                     else
                         block<1>(session, a, b, count, block_sums, chunk > 0, ahead, share, converter, pace);
-                    if (is_last)
-                        finish<kBits, kScales>(task, n, m, block_sums, block_sums - panels / 2 * kBlockSums);
+                    if (is_last) finish<kBits, kScales>(task, n, m, block_sums, block_sums - panels / 2 * kBlockSums);
                 }
             }
             while (converter.units) converter.next();
@@ -185,8 +187,8 @@ private:
     template <int kRowTiles, class Converter>
     static inline __attribute__((always_inline)) void block(Session& session, const uint8_t* a, const uint8_t* b,
                                                             int64_t steps, float* sums, bool has_sums,
-                                                            const uint8_t* ahead, int64_t share,
-                                                            Converter& converter, int64_t pace) {
+                                                            const uint8_t* ahead, int64_t share, Converter& converter,
+                                                            int64_t pace) {
         if (has_sums)
             session.template load_sums<kRowTiles>(sums);
         else

@@ -10,9 +10,9 @@ namespace optimum_chatglm_ov {
 namespace {
 
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kTileSums = 256;                  // of one tile
-constexpr int64_t kBlockSums = 4 * kTileSums;       // [row tile][column tile][16][16]
-constexpr int64_t kChunkSteps = 16;  // products whose held operand, 32 KB, fits the first-level cache
+constexpr int64_t kTileSums = 256;             // of one tile
+constexpr int64_t kBlockSums = 4 * kTileSums;  // [row tile][column tile][16][16]
+constexpr int64_t kChunkSteps = 16;            // products whose held operand, 32 KB, fits the first-level cache
 
 // Offset of a sum of a block.
 inline int64_t sum_at(int64_t row, int64_t column) {
@@ -105,13 +105,13 @@ private:
 // What a panel of weights holds: linear.hpp.
 struct Panel {
     const float *bias, *multipliers;
-    const uint16_t* scales;
+    const f16* scales;
     const uint8_t *zero_points, *integers;
 
     Panel(const LinearFormat& f, const uint8_t* panel)
         : bias(reinterpret_cast<const float*>(panel)),
           multipliers(bias + kPanelColumns),
-          scales(reinterpret_cast<const uint16_t*>(multipliers + kPanelColumns)),
+          scales(reinterpret_cast<const f16*>(multipliers + kPanelColumns)),
           zero_points(reinterpret_cast<const uint8_t*>(scales + f.in_features / f.group_size * kPanelColumns)),
           integers(panel + panel_header_bytes(f)) {}
 };
@@ -125,9 +125,8 @@ struct ColumnScale {
     ColumnScale(const Panel& panel, int64_t group, int64_t column)
         : scale(Vector::multiply(Lines::from_half(panel.scales + group * kPanelColumns + column),
                                  Vector::load(panel.multipliers + column))),
-          minus_zero(
-              Vector::multiply_add(Lines::from_bytes(panel.zero_points + group * kPanelColumns + column),
-                                   Vector::all(-1.0f), Vector::all(static_cast<float>(1 << (kBits - 1))))) {}
+          minus_zero(Vector::multiply_add(Lines::from_bytes(panel.zero_points + group * kPanelColumns + column),
+                                          Vector::all(-1.0f), Vector::all(static_cast<float>(1 << (kBits - 1))))) {}
 };
 
 // The last step of a block: results, in the places of sums, go to the output, or through the activation function.

@@ -10,8 +10,9 @@ namespace optimum_chatglm_ov {
 namespace {
 
 const char* const kInputNames[ChatGLMAttention::kInputs] = {
-    "query",       "key",        "value",          "cos",            "sin",         "key_cache",    "value_cache",
-    "past_length", "beam_table", "attention_mask", "context_length", "prefix keys", "prefix values"};
+    "query",          "key",         "value",        "cos",        "sin",
+    "key_cache",      "value_cache", "past_length",  "beam_table", "attention_mask",
+    "context_length", "prefix keys", "prefix values"};
 
 CachePrecision parse(const ov::Node* node, const std::string& name) {
     CachePrecision precision;
@@ -65,8 +66,8 @@ void ChatGLMAttention::validate_and_infer_types() {
                           static_cast<size_t>(kInputsWithoutPrefix), " inputs, or ", static_cast<size_t>(kInputs),
                           " with a prefix, found ", inputs);
     NODE_VALIDATION_CHECK(this, num_key_value_heads_ > 0 && num_attention_heads_ % num_key_value_heads_ == 0,
-                          "num_attention_heads (", num_attention_heads_, ") must be a multiple of num_key_value_heads (",
-                          num_key_value_heads_, ")");
+                          "num_attention_heads (", num_attention_heads_,
+                          ") must be a multiple of num_key_value_heads (", num_key_value_heads_, ")");
     NODE_VALIDATION_CHECK(this, head_dim_ > 0 && head_dim_ % 16 == 0 && head_dim_ <= kMaxHeadDim,
                           "head_dim must be a multiple of 16 up to ", kMaxHeadDim, ", found ", head_dim_);
     const CachePrecision precision = parse(this, cache_precision_);
@@ -116,7 +117,8 @@ bool ChatGLMAttention::visit_attributes(ov::AttributeVisitor& visitor) {
 }
 
 bool ChatGLMAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-    const ov::Shape query = inputs[kQuery].get_shape(), cos = inputs[kCos].get_shape(), cache = inputs[kKeyCache].get_shape();
+    const ov::Shape query = inputs[kQuery].get_shape(), cos = inputs[kCos].get_shape(),
+                    cache = inputs[kKeyCache].get_shape();
     const size_t batch = query[0], length = query[1];
     outputs[0].set_shape(query);
     if (batch == 0 || length == 0) return true;
@@ -133,14 +135,16 @@ bool ChatGLMAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVecto
     a.head_dim = head_dim_;
     a.scale = scale_;
     a.cache_precision = parse(this, cache_precision_);
-    a.activation_type = inputs[kQuery].get_element_type() == ov::element::bf16 ? ActivationType::bf16 : ActivationType::f32;
+    a.activation_type =
+        inputs[kQuery].get_element_type() == ov::element::bf16 ? ActivationType::bf16 : ActivationType::f32;
     a.query_stride = num_attention_heads_ * head_dim_;
     a.key_stride = a.value_stride = num_key_value_heads_ * head_dim_;
     for (size_t i : {kKey, kValue}) {
         const ov::Shape wanted{batch, length, static_cast<size_t>(a.key_stride)};
-        OPENVINO_ASSERT(inputs[i].get_shape() == wanted && inputs[i].get_element_type() == inputs[kQuery].get_element_type(),
-                        "ChatGLMAttention: ", kInputNames[i], " must be ", wanted, " ", inputs[kQuery].get_element_type(),
-                        ", found ", inputs[i].get_shape(), " ", inputs[i].get_element_type());
+        OPENVINO_ASSERT(
+            inputs[i].get_shape() == wanted && inputs[i].get_element_type() == inputs[kQuery].get_element_type(),
+            "ChatGLMAttention: ", kInputNames[i], " must be ", wanted, " ", inputs[kQuery].get_element_type(),
+            ", found ", inputs[i].get_shape(), " ", inputs[i].get_element_type());
     }
     a.query = inputs[kQuery].data();
     a.key = inputs[kKey].data();
@@ -156,8 +160,8 @@ bool ChatGLMAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVecto
     a.sin = inputs[kSin].data<float>();
     a.rotary_batch_stride = tables == 1 ? 0 : length * a.rotary_dim;
 
-    OPENVINO_ASSERT(cache == inputs[kValueCache].get_shape(), "ChatGLMAttention: key cache ", cache, " and value cache ",
-                    inputs[kValueCache].get_shape(), " must have one shape");
+    OPENVINO_ASSERT(cache == inputs[kValueCache].get_shape(), "ChatGLMAttention: key cache ", cache,
+                    " and value cache ", inputs[kValueCache].get_shape(), " must have one shape");
     a.cache_rows = cache[0];
     a.cache_blocks = cache[2];
     // The caches are the caller's own memory: bound with set_tensor, written in place.
@@ -167,12 +171,12 @@ bool ChatGLMAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVecto
     const ov::Shape table = inputs[kBeamTable].get_shape(), mask = inputs[kAttentionMask].get_shape();
     OPENVINO_ASSERT(table.size() == 2 && table[0] == batch && static_cast<int64_t>(table[1]) >= a.past_length,
                     "ChatGLMAttention: beam_table must be [", batch, ", at least ", a.past_length, "], found ", table);
-    OPENVINO_ASSERT(mask.size() == 2 && mask[0] == batch &&
-                        static_cast<int64_t>(mask[1]) == a.past_length + a.query_length,
-                    "ChatGLMAttention: attention_mask must be [", batch, ", ", a.past_length + a.query_length,
-                    "] (past and new tokens), found ", mask);
-    OPENVINO_ASSERT(inputs[kContextLength].get_size() == batch, "ChatGLMAttention: context_length must be [", batch, "], found ",
-                    inputs[kContextLength].get_shape());
+    OPENVINO_ASSERT(
+        mask.size() == 2 && mask[0] == batch && static_cast<int64_t>(mask[1]) == a.past_length + a.query_length,
+        "ChatGLMAttention: attention_mask must be [", batch, ", ", a.past_length + a.query_length,
+        "] (past and new tokens), found ", mask);
+    OPENVINO_ASSERT(inputs[kContextLength].get_size() == batch, "ChatGLMAttention: context_length must be [", batch,
+                    "], found ", inputs[kContextLength].get_shape());
     a.beam_table = inputs[kBeamTable].data<int32_t>();
     a.beam_table_stride = table[1];
     a.attention_mask = inputs[kAttentionMask].data<int32_t>();

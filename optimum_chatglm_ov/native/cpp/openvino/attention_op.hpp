@@ -20,8 +20,8 @@ namespace optimum_chatglm_ov {
 //    8 beam_table      i32 [B, at least P]: cache row of each past token
 //    9 attention_mask  i32 [B, P + L]: 0 hides a key
 //   10 context_length  i32 [B]: keys below it are visible to every query; 0 for causal attention
-//   11, 12             optional: keys and values of a prefix (P-Tuning), f32 [prefix tokens, K * D], in the layout of a
-//                      head of key and not rotated again. They are the first tokens of every row, counted in
+//   11, 12             optional: keys and values of a prefix (P-Tuning), f32 [prefix tokens, K * D], in the layout of
+//                      a head of key and not rotated again. They are the first tokens of every row, counted in
 //                      past_length, and stored by the call that finds nothing after them.
 // Output: [B, L, H * D] in the type of query. A query that sees no key gives zeros.
 //

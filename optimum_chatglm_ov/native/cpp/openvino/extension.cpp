@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "attention/attention.hpp"
-#include "openvino/attention_op.hpp"
-#include "linear/linear.hpp"
-#include "openvino/linear_op.hpp"
-#include "common/parallel.hpp"
 #include "bench/peaks.hpp"
+#include "common/parallel.hpp"
+#include "linear/linear.hpp"
+#include "openvino/attention_op.hpp"
+#include "openvino/linear_op.hpp"
 #include "openvino/rotary_op.hpp"
 
 // The inner parentheses make the list one argument of the macro.
@@ -64,11 +64,10 @@ CHATGLM_EXPORT int64_t chatglm_linear_panel_bytes(int64_t in_features, int64_t o
 
 // See pack_linear. `packed` has not been touched yet: it is in huge pages then, where the system allows.
 CHATGLM_EXPORT void chatglm_linear_pack(int64_t in_features, int64_t out_features, int64_t bits, int64_t group_size,
-                                        const uint8_t* integers, uint8_t flip, const uint16_t* scales,
+                                        const uint8_t* integers, uint8_t flip, const optimum_chatglm_ov::f16* scales,
                                         const uint8_t* zero_points, const float* bias, uint8_t* packed) {
     const optimum_chatglm_ov::LinearFormat format{in_features, bits, group_size, optimum_chatglm_ov::kActivationGroup};
-    optimum_chatglm_ov::use_huge_pages(packed,
-                                       out_features / optimum_chatglm_ov::kPanelColumns * panel_bytes(format));
+    optimum_chatglm_ov::use_huge_pages(packed, out_features / optimum_chatglm_ov::kPanelColumns * panel_bytes(format));
     optimum_chatglm_ov::pack_linear(format, out_features, integers, flip, scales, zero_points, bias, packed);
 }
 

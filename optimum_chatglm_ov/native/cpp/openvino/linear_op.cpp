@@ -18,10 +18,11 @@ void visit_format(ov::AttributeVisitor& visitor, const std::string& prefix, Line
 // Checks the weights of one layer and returns its output features.
 int64_t check_weights(const ov::Node* node, size_t input, const LinearFormat& format) {
     const auto& shape = node->get_input_partial_shape(input);
-    NODE_VALIDATION_CHECK(node, node->get_input_element_type(input).compatible(ov::element::u8) && shape.is_static() &&
-                                    shape.size() == 2,
-                          "input ", input, " must be u8 [out_features / 32, panel bytes], found ",
-                          node->get_input_element_type(input), " ", shape);
+    NODE_VALIDATION_CHECK(
+        node,
+        node->get_input_element_type(input).compatible(ov::element::u8) && shape.is_static() && shape.size() == 2,
+        "input ", input, " must be u8 [out_features / 32, panel bytes], found ", node->get_input_element_type(input),
+        " ", shape);
     const int64_t out_features = shape[0].get_length() * kPanelColumns;
     const char* error = linear_format_error(format, out_features);
     NODE_VALIDATION_CHECK(node, error == nullptr, error);
@@ -107,8 +108,8 @@ void ChatGLMMLP::validate_and_infer_types() {
     NODE_VALIDATION_CHECK(this, activation_ == "silu" || activation_ == "gelu",
                           "activation must be silu or gelu, found ", activation_);
     const size_t layers = activation_ == "silu" ? 2 : 1;
-    NODE_VALIDATION_CHECK(this, get_input_size() == layers + 2, "needs hidden_states and the weights of ",
-                          layers + 1, " layers, found ", get_input_size(), " inputs");
+    NODE_VALIDATION_CHECK(this, get_input_size() == layers + 2, "needs hidden_states and the weights of ", layers + 1,
+                          " layers, found ", get_input_size(), " inputs");
     for (size_t i = 1; i <= layers; i++) {
         const int64_t features = check_weights(this, i, format_);
         NODE_VALIDATION_CHECK(this, features == down_format_.in_features, "input ", i, " must have ",
@@ -135,8 +136,8 @@ bool ChatGLMMLP::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inp
     for (size_t i = 1; i < inputs.size(); i++) weights.push_back(weights_of(inputs[i]));
     outputs[0].set_shape(with_features(inputs[0].get_shape(), weights.back().out_features));
     mlp(format_, weights.data(), activation_ == "silu" ? Activation::silu : Activation::gelu, down_format_,
-        weights.back(), inputs[0].get_size() / format_.in_features, inputs[0].data<float>(),
-        outputs[0].data<float>(), ArenaExecutor());
+        weights.back(), inputs[0].get_size() / format_.in_features, inputs[0].data<float>(), outputs[0].data<float>(),
+        ArenaExecutor());
     return true;
 }
 

@@ -13,18 +13,20 @@ ChatGLMRotary::ChatGLMRotary(const ov::OutputVector& inputs) : Op(inputs) {
 
 void ChatGLMRotary::validate_and_infer_types() {
     const auto &positions = get_input_partial_shape(0), &inv_freq = get_input_partial_shape(1);
-    NODE_VALIDATION_CHECK(this, get_input_element_type(0).compatible(ov::element::i32) &&
-                                    positions.compatible(ov::PartialShape::dynamic(3)),
-                          "positions must be i32 [P, B, L], found ", get_input_element_type(0), " ", positions);
-    NODE_VALIDATION_CHECK(this, get_input_element_type(1).compatible(ov::element::f32) && inv_freq.is_static() &&
-                                    inv_freq.size() == 1 && inv_freq[0].get_length() > 0,
+    NODE_VALIDATION_CHECK(
+        this,
+        get_input_element_type(0).compatible(ov::element::i32) && positions.compatible(ov::PartialShape::dynamic(3)),
+        "positions must be i32 [P, B, L], found ", get_input_element_type(0), " ", positions);
+    NODE_VALIDATION_CHECK(this,
+                          get_input_element_type(1).compatible(ov::element::f32) && inv_freq.is_static() &&
+                              inv_freq.size() == 1 && inv_freq[0].get_length() > 0,
                           "inv_freq must be f32 [pairs], found ", get_input_element_type(1), " ", inv_freq);
     const int64_t pairs = inv_freq[0].get_length();
     ov::PartialShape output{ov::Dimension(), ov::Dimension(), 2 * pairs};
     if (positions.rank().is_static()) {
-        NODE_VALIDATION_CHECK(this, positions[0].is_static() && positions[0].get_length() > 0 &&
-                                        pairs % positions[0].get_length() == 0,
-                              "the ", pairs, " frequencies must be shared evenly by the positions ", positions);
+        NODE_VALIDATION_CHECK(
+            this, positions[0].is_static() && positions[0].get_length() > 0 && pairs % positions[0].get_length() == 0,
+            "the ", pairs, " frequencies must be shared evenly by the positions ", positions);
         output[0] = positions[1];
         output[1] = positions[2];
     }

@@ -5,8 +5,8 @@
 
 namespace optimum_chatglm_ov {
 
-// Cosines and sines of rotary embedding (Su et al. 2021), computed once for all layers. As ordinary operations OpenVINO
-// would compute the angles in bf16, which has no odd numbers beyond 256.
+// Cosines and sines of rotary embedding (Su et al. 2021), computed once for all layers. As ordinary operations
+// OpenVINO would compute the angles in bf16, which has no odd numbers beyond 256.
 //
 // Inputs:
 //    0 positions  i32 [P, B, L]; ChatGLM has P = 2 positions for each token, later generations one

@@ -31,15 +31,15 @@ static_assert(sizeof(TileConfiguration) == 64);
 template <class Tiles, class = void>
 struct IsTiles : std::false_type {};
 template <class Tiles>
-struct IsTiles<Tiles, decltype(
-    void(std::declval<Tiles&>().configure(std::declval<const TileConfiguration&>())),
-    void(std::declval<Tiles&>().release()), void(std::declval<Tiles&>().template zero<0>()),
-    void(std::declval<Tiles&>().template load<0>(std::declval<const void*>(), int64_t())),
-    void(std::declval<Tiles&>().template load_streamed<0>(std::declval<const void*>(), int64_t())),
-    void(std::declval<Tiles&>().template store<0>(std::declval<void*>(), int64_t())),
-    void(std::declval<Tiles&>().template dot<0, 1, 2>()),
-    void(std::declval<Tiles&>().template dot_signed_unsigned<0, 1, 2>()),
-    void(std::declval<Tiles&>().template dot_unsigned_signed<0, 1, 2>()))> : std::true_type {};
+struct IsTiles<Tiles,
+               decltype(void(std::declval<Tiles&>().configure(std::declval<const TileConfiguration&>())),
+                        void(std::declval<Tiles&>().release()), void(std::declval<Tiles&>().template zero<0>()),
+                        void(std::declval<Tiles&>().template load<0>(std::declval<const void*>(), int64_t())),
+                        void(std::declval<Tiles&>().template load_streamed<0>(std::declval<const void*>(), int64_t())),
+                        void(std::declval<Tiles&>().template store<0>(std::declval<void*>(), int64_t())),
+                        void(std::declval<Tiles&>().template dot<0, 1, 2>()),
+                        void(std::declval<Tiles&>().template dot_signed_unsigned<0, 1, 2>()),
+                        void(std::declval<Tiles&>().template dot_unsigned_signed<0, 1, 2>()))> : std::true_type {};
 
 // A software model of the tile instructions, after the operation sections of the instruction reference: what a real
 // CPU would refuse with #UD or #GP is a std::logic_error here.

@@ -25,25 +25,29 @@ namespace optimum_chatglm_ov {
 template <class Vector, class = void>
 struct IsVector : std::false_type {};
 template <class Vector>
-struct IsVector<Vector, decltype(
-    void(Vector::kLanes), void(Vector::load(std::declval<const float*>()).store(std::declval<float*>())),
-    void(Vector::all(0.0f)), void(Vector::load_integers(std::declval<const float*>())),
-    void(Vector::add(std::declval<Vector>(), Vector::subtract(std::declval<Vector>(), std::declval<Vector>()))),
-    void(Vector::multiply(std::declval<Vector>(), Vector::divide(std::declval<Vector>(), std::declval<Vector>()))),
-    void(Vector::multiply_add(std::declval<Vector>(), std::declval<Vector>(), std::declval<Vector>())),
-    void(Vector::maximum(std::declval<Vector>(), Vector::minimum(std::declval<Vector>(), std::declval<Vector>()))),
-    void(std::declval<Vector>().max_lane() + std::declval<Vector>().sum_lanes()),
-    void(Vector::round(std::declval<Vector>()).store_bytes(std::declval<uint8_t*>())),
-    void(std::declval<Vector>().store_signed_bytes(std::declval<int8_t*>())))> : std::true_type {};
+struct IsVector<
+    Vector,
+    decltype(void(Vector::kLanes), void(Vector::load(std::declval<const float*>()).store(std::declval<float*>())),
+             void(Vector::all(0.0f)), void(Vector::load_integers(std::declval<const float*>())),
+             void(Vector::add(std::declval<Vector>(),
+                              Vector::subtract(std::declval<Vector>(), std::declval<Vector>()))),
+             void(Vector::multiply(std::declval<Vector>(),
+                                   Vector::divide(std::declval<Vector>(), std::declval<Vector>()))),
+             void(Vector::multiply_add(std::declval<Vector>(), std::declval<Vector>(), std::declval<Vector>())),
+             void(Vector::maximum(std::declval<Vector>(),
+                                  Vector::minimum(std::declval<Vector>(), std::declval<Vector>()))),
+             void(std::declval<Vector>().max_lane() + std::declval<Vector>().sum_lanes()),
+             void(Vector::round(std::declval<Vector>()).store_bytes(std::declval<uint8_t*>())),
+             void(std::declval<Vector>().store_signed_bytes(std::declval<int8_t*>())))> : std::true_type {};
 
 // What kernels on bf16 tiles ask besides:
 //   store_bf16(p); weight(x): 2^x for any x, to what bf16 holds; all_below(limit): whether all lanes are, NaNs are not
 template <class Vector, class = void>
 struct IsTileVector : std::false_type {};
 template <class Vector>
-struct IsTileVector<Vector, decltype(
-    void(std::declval<Vector>().store_bf16(std::declval<bf16*>())), void(Vector::weight(std::declval<Vector>())),
-    void(std::declval<Vector>().all_below(0.0f)))> : IsVector<Vector> {};
+struct IsTileVector<Vector, decltype(void(std::declval<Vector>().store_bf16(std::declval<bf16*>())),
+                                     void(Vector::weight(std::declval<Vector>())),
+                                     void(std::declval<Vector>().all_below(0.0f)))> : IsVector<Vector> {};
 
 namespace {
 
