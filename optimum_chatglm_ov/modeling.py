@@ -166,7 +166,6 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             CheckpointError, ExportError, ValueError, OSError: see `export_model`.
             NativeBuildError: see `compile`; also for an IR that was exported fused.
         """
-        compile_only = bool(compile_only)
         choices = Choices.of(attention, linear, compile_only)
         device = openvino_device(device)
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
