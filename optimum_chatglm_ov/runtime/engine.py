@@ -203,8 +203,8 @@ class FusedEngine(Engine):
         return self.state.batch_size
 
     def reorder(self, beam_idx: Sequence[int] | np.ndarray) -> None:
+        self.state.reorder(beam_idx)  # refuses rows that are not there
         super().reorder(beam_idx)  # of chatglm-6b's state variable
-        self.state.reorder(beam_idx)
 
     def crop(self, length: int) -> None:
         self.state.rollback(self.state.past_length - length)

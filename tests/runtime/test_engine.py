@@ -31,6 +31,8 @@ def test_rows_go_on_from_the_rows_that_were_chosen(engine_and_ids):
     engine, ids = engine_and_ids
     length = ids.shape[1]
     assert (engine.past_length, engine.batch_size) == (length, 1)
+    with pytest.raises((IndexError, ValueError)):
+        engine.reorder([0, 1])
     engine.reorder([0, 0])
     first = step(engine, np.array([[7], [9]]))
     engine.reorder([1, 0])
