@@ -23,6 +23,8 @@ CACHE = "CHATGLM_OV_CACHE"
 """The folder of built libraries and of the exported tiny model, instead of one in the user's cache folder."""
 INSTRUCTION_SET = "CHATGLM_OV_ISA"
 """The kernels that the native operations use, instead of the best for the CPU. The library reads it itself."""
+API_KEY = "CHATGLM_OV_API_KEY"
+"""The key that clients of the server must send where the option `--api-key` is not given."""
 
 _PACKAGE = "optimum-chatglm-ov"
 

@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 
+from .. import environment
 from .arguments import (
     add_hub_arguments,
     add_runtime_options,
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--served-name", type=unicode_text, metavar="NAME", help="name of the model for clients (default: its own)"
     )
     parser.add_argument(
-        "--api-key", metavar="KEY", help="key that clients must send (default: CHATGLM_OV_API_KEY, else none)"
+        "--api-key", metavar="KEY", help=f"key that clients must send (default: {environment.API_KEY}, else none)"
     )
     parser.add_argument(
         "--engine",
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             ServerOptions(
                 name=args.served_name or _name(args),
                 greedy=args.model is None,
-                api_key=args.api_key or os.environ.get("CHATGLM_OV_API_KEY") or None,
+                api_key=args.api_key or environment.variable(environment.API_KEY),
                 max_body=args.max_body,
                 request_seconds=args.request_seconds,
                 log_prompts=args.log_prompts,
