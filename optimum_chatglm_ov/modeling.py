@@ -25,6 +25,7 @@ from .hub.upload import HubMixin
 from .integrations.recognition import read_config, warn_once
 from .ir import (
     MODEL_FILE,
+    OPENVINO_MODEL_FILES,
     end_turns,
     has_openvino_model,
     load_config,
@@ -44,6 +45,7 @@ from .native import NativeBuildError
 from .originals import OriginalsMixin, openvino_device
 from .runtime.compilation import core, with_logits_to_keep
 from .runtime.model import EngineForCausalLM
+from .runtime.reuse.settings import ReuseSettings
 from .tokenization import has_vocabulary, load_tokenizer
 
 
@@ -124,6 +126,8 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         trust_remote_code: bool | None = None,
         attention: str | None = None,
         linear: str | None = None,
+        prefix_cache: str | Path | bool | None = None,
+        prefix_cache_size: int | str | None = None,
         rope_ratio_type: str | None = None,
         adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
         prefix_encoder: str | Path | None = None,
@@ -159,20 +163,26 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
                 `DYNAMIC_QUANTIZATION_GROUP_SIZE`, as OpenVINO does; with AMX, to 16 bits. Where that property is 0,
                 or `EXECUTION_MODE_HINT` is ACCURACY, "auto" leaves the layers to OpenVINO. Unset:
                 `CHATGLM_OV_LINEAR`, else "openvino" with `attention="openvino"` and "auto" with others.
+            prefix_cache: keeps keys and values of prompts, so that equal beginnings are computed once; it needs native
+                attention. A folder: of every generation, there, also for other processes and later ones (it then
+                holds what was said; its owner alone can read it). True: of every generation, in memory. Unset: of
+                `chat()` and `stream_chat()` alone, in memory. False: nothing, apart from `past_key_values`.
+            prefix_cache_size: what is kept at most, in bytes or as "20GB" (the default of a folder; in memory "1GB").
             rope_ratio_type, adapters, prefix_encoder: see `export_model`.
             generation_config: replaces the one in the folder.
 
         Raises:
             CheckpointError, ExportError, ValueError, OSError: see `export_model`.
             NativeBuildError: see `compile`; also for an IR that was exported fused.
+            PrefixCacheError: the folder `prefix_cache` cannot be used.
         """
+        reuse = ReuseSettings.of(prefix_cache, prefix_cache_size)
         choices = Choices.of(attention, linear, compile_only)
         device = openvino_device(device)
         unknown = [*args, *sorted(set(kwargs) - _ARGUMENTS_OF_TRANSFORMERS)]
         if unknown:
             raise TypeError(f"{cls.__name__}.from_pretrained() does not know the argument(s) {unknown}.")
-        if config is not None:
-            rope_ratio_type = rope_ratio_type or getattr(config, "rope_ratio_type", None)
+        rope_ratio_type = rope_ratio_type or getattr(config, "rope_ratio_type", None)
         weight_format = weight_format_of(kwargs.pop("torch_dtype", dtype))
         source = resolve_checkpoint(
             model_id,
@@ -213,7 +223,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         config.name_or_path = str(model_id)
         if compile_only and (load_in_8bit or quantization_config is not None):
             raise ValueError("A model loaded with `compile_only=True` cannot be quantised; load it without.")
-        model = cls._of_folder(folder, config, device, ov_config, compile_only, generation_config, choices)
+        model = cls._of_folder(folder, config, device, ov_config, compile_only, generation_config, choices, reuse)
         model._temporary_folder = temporary
         if load_in_8bit or quantization_config is not None:
             model._quantize(quantization_config or {"bits": 8}, folder)
@@ -265,13 +275,14 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         compile_only: bool,
         generation_config: GenerationConfig | None,
         choices: Choices,
+        reuse: ReuseSettings,
     ) -> OVChatGLMForCausalLM:
         """The IR in `folder`, compiled already where `compile_only` leaves nothing to change."""
         ov_config = dict(ov_config or {})
         model = cls.load_model(folder / MODEL_FILE)
         if compile_only:
             model = core.compile_model(with_logits_to_keep(model), device.upper(), ov_config)
-        return cls(
+        loaded = cls(
             model,
             config,
             device=device,
@@ -282,7 +293,10 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             generation_config=generation_config or stored_generation_config(folder),
             attention=choices.attention,
             linear=choices.linear,
+            reuse=reuse,
         )
+        loaded._stored_files = tuple(folder / name for name in OPENVINO_MODEL_FILES)
+        return loaded
 
     def _mend_generation_config(self, folder: Path) -> None:
         """Generation stops where a turn ends and keeps its cache, as an export says, also if the folder does not."""
@@ -312,6 +326,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             )
         tokenizer = None if settings.dataset is None else load_tokenizer(folder)
         quantization.compress(self.model, settings, tokenizer)
+        self._stored_files = None
         self._openvino_config = OVConfig(quantization_config=quantization.for_saving(settings))
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any):

@@ -20,6 +20,7 @@ from optimum_chatglm_ov import OVChatGLMForCausalLM, ToolCallError
 from optimum_chatglm_ov.chat import ChatMixin, InvalidScoreLogitsProcessor, chat_rules
 from optimum_chatglm_ov.configuration import ChatGLMConfig
 from optimum_chatglm_ov.errors import ContextLengthError
+from optimum_chatglm_ov.runtime.engine import FusedEngine
 from optimum_chatglm_ov.runtime.model import EngineForCausalLM
 
 
@@ -156,7 +157,7 @@ class Recorder(ChatMixin):
     def _turns(self, assistant):
         return contextlib.nullcontext()
 
-    generate_turn, _last_turn = EngineForCausalLM.generate_turn, None
+    generate_turn = EngineForCausalLM.generate_turn
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if golden(name)["chat"]])
@@ -441,18 +442,17 @@ def fused_model(exported):
 
 @pytest.fixture
 def calls_of(monkeypatch):
-    """Gives a list that grows by each call of a model: how many tokens were cached, and the ids of the others."""
+    """Gives a list that grows by each call of an engine: how many tokens it held, and the ids of the others."""
 
     def watch(model):
-        forward, calls = model.forward, []
+        calls, run = [], FusedEngine.run
 
-        @functools.wraps(forward)
-        def watched(input_ids, **arguments):
-            past = arguments.get("past_key_values")
-            calls.append((0 if past is None else past.get_seq_length(), input_ids[0].tolist()))
-            return forward(input_ids, **arguments)
+        def watched(engine, inputs):
+            if engine is model.engine:
+                calls.append((engine.past_length, inputs["input_ids"][0].tolist()))
+            return run(engine, inputs)
 
-        monkeypatch.setattr(model, "forward", watched)
+        monkeypatch.setattr(FusedEngine, "run", watched)
         return calls
 
     return watch

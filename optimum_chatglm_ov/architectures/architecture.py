@@ -85,6 +85,11 @@ class Architecture(ABC):
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(5, self.config.vocab_size // 2, (1, length), generator=generator)
 
+    def context_of(self, input_ids: np.ndarray) -> np.ndarray | None:
+        """Length of the context of a prompt int64 `[L]`, whose tokens see each other in both directions, and what
+        else the graph's state keeps of it, i32 `[2]`; `None` where tokens see those before them alone."""
+        return None
+
     def prompt_layout(self, position_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> np.ndarray:
         """What the two rows of original positions say of a prompt, in the form of the graph's state.
 

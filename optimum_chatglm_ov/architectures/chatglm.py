@@ -77,6 +77,14 @@ class ChatGLM(Architecture):
         prompt[0, -2:] = torch.tensor([self.config.gmask_token_id, self.config.bos_token_id])
         return prompt
 
+    def context_of(self, input_ids: np.ndarray) -> np.ndarray | None:
+        """Context length and position of the mask token, as the graph finds them; it needs both to be there."""
+        config = self.config
+        ids = config.bos_token_id, config.gmask_token_id, config.mask_token_id
+        first = {token_id: np.argmax(input_ids == token_id) for token_id in ids if token_id in input_ids}
+        mask = first.get(config.gmask_token_id, first.get(config.mask_token_id))
+        return np.array([first[config.bos_token_id], mask], np.int32)
+
     def prompt_layout(self, position_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> np.ndarray:
         """Context length and position of the mask token, i32 `[B, 2]`."""
         first, second = position_ids[:, 0], position_ids[:, 1]

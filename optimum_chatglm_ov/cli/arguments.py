@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..choices import ATTENTIONS, KV_CACHE_PRECISIONS, LINEARS, WEIGHT_FORMATS, canonical
+from ..choices import ATTENTIONS, KV_CACHE_PRECISIONS, LINEARS, WEIGHT_FORMATS, canonical, size_in_bytes
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
@@ -94,6 +94,34 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"device": args.device, "attention": args.attention, "linear": args.linear, "ov_config": ov_config}
 
 
+def add_reuse_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of what is not computed twice, or drafted."""
+    group = parser.add_argument_group("what is not computed again (native attention)")
+    group.add_argument(
+        "--prefix-cache",
+        metavar="DIR",
+        help="folder that keeps keys and values of prompts, for equal beginnings of later ones, also after a restart; "
+        "it holds what was said, for its owner alone",
+    )
+    group.add_argument(
+        "--prefix-cache-size", type=cache_size, metavar="SIZE", help="what the folder holds at most (default: 20GB)"
+    )
+    group.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="draft tokens that follow the same words in the prompt, as long as that is faster",
+    )
+
+
+def reuse_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments of `OVChatGLMForCausalLM.from_pretrained` that the folder's options choose."""
+    if args.prefix_cache is None:
+        if args.prefix_cache_size is not None:
+            raise UsageError("--prefix-cache-size is the size of a folder: name one with --prefix-cache")
+        return {}
+    return {"prefix_cache": args.prefix_cache, "prefix_cache_size": args.prefix_cache_size}
+
+
 def computation_options(args: argparse.Namespace) -> dict[str, str]:
     """Returns the OpenVINO properties that the options of `add_computation_options` choose."""
     properties = {
@@ -112,6 +140,14 @@ def check_writable(file: Path) -> None:
         raise UsageError(f"{file}: cannot be written ({error.strerror})") from error
     if not existed:
         file.unlink()
+
+
+def cache_size(text: str) -> int:
+    """Reads a size such as 20GB."""
+    try:
+        return size_in_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def unicode_text(text: str) -> str:

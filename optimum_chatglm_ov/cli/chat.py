@@ -12,14 +12,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ..choices import PROMPT_LOOKUP_TOKENS
 from .arguments import (
     UsageError,
     add_hub_arguments,
+    add_reuse_options,
     add_runtime_options,
     add_weight_format,
     hub_arguments,
     positive_integer,
     positive_number,
+    reuse_options,
     runtime_options,
     unicode_text,
 )
@@ -38,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive_integer, metavar="N", help="longest answer (default: what the context holds)"
     )
+    parser.add_argument(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="file of a conversation, which goes on at once where it stopped; it holds what was said, for its owner "
+        "alone",
+    )
     sampling = parser.add_mutually_exclusive_group()
     sampling.add_argument(
         "--temperature", type=positive_number, help="of sampling (default: that of the model's generation)"
@@ -46,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--greedy", action="store_true", help="always the likeliest token (default for the model of the package)"
     )
     add_runtime_options(parser)
+    add_reuse_options(parser)
     add_weight_format(parser)
     add_hub_arguments(parser)
 
@@ -57,11 +68,14 @@ def run(args: argparse.Namespace) -> int:
     from .. import OVChatGLMForCausalLM
     from ..tokenization import load_tokenizer
     from .conversation import Conversation
+    from .session import Session
 
+    options = {**runtime_options(args), **reuse_options(args)}
     with model_folder(args) as folder:
         tokenizer = load_tokenizer(folder)
-        model = OVChatGLMForCausalLM.from_pretrained(folder, **runtime_options(args))
-        conversation = Conversation(model, tokenizer, _settings(args))
+        model = OVChatGLMForCausalLM.from_pretrained(folder, **options)
+        session = None if args.session is None else Session(args.session, model)
+        conversation = Conversation(model, tokenizer, _settings(args), session)
         if args.prompt is None:
             return _talk(conversation, args.model or "the tiny model of the package")
         return 130 if conversation.answer(args.prompt) else 0
@@ -106,6 +120,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         settings["temperature"] = args.temperature
     elif args.greedy or args.model is None:
         settings["do_sample"] = False
+    if args.prompt_lookup:
+        settings["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
     return settings
 
 

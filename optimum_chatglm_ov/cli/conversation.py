@@ -14,6 +14,7 @@ from typing import Any
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..tokenization.chat_rules import settled
+from .session import Session
 
 
 class Conversation:
@@ -22,17 +23,24 @@ class Conversation:
     Args:
         model, tokenizer: as `stream_chat` takes them.
         settings: its keyword arguments, for sampling and length.
+        session: where it was begun and goes on later.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any]):
+    def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any], session: Session | None = None):
         self._model = model
         self._tokenizer = tokenizer
         self._settings = settings
-        self.history: list[Any] = []
+        self._session = session
+        self.history: list[Any] = [] if session is None else session.load()
 
     def clear(self) -> None:
         """Forgets what has been said."""
         self.history = []
+        self._save()
+
+    def _save(self) -> None:
+        if self._session is not None:
+            self._session.save(self.history)
 
     def answer(self, query: str) -> bool:
         """Writes the answer to `query` to stdout, then its speed to stderr.
@@ -59,6 +67,7 @@ class Conversation:
         _show(response if isinstance(response, str) else json.dumps(response, ensure_ascii=False), shown)
         print(flush=True)
         print(f"[{clock.summary()}{', stopped' if interrupts else ''}]", file=sys.stderr, flush=True)
+        self._save()
         return bool(interrupts)
 
 

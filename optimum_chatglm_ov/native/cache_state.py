@@ -134,6 +134,28 @@ class FusedAttentionState:
         """Forgets everything; the memory is kept for the next sequence."""
         self._length = self.layout.prefix_tokens
 
+    def begin(self, batch: int, tokens: int) -> None:
+        """Counts `tokens` tokens in each of `batch` new rows; `blocks` gives the place of their keys and values.
+
+        Raises:
+            ValueError: see `prepare`.
+        """
+        self.reset()
+        self.prepare(batch, tokens)
+        self.advance(tokens)
+
+    def blocks(self, row: int, count: int) -> list[np.ndarray]:
+        """The first `count` blocks of each cache in turn, u8 `[num_key_value_heads, count, bytes]`, not copied.
+
+        The tokens of a prefix come first in them. `row` is a row of the caches, see `stored_row`.
+        """
+        return [cache.data[row, :, :count] for cache in self.caches]
+
+    def stored_row(self, row: int) -> int | None:
+        """The row of the caches that holds all tokens of row `row`; `None` if several do, as after a beam search."""
+        table = self._table[row, : self._length]
+        return int(table[0]) if (table == table[0]).all() else None
+
     def copy(self, other: FusedAttentionState) -> None:
         """Holds the same tokens as `other`, a state of another request of the same model, in memory of its own."""
         self._rows, self._blocks, self._batch = other._rows, other._blocks, other._batch

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 
+import numpy as np
 import openvino as ov
 from openvino.utils.node_factory import NodeFactory
 
@@ -32,6 +33,9 @@ def functions() -> ctypes.CDLL:
         getattr(found, name).restype = ctypes.c_int64
     found.chatglm_cache_block_bytes.restype = ctypes.c_int64
     found.chatglm_cache_block_bytes.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    found.chatglm_copy_tokens.restype = None
+    found.chatglm_copy_tokens.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int]
+    found.chatglm_copy_tokens.argtypes += [ctypes.c_void_p, ctypes.c_int64] * 2 + [ctypes.c_int64]
     found.chatglm_linear_panel_bytes.restype = ctypes.c_int64
     found.chatglm_linear_panel_bytes.argtypes = [ctypes.c_int64] * 5
     found.chatglm_linear_pack.restype = None
@@ -56,6 +60,33 @@ def cache_block_bytes(cache_precision: str, head_dim: int) -> int:
     if not size:
         raise ValueError(f"`cache_precision` is {cache_precision!r}; expected f32, bf16 or i8.")
     return size
+
+
+def copy_tokens(
+    layout: tuple[str, int], is_keys: bool, source: tuple[np.ndarray, int], target: tuple[np.ndarray, int], count: int
+) -> None:
+    """Copies the keys, or the values, of `count` tokens of every head between rows of blocks.
+
+    Args:
+        layout: cache precision and `head_dim`.
+        is_keys: whether they are keys.
+        source, target: blocks, u8 `[num_key_value_heads, blocks, bytes]`, and the token in them to begin at.
+    """
+    precision, head_dim = layout
+    (source_blocks, source_token), (target_blocks, target_token) = source, target
+    for read, written in zip(source_blocks, target_blocks, strict=True):
+        if not read.flags.c_contiguous or not written.flags.c_contiguous:
+            raise ValueError("the blocks of a head must lie behind one another")
+        functions().chatglm_copy_tokens(
+            precision.encode(),
+            head_dim,
+            is_keys,
+            read.ctypes.data,
+            source_token,
+            written.ctypes.data,
+            target_token,
+            count,
+        )
 
 
 def max_head_dim() -> int:

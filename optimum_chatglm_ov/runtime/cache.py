@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
+import numpy as np
 from transformers import DynamicCache
 
 from .engine import Engine, FusedEngine
@@ -112,28 +111,6 @@ class FusedCache(DynamicCache):
         return self._engine
 
 
-@dataclass(frozen=True)
-class KeptTurn:
-    """What a cache holds after a turn of a conversation.
-
-    Args:
-        input_ids: int64 `[L]`, the tokens that it holds.
-        cache: the cache.
-    """
-
-    input_ids: torch.LongTensor
-    cache: FusedCache
-
-    def cache_for(self, prompt: torch.LongTensor) -> FusedCache | None:
-        """The cache cut to what `prompt` `[L]` starts with; `None` if nothing of it serves."""
-        longest = min(len(self.input_ids), len(prompt) - 1)  # at least one token is computed: its logits are needed
-        same = (self.input_ids[:longest] == prompt[:longest]).int().cumprod(0).sum().item()
-        if not same or self.cache.is_outdated or same < self.cache.uncroppable:
-            return None
-        self.cache.crop(same)
-        return self.cache
-
-
 def past_key_values_of(engine: Engine, uncroppable: int) -> FusedCache | tuple:
     """What a call that has begun new sequences returns as `past_key_values`; `uncroppable` as in `FusedCache`."""
     return FusedCache(engine, uncroppable) if engine.can_crop else _MARKER
@@ -161,3 +138,12 @@ def held_length(engine: Engine | None, past_key_values: Any) -> int:
             f"returned. Leave them out, or `crop({past_key_values.beams_from})` them to the prompt."
         )
     return length
+
+
+def context_tokens(engine: Engine, attention_mask: np.ndarray) -> int:
+    """Tokens at the beginning of the prompt that see each other in both directions, padding included."""
+    layout = engine.read_state("prompt_layout")
+    if layout is None:
+        return 0
+    padding = (attention_mask == 0).sum(axis=1)
+    return int((padding + layout[:, 0]).max())

@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,54 @@ from ..native.fuse_attention import CacheLayout
 
 LOGITS_TO_KEEP = "logits_to_keep"
 """Name of the i64 scalar input of a compiled model: how many last positions get logits, 0 for all."""
+
+
+@dataclass(frozen=True)
+class HeldTokens:
+    """The tokens whose keys and values an engine holds.
+
+    Attributes:
+        input_ids, attention_mask: int64 `[B, past]`.
+        is_counted: padding is on the left alone, and positions count the tokens behind it.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    is_counted: bool = True
+
+    @classmethod
+    def none(cls) -> HeldTokens:
+        """No row, no token."""
+        return cls(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64))
+
+    @property
+    def padding(self) -> np.ndarray:
+        """Tokens on the left of each row that are none, int64 `[B]`."""
+        return (self.attention_mask == 0).sum(axis=1)
+
+    def followed_by(self, inputs: Mapping[str, np.ndarray]) -> HeldTokens:
+        """These and those of a call, see `Engine.run`."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].copy()  # the caller's may change
+        held = self.input_ids if self.input_ids.size else ids[:, :0]
+        counted = self.is_counted and is_counted(mask, inputs["position_ids"])
+        return HeldTokens(np.concatenate((held, ids), axis=1), mask, counted)
+
+    def rows(self, beam_idx: np.ndarray) -> HeldTokens:
+        """Those of rows `beam_idx`."""
+        return HeldTokens(self.input_ids[beam_idx], self.attention_mask[beam_idx], self.is_counted)
+
+    def first(self, length: int) -> HeldTokens:
+        """The first `length` of every row."""
+        return HeldTokens(self.input_ids[:, :length], self.attention_mask[:, :length], self.is_counted)
+
+
+def is_counted(attention_mask: np.ndarray, position_ids: np.ndarray) -> bool:
+    """Whether rows of a mask `[B, S]` are padded on the left alone, and the positions of its end count its tokens."""
+    if (np.diff(attention_mask, axis=1) < 0).any():
+        return False
+    new_tokens = position_ids.shape[1]
+    counts = (attention_mask.cumsum(axis=1) - 1)[:, -new_tokens:]
+    return bool((position_ids == counts)[attention_mask[:, -new_tokens:] != 0].all())
 
 
 class Engine(ABC):
@@ -33,6 +82,7 @@ class Engine(ABC):
         self.request = request
         self.sequences = object()
         """Stands for the sequences that are held: another one after every `reset`."""
+        self.held = HeldTokens.none()
         self._rows = np.zeros(0, np.int32)  # the row of the state variables that each row goes on from
         self._names = {name for port in request.model_inputs for name in port.names}
 
@@ -64,11 +114,15 @@ class Engine(ABC):
         self._infer({name: value for name, value in inputs.items() if name in self._names})
         self._rows = np.arange(batch, dtype=np.int32)  # rows are reordered once
         self._advance(new_tokens)
+        self.held = self.held.followed_by(inputs)
         return self.request.get_tensor("logits").data.copy()
 
     def reorder(self, beam_idx: Sequence[int] | np.ndarray) -> None:
         """Row i goes on from what row `beam_idx[i]` holds; there may be more or fewer rows than before."""
-        self._rows = self._rows[np.asarray(beam_idx, dtype=np.int64)]
+        beam_idx = np.asarray(beam_idx, dtype=np.int64)
+        self._rows = self._rows[beam_idx]
+        if self.past_length:
+            self.held = self.held.rows(beam_idx)
 
     @abstractmethod
     def crop(self, length: int) -> None:
@@ -82,6 +136,7 @@ class Engine(ABC):
         """Forgets the sequences; memory is kept for the next ones."""
         self.request.reset_state()
         self.sequences = object()
+        self.held = HeldTokens.none()
         self._rows = np.zeros(0, np.int32)
 
     def fork(self) -> Engine:
@@ -92,6 +147,7 @@ class Engine(ABC):
             for state in other.request.query_state():
                 state.state = states[state.name]
             other._rows = self._rows.copy()
+            other.held = self.held
             other._copy(self)
         return other
 
@@ -103,6 +159,11 @@ class Engine(ABC):
     def read_state(self, name: str) -> np.ndarray | None:
         """Content of a small state variable that is no cache; `None` if the model has none of that name."""
         return next((state.state.data.copy() for state in self.request.query_state() if state.name == name), None)
+
+    def read_rows(self, name: str) -> np.ndarray | None:
+        """`read_state`, of the rows that the next call goes on from."""
+        content = self.read_state(name)
+        return None if content is None else content[self._rows]
 
     def write_state(self, name: str, value: np.ndarray) -> None:
         """Sets a small state variable that is no cache, if the model has one of that name."""
@@ -208,10 +269,23 @@ class FusedEngine(Engine):
 
     def crop(self, length: int) -> None:
         self.state.rollback(self.state.past_length - length)
+        self.held = self.held.first(length)
 
     def reset(self) -> None:
         super().reset()
         self.state.reset()
+
+    def hold(self, held: HeldTokens) -> None:
+        """Begins sequences of these tokens, whose keys and values are still to be written to `state`."""
+        self.reset()
+        self.state.begin(*held.input_ids.shape)
+        self.held = held
+        self._rows = np.arange(len(held.input_ids), dtype=np.int32)
+
+    def go_on_as_others(self, length: int) -> None:
+        """Keeps the first `length` tokens of every row, as the beginning of other sequences."""
+        self.crop(length)
+        self.sequences = object()
 
     def release(self) -> None:
         super().release()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import Cache, GenerationConfig
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..configuration import ChatGLMConfig
 from .cache import FusedCache, held_length
@@ -95,18 +94,3 @@ def mark_beams(past_key_values: Any, prompt_length: int, settings: GenerationCon
     if (settings.num_beams or 1) > 1 and isinstance(past_key_values, FusedCache):
         if past_key_values.get_seq_length() > prompt_length:
             past_key_values.beams_from = prompt_length
-
-
-class WithinLength(CandidateGenerator):
-    """Cuts the drafts of prompt lookup so that they, and the token that follows, do not exceed the length limit."""
-
-    def __init__(self, generator: CandidateGenerator, max_length: int):
-        self.generator = generator
-        self.max_length = max_length
-
-    def get_candidates(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
-        candidates, _ = self.generator.get_candidates(input_ids)  # no logits: nothing was computed
-        return candidates[:, : max(self.max_length - 1, input_ids.shape[1])], None
-
-    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, num_matches: int):
-        self.generator.update_candidate_strategy(input_ids, scores, num_matches)

@@ -26,12 +26,13 @@ from transformers import GenerationConfig
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..architectures.registry import architecture_of
 from ..unsupported import check_settings
-from .cache import FusedCache, KeptTurn, held_length, past_key_values_of
+from .cache import context_tokens, held_length, past_key_values_of
 from .compilation import compile_engine
+from .drafts import DraftsWhileFaster
 from .engine import LOGITS_TO_KEEP, Engine, StatefulEngine
 from .generation import (
-    WithinLength,
     check_continuation,
     check_custom_generate,
     check_rollback,
@@ -39,6 +40,7 @@ from .generation import (
     mark_beams,
 )
 from .inputs import (
+    Call,
     check_arguments,
     check_context,
     check_input_ids,
@@ -47,9 +49,13 @@ from .inputs import (
     two_dimensional_mask,
     two_dimensional_positions,
 )
+from .reuse.identity import digest_of_files, digest_of_model, model_identity
+from .reuse.prefixes import Prefixes
+from .reuse.sequences import CacheFilesMixin
+from .reuse.settings import ReuseSettings
 
 
-class EngineForCausalLM(OVModelForCausalLM):
+class EngineForCausalLM(CacheFilesMixin, OVModelForCausalLM):
     """`forward` and `generate` over an engine, which alone holds keys and values.
 
     An instance holds one sequence (or batch) at a time; calls of several threads take turns.
@@ -57,12 +63,16 @@ class EngineForCausalLM(OVModelForCausalLM):
     Attributes:
         engine: what runs the compiled model; `None` before `compile`, and after `clear_requests`.
         attention, linear: who computes attention and linear layers, see `compile_engine`.
+        reuse: what is kept of prompts, and where.
     """
 
     engine: Engine | None = None
     attention = "openvino"
     linear = "openvino"
-    _last_turn: KeptTurn | None = None
+    reuse = ReuseSettings.of()
+    _prefixes: Prefixes | None = None
+    _stored_files: tuple[Path, ...] | None = None  # that hold the model as it is
+    _is_conversation = _computes_all = False  # of the generation that runs
     _prompt_layout: np.ndarray | None = None  # waiting for the next prompt, see `generate`
 
     def __init__(
@@ -72,10 +82,12 @@ class EngineForCausalLM(OVModelForCausalLM):
         *args: Any,
         attention: str = "openvino",
         linear: str = "openvino",
+        reuse: ReuseSettings | None = None,
         **kwargs: Any,
     ):
         self._turn = threading.RLock()
         self.attention, self.linear = attention, linear
+        self.reuse = reuse or self.reuse
         super().__init__(model, config, *args, **kwargs)
 
     # The engine ----------------------------------------------------------------------------------------------------
@@ -88,6 +100,9 @@ class EngineForCausalLM(OVModelForCausalLM):
     @request.setter
     def request(self, request: Any) -> None:
         # optimum-intel sets it: to `None` where the model changes, else to what it made of a compiled model
+        if self._prefixes is not None:
+            self._prefixes.keep()
+            self._prefixes = None
         if self.engine is not None:
             self.engine.release()
         self.engine = StatefulEngine(request) if isinstance(request, ov.InferRequest) else None
@@ -114,6 +129,18 @@ class EngineForCausalLM(OVModelForCausalLM):
             linear=self.linear,
             context_length=self.config.max_position_embeddings,
         )
+        self._prefixes = self.reuse.prefixes(self.engine, architecture_of(self.config), self._identity)
+
+    def _identity(self) -> bytes:
+        """Tells apart what may not share keys and values."""
+        weights = digest_of_model(self.model) if self._stored_files is None else digest_of_files(self._stored_files)
+        settings = {"attention": self.attention, "linear": self.linear, "ov_config": sorted(self.ov_config.items())}
+        return model_identity(self.engine, weights, settings)
+
+    def half(self) -> EngineForCausalLM:
+        """Converts the weights to fp16, see optimum-intel."""
+        self._stored_files = None
+        return super().half()
 
     def clear_requests(self) -> None:
         """Gives the compiled model and its caches back; the next call compiles again."""
@@ -203,28 +230,43 @@ class EngineForCausalLM(OVModelForCausalLM):
         if logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` is {logits_to_keep}; expected a number of positions, or 0 for all.")
         call = prepare_call(input_ids, attention_mask, position_ids, past_length, self.config, prompt_layout)
-        copies = None
+        copies, known = None, 0
         if past_key_values is None:
             if call.prompt_layout is None:
                 check_prompt(input_ids, self.config)
             call, copies = call.distinct_rows()
-            engine.reset()
-            if call.prompt_layout is not None:
-                engine.write_state("prompt_layout", call.prompt_layout)
+            known = self._begin(call, new_tokens - (logits_to_keep or new_tokens))
         logits = engine.run(
             {
-                "input_ids": call.input_ids,
+                "input_ids": call.input_ids[:, known:],
                 "attention_mask": call.attention_mask,
-                "position_ids": call.position_ids,
+                "position_ids": call.position_ids[:, known:],
                 LOGITS_TO_KEEP: np.array(logits_to_keep, dtype=np.int64),
             }
         )
+        if self._prefixes is not None:
+            self._prefixes.after_call(has_begun=past_key_values is None and self._reuses)
         if past_key_values is None:
-            past_key_values = past_key_values_of(engine, _context_tokens(engine, call.attention_mask))
+            past_key_values = past_key_values_of(engine, context_tokens(engine, call.attention_mask))
         if copies is not None:
             logits = logits[copies]
             engine.reorder(copies)
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=past_key_values)
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether the sequences that begin now go on from what is kept, and are kept."""
+        wanted = self.reuse.always or self._is_conversation
+        return self._prefixes is not None and wanted and not self._computes_all
+
+    def _begin(self, call: Call, most: int) -> int:
+        """Begins the sequences of `call`; returns how many tokens of each row, `most` at most, need no computing."""
+        known = self._prefixes.begin(call, most if self._reuses else 0) if self._prefixes is not None else 0
+        if not known:
+            self.engine.reset()
+            if call.prompt_layout is not None:
+                self.engine.write_state("prompt_layout", call.prompt_layout)
+        return known
 
     # Generation ----------------------------------------------------------------------------------------------------
 
@@ -261,6 +303,7 @@ class EngineForCausalLM(OVModelForCausalLM):
         if (past := kwargs.get("past_key_values")) is not None:
             self.compile()
             check_continuation(self.engine, past, input_ids, settings)
+        self._computes_all = False in (settings.use_cache, kwargs.get("use_cache"))
         try:
             if input_ids is not None:
                 self._prepare_tensors(input_ids, settings, kwargs)
@@ -269,7 +312,7 @@ class EngineForCausalLM(OVModelForCausalLM):
             mark_beams(past, 0 if input_ids is None else input_ids.shape[1], settings)
             return output
         finally:
-            self._prompt_layout = None
+            self._prompt_layout, self._computes_all = None, False
 
     def _prepare_tensors(
         self, input_ids: torch.LongTensor, settings: GenerationConfig, kwargs: dict[str, Any]
@@ -292,20 +335,14 @@ class EngineForCausalLM(OVModelForCausalLM):
     def generate_turn(self, prompt: torch.LongTensor, **settings: Any) -> torch.LongTensor:
         """`generate` of one prompt [1, L]; what the engine holds of it since the turn before is not computed again."""
         with self._turns(settings.get("assistant_model")):
-            self.compile()
-            settings["return_dict_in_generate"] = True
-            # several rows would go on from several caches
-            one_row = all((settings.get(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
-            keeps = one_row and False not in (settings.get("use_cache"), self.generation_config.use_cache)
-            turn, self._last_turn = self._last_turn, None
-            if keeps and turn is not None and (cache := turn.cache_for(prompt[0])):
-                settings["past_key_values"] = cache
-            # A prompt has no padding, whatever its ids; positions follow from the mask.
-            output = self.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
-            cache = output.past_key_values
-            if keeps and isinstance(cache, FusedCache):
-                self._last_turn = KeptTurn(output.sequences[0, : cache.get_seq_length()], cache)
-            return output.sequences
+            self._is_conversation = True
+            try:
+                # A prompt has no padding, whatever its ids; positions follow from the mask.
+                settings["return_dict_in_generate"] = True
+                output = self.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+                return output.sequences
+            finally:
+                self._is_conversation = False
 
     def _check_rollback(self, assistant: Any) -> None:
         for name, model in (("model", self), ("assistant model", assistant)):
@@ -319,7 +356,7 @@ class EngineForCausalLM(OVModelForCausalLM):
     def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any):
         generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
         if isinstance(generator, PromptLookupCandidateGenerator):
-            return WithinLength(generator, generation_config.max_length)
+            return DraftsWhileFaster(generator, generation_config.max_length)
         return generator
 
     def _reorder_cache(self, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
@@ -358,12 +395,3 @@ class EngineForCausalLM(OVModelForCausalLM):
             # only the last logits are read: a prompt's logits would be hundreds of megabytes
             LOGITS_TO_KEEP: kwargs.get(LOGITS_TO_KEEP) or 1,
         }
-
-
-def _context_tokens(engine: Engine, attention_mask: np.ndarray) -> int:
-    """Tokens at the beginning of the prompt that see each other in both directions, padding included."""
-    layout = engine.read_state("prompt_layout")
-    if layout is None:
-        return 0
-    padding = (attention_mask == 0).sum(axis=1)
-    return int((padding + layout[:, 0]).max())

@@ -2,6 +2,8 @@
 // How keys and values lie in the cache: a cache is a sequence of blocks for each row and head.
 #pragma once
 
+#include <cstring>
+
 #include "common/elements.hpp"
 
 namespace optimum_chatglm_ov {
@@ -75,6 +77,39 @@ constexpr auto with_block(CachePrecision precision, const Call& call) {
 // Bytes of one block of one head, for keys and for values alike.
 inline int64_t cache_block_bytes(CachePrecision precision, int64_t head_dim) {
     return with_block(precision, [&](auto block) { return decltype(block)::bytes(head_dim); });
+}
+
+// A token of a row of blocks of one head.
+template <class Byte>
+struct TokenPlace {
+    Byte* blocks;
+    int64_t token;
+};
+
+// Copies the keys, or the values, of `count` tokens.
+inline void copy_tokens(CachePrecision precision, int64_t head_dim, bool is_keys, TokenPlace<const uint8_t> source,
+                        TokenPlace<uint8_t> target, int64_t count) {
+    with_block(precision, [&](auto block) {
+        using Layout = decltype(block);
+        constexpr int64_t size = sizeof(typename Layout::Key);
+        const int64_t bytes = Layout::bytes(head_dim);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t from = (source.token + i) % kBlockTokens, to = (target.token + i) % kBlockTokens;
+            const uint8_t* read = source.blocks + (source.token + i) / kBlockTokens * bytes;
+            uint8_t* written = target.blocks + (target.token + i) / kBlockTokens * bytes;
+            for (int64_t channel = 0; channel < head_dim; channel++) {
+                const int64_t from_offset = is_keys ? Layout::key_offset(from, channel, head_dim)
+                                                    : Layout::value_offset(from, channel, head_dim);
+                const int64_t to_offset = is_keys ? Layout::key_offset(to, channel, head_dim)
+                                                  : Layout::value_offset(to, channel, head_dim);
+                std::memcpy(written + to_offset * size, read + from_offset * size, size);
+            }
+            if constexpr (Layout::kHasScales) {
+                const int64_t scales = Layout::element_bytes(head_dim);
+                std::memcpy(written + scales + to * 4, read + scales + from * 4, 4);
+            }
+        }
+    });
 }
 
 }  // namespace

@@ -55,6 +55,17 @@ CHATGLM_EXPORT int64_t chatglm_cache_block_bytes(const char* cache_precision, in
     return parse_cache_precision(cache_precision, precision) ? cache_block_bytes(precision, head_dim) : 0;
 }
 
+// Copies the keys, or the values, of `count` tokens of one head, from token `source_token` of a row of blocks on, to
+// token `target_token` of another.
+CHATGLM_EXPORT void chatglm_copy_tokens(const char* cache_precision, int64_t head_dim, int is_keys,
+                                        const uint8_t* source, int64_t source_token, uint8_t* target,
+                                        int64_t target_token, int64_t count) {
+    using namespace optimum_chatglm_ov;
+    CachePrecision precision;
+    if (parse_cache_precision(cache_precision, precision))
+        copy_tokens(precision, head_dim, is_keys, {source, source_token}, {target, target_token}, count);
+}
+
 // Bytes of a panel of 32 output features, or 0 for a format that the operations do not take.
 CHATGLM_EXPORT int64_t chatglm_linear_panel_bytes(int64_t in_features, int64_t out_features, int64_t bits,
                                                   int64_t group_size, int64_t activation_group_size) {
