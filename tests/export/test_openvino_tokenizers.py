@@ -80,9 +80,6 @@ def test_minja_makes_the_same_prompts(name, exported):
         exact = CodeGeeX4Tokenizer.from_pretrained(folder, chatglm_generation=name)
         found.chat_template = TEMPLATES[name]
     for messages, tools in conversations(exact):
-        has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
-        if has_calls and exact.chatglm_generation == "chatglm3":
-            continue  # GenAI rewrites these where it does not find JSON: README.md, "Limits"
         expected = exact.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
         text = found.apply_chat_template(messages, True, tools=tools or [])
         assert found.encode(text, add_special_tokens=False).input_ids.data[0].tolist() == expected, messages
