@@ -9,7 +9,6 @@ import json
 
 import jsonschema
 import pytest
-from conftest import DATA
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from optimum_chatglm_ov import export_model
@@ -145,12 +144,13 @@ def read_graph(pool, folder):
     "name, pipeline_type, plugin_config",
     [
         ("chatglm3-6b", "LM_CB", None),
+        ("glm4", "LM_CB", None),
         ("chatglm-6b-3layer-untied", "LM", {"ATTENTION_BACKEND": "SDPA"}),
         ("chatglm2-6b-ptuning-v2", "LM", {"ATTENTION_BACKEND": "SDPA"}),
     ],
 )
-def test_files_follow_the_schemas(name, pipeline_type, plugin_config, pool, tmp_path):
-    folder = export_model(DATA / "models" / name, tmp_path / name, ovms=True)
+def test_files_follow_the_schemas(name, pipeline_type, plugin_config, pool, checkpoint, tmp_path):
+    folder = export_model(checkpoint(name), tmp_path / name, ovms=True)
     node, options = read_graph(pool, folder)
     assert node.calculator == "HttpLLMCalculator" and node.input_side_packet == ["LLM_NODE_RESOURCES:llm"]
     assert {*node.input_stream} == {"LOOPBACK:loopback", "HTTP_REQUEST_PAYLOAD:input"}
