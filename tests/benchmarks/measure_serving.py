@@ -245,7 +245,9 @@ def measure_fuzz(args: argparse.Namespace) -> int:
     from test_fuzz import fuzz
 
     with embedded_model() as folder, serving(folder, options(), engine_options()) as server:
-        print(f"{fuzz(server, args.examples)} requests, none made the server fail")
+        statuses = fuzz(server, args.examples)
+    print("".join(f"{path}: {count} times {status}\n" for (path, status), count in sorted(statuses.items())), end="")
+    print(f"{statuses.total()} requests, none made the server fail")
     return 0
 
 
