@@ -152,6 +152,8 @@ def served(folder: Path, args: argparse.Namespace, max_running: int) -> Iterator
     precision = []
     if args.precision is not None:
         precision = ["--inference-precision", args.precision, "--kv-cache-precision", args.precision]
+    if args.precision == "f32":
+        precision += ["--dynamic-quantization-group-size", "0"]
     command = [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "serve", "--model", str(folder), "--port", "0"]
     limits = ["--max-running", str(max_running), "--cache-tokens", str(args.cache_tokens), "--queue-seconds", "600"]
     process = subprocess.Popen(
