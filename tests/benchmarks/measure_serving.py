@@ -3,7 +3,7 @@
 
     python tests/benchmarks/measure_serving.py load [FOLDER] --clients 1 8 64 --requests 32 64 128
     python tests/benchmarks/measure_serving.py soak [FOLDER] --clients 64 --requests 128 --minutes 30
-    python tests/benchmarks/measure_serving.py fuzz --examples 500
+    python tests/benchmarks/measure_serving.py fuzz [FOLDER] --examples 500
 
 FOLDER is an exported model; without one, the tiny model of the package. A folder without a tokenizer, as models with
 random weights have none, gets the package's, with as many more pieces as the model has ids. The server is
@@ -36,7 +36,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "serving")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "serving")]  # of the checkout
 
 from optimum_chatglm_ov.assets import TINY_CHATGLM3  # noqa: E402
 from optimum_chatglm_ov.cli.embedded import embedded_model  # noqa: E402
@@ -242,12 +242,11 @@ def measure_soak(folder: Path, args: argparse.Namespace) -> int:
     return int(wrong > 0)
 
 
-def measure_fuzz(args: argparse.Namespace) -> int:
-    from serving_support import engine_options, options, serving
+def measure_fuzz(folder: Path, args: argparse.Namespace) -> int:
     from test_fuzz import fuzz
 
-    with embedded_model() as folder, serving(folder, options(), engine_options()) as server:
-        statuses = fuzz(server, args.examples)
+    with served(folder, args, args.max_running) as (url, _):
+        statuses = fuzz(url, args.examples)
     print("".join(f"{path}: {count} times {status}\n" for (path, status), count in sorted(statuses.items())), end="")
     print(f"{statuses.total()} requests, none made the server fail")
     return 0
@@ -268,10 +267,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--examples", type=int, default=500)
     args = parser.parse_args()
-    if args.what == "fuzz":
-        return measure_fuzz(args)
+    measure = {"load": measure_load, "soak": measure_soak, "fuzz": measure_fuzz}[args.what]
     with model_folder(args.folder) as folder:
-        return (measure_load if args.what == "load" else measure_soak)(folder, args)
+        return measure(folder, args)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ REFUSED = (
 )
 
 
-def fuzz(server, examples: int) -> Counter[tuple[str, int]]:
-    """Makes up requests for every operation; returns how many had each status.
+def fuzz(url: str, examples: int) -> Counter[tuple[str, int]]:
+    """Makes up requests for every operation of the server at `url`; returns how many had each status.
 
     Raises:
         AssertionError: the server failed.
     """
-    schema = schemathesis.openapi.from_asgi("/openapi.json", server.app)
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     statuses: Counter[tuple[str, int]] = Counter()
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -45,11 +45,11 @@ def fuzz(server, examples: int) -> Counter[tuple[str, int]]:
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
-        @given(case=operation.as_strategy(), kind=strategies.sampled_from(("raw", "raw", "named", "sound")))
+        @given(case=operation.as_strategy(), kind=strategies.sampled_from(("raw", "named", "sound", "sound")))
         def ask(case, kind) -> None:
             if isinstance(case.body, dict) and kind != "raw":
                 _let_through(case.body, kind == "sound")
-            response = case.call(base_url=server.url, timeout=30)
+            response = case.call(base_url=url, timeout=30)
             statuses[case.operation.path, response.status_code] += 1
             assert response.status_code < 500, (response.status_code, case.body, response.text)
 
@@ -74,7 +74,7 @@ def _let_through(body: dict[str, Any], is_sound: bool) -> None:
 
 
 def test_no_request_makes_the_server_fail(server):
-    statuses = fuzz(server, 15)
+    statuses = fuzz(server.url, 15)
     assert statuses.total() > 45 and statuses["/v1/chat/completions", 400]
     assert statuses["/v1/chat/completions", 200] and statuses["/v1/completions", 200]
     assert server.chat("你好").choices
