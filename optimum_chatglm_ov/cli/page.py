@@ -10,13 +10,14 @@ from pathlib import Path
 import uvicorn
 
 from ..serving.app import create_app
+from ..serving.closing import DrainingServer
 from ..serving.engine import EngineOptions
 from ..serving.model import ServerOptions
 from .arguments import runtime_options
 
 
 _HOST = "127.0.0.1"
-_DRAIN_SECONDS = 1  # a page that is open holds a connection for as long as it is
+_DRAIN_SECONDS = 5
 
 
 def talk_in_browser(args: argparse.Namespace, folder: Path, name: str) -> int:
@@ -34,7 +35,7 @@ def talk_in_browser(args: argparse.Namespace, folder: Path, name: str) -> int:
     return 0 if server.started else 1
 
 
-class _Server(uvicorn.Server):
+class _Server(DrainingServer):
     """A server that says where it is once it answers."""
 
     def __init__(self, config: uvicorn.Config, greeting: str):

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from ..environment import package_version
 from ..tokenization.tool_calls import Event, fold
 from .answers import Piece, all_answers
+from .closing import Heartbeats
 from .engine import EngineOptions
 from .errors import RequestError, add_error_handlers
 from .limits import Gate
@@ -65,7 +66,7 @@ def app_of(model: ServedModel) -> FastAPI:
     app = FastAPI(
         title="optimum-chatglm-ov", version=package_version(), lifespan=lifespan, docs_url=None, redoc_url=None
     )
-    app.state.model = model
+    app.state.model, app.state.closing = model, asyncio.Event()
     add_error_handlers(app)
     app.add_middleware(
         Gate,
@@ -79,6 +80,7 @@ def app_of(model: ServedModel) -> FastAPI:
     if options.web:
         from .web import add_page
 
+        app.add_middleware(Heartbeats, closing=app.state.closing)
         add_page(app, model, metrics)
     return app
 

@@ -186,7 +186,7 @@ class Tab:
 STOP = "#ask .stop-button"
 
 
-def wait_for(find, seconds: float = 20.0):
+def wait_for(find, seconds: float = 60.0):
     """What `find()` gives once it gives something."""
     end = time.monotonic() + seconds
     while True:
@@ -228,7 +228,7 @@ def test_stop_ends_the_computation(tab, listener):
     wait_for(lambda: "好的。 好的。" in "".join(tab.texts("bot")))
     assert listener.running == 1
     tab.all(STOP)[0].click()
-    wait_for(lambda: listener.running == 0, 5)
+    wait_for(lambda: listener.running == 0, 20)
     listener.endless, listener.text = False, "再讲"
     tab.say("继续")  # what was said before the stop is part of the conversation
     wait_for(lambda: "再讲" in tab.texts("bot"))
@@ -238,7 +238,7 @@ def test_stop_ends_the_computation(tab, listener):
     tab.say("讲")
     wait_for(lambda: listener.running == 1)
     tab.leave()  # whoever closes the page stops it, too
-    wait_for(lambda: listener.running == 0, 5)
+    wait_for(lambda: listener.running == 0, 20)
 
 
 @needs_browser
@@ -312,7 +312,7 @@ def test_tool_calls_are_shown_on_a_phone_in_the_dark(tab, listener):
 @pytest.mark.slow
 @needs_browser
 def test_the_command_opens_the_page(chromium):
-    """`chatglm-ov chat --web` says where its page is, and ends when it is told to."""
+    """`chatglm-ov chat --web` says where its page is, and ends at once when it is told to, though the page is open."""
     command = [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "chat", "--web"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
@@ -321,14 +321,15 @@ def test_the_command_opens_the_page(chromium):
         assert address.startswith("http://127.0.0.1:"), greeting + process.stderr.read()
         tab = Tab(chromium, address)
         tab.say("你好")
-        wait_for(lambda: "OpenVINO" in "".join(tab.texts("bot")))
-        tab.leave()
+        wait_for(lambda: "OpenVINO" in "".join(tab.texts("bot")), 60)
         process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=30)
-        assert process.returncode in (0, 130) and "你好" not in log and "Traceback" not in log, log
+        _, log = process.communicate(timeout=60)
+        assert process.returncode in (0, 130) and "你好" not in log, log
+        assert "Traceback" not in log and "exceeded" not in log, log
     finally:
         process.kill()
         process.wait()
+        chromium.get("about:blank")
 
 
 def test_the_page_asks_for_the_key(tiny):
