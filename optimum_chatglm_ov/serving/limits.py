@@ -34,20 +34,21 @@ class Gate:
             return
         headers = dict(scope["headers"])
         if self._api_key is not None and not self._is_open(scope["path"]) and not self._has_key(headers):
-            error = RequestError("The API key is missing or wrong.", 401, code="invalid_api_key")
-            await error_response(error)(scope, receive, send)
+            missing = RequestError("The API key is missing or wrong.", 401, code="invalid_api_key")
+            await error_response(missing)(scope, receive, send)
             return
+        body: bytes | None = None
+        refusal: RequestError | None = None
         try:
             body = await asyncio.wait_for(self._body(headers, receive), self._body_seconds)
         except RequestError as error:
-            await error_response(error)(scope, receive, send)
-            return
+            refusal = error
         except asyncio.TimeoutError:
             message = f"The body has not come within {self._body_seconds:g} s."
-            error = RequestError(message, 408, code="request_timeout")
-            await error_response(error)(scope, receive, send)
-            return
-        if body is None:
+            refusal = RequestError(message, 408, code="request_timeout")
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+        if body is None:  # or the client has left
             return
         is_given = False
 
