@@ -18,7 +18,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray
+from optimum_chatglm_ov.serving.extras import require
+
+
+require("ray")
+import ray  # noqa: E402
 
 
 class Worker:

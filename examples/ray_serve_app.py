@@ -13,7 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray import serve
+from optimum_chatglm_ov.serving.extras import require
+
+
+require("ray")
+from ray import serve  # noqa: E402
 
 
 def app(arguments: dict[str, str]) -> serve.Application:

@@ -106,7 +106,7 @@ class ChatGLMConfig(PretrainedConfig):
       positions by it (`"linear"`), chatglm3-6b-32k/128k and GLM-4 multiply the rotary base by it (`"theta"`). When it
       is not given it follows from the vocabulary, else from the model's name in `_name_or_path` (its last part);
       `None` means that neither tells, and reading [`~ChatGLMConfig.rope_theta`] then raises.
-    - **query_log_scaling** (`bool`): queries at cache index i are multiplied by `max(1, ln(i + 65) / ln 2048)`,
+    - **query_log_scaling** (`bool`): queries at position i are multiplied by `max(1, ln(i + 65) / ln 2048)`,
       as chatglm3-6b-128k does.
 
     Raises:

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import BatchEncoding
+from transformers import BatchEncoding, PretrainedConfig
 
 from .chat import StreamedTokens
-from .configuration import ChatGLMConfig
 from .runtime.compilation import core
 from .runtime.token_stream import TokenStream
 from .tokenization.chat_rules import RULES, History, Response
 from .tokenization.messages import as_messages
+from .tokenization.template_chat import GENERATION, chat_tokenizer, has_template
+from .tokenization.thoughts import without_thought
 
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,15 @@ def _without_effect(name: str) -> Callable[..., Any]:
     return method
 
 
-def _generation_of_messages(config: ChatGLMConfig) -> str:
+def _generations(config: PretrainedConfig) -> tuple[str, ...]:
+    """The generations whose rules a model may have."""
+    return (GENERATION,) if has_template(config) else config.generations
+
+
+def _generation_of_messages(config: PretrainedConfig) -> str:
     """Guesses a model's generation among those whose conversations are messages; a tokenizer would know for sure."""
+    if has_template(config):
+        return GENERATION
     family = config.named_family()
     if family is not None and RULES[family.generation].has_messages:
         return family.generation
@@ -101,7 +109,7 @@ class OriginalsMixin:
         self, tokenizer: Any, query: str, history: History | None = None, role: str = "user"
     ) -> BatchEncoding:
         """Builds the prompt of one more turn, int64 tensors [1, L]; arguments as those of `chat()`."""
-        return tokenizer.build_chat_input(query, history=history, role=role).to(self.device)
+        return chat_tokenizer(tokenizer, self).build_chat_input(query, history=history, role=role).to(self.device)
 
     def process_response(
         self, output: str | None = None, history: History | None = None, response: str | None = None
@@ -125,7 +133,9 @@ class OriginalsMixin:
         if (output is None) == (response is None):
             raise TypeError("process_response() takes one text, as `output` or `response`.")
         output = response if output is None else output
-        possible = [RULES[generation] for generation in self.config.generations]
+        if has_template(self.config):
+            output = without_thought(output)
+        possible = [RULES[generation] for generation in _generations(self.config)]
         if history is not None and not any(rules.has_messages for rules in possible):
             raise TypeError("process_response() takes the text alone with ChatGLM-6B; leave `history` out.")
         if history is None:

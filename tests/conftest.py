@@ -22,10 +22,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from fast_tokenizer import save_tokenizer  # noqa: E402
 from torch_models import TORCH_MODELS, reference_arrays, torch_model  # noqa: E402
 from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model  # noqa: E402
+from optimum_chatglm_ov.assets import TINY_CHATGLM3  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,17 +179,28 @@ def unpatched(auto_class: type) -> Callable[..., object]:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory):
-    """Folder of a golden checkpoint exported with its weights as stored."""
+def checkpoint(tmp_path_factory):
+    """Folder of a golden checkpoint, of the shipped one, or of one of transformers' own classes with a tokenizer."""
+    folders = {TINY_CHATGLM3.name: TINY_CHATGLM3}
+
+    def find(name: str) -> Path:
+        if name in TORCH_MODELS and name not in folders:
+            folders[name] = tmp_path_factory.mktemp("torch") / name
+            torch_model(name).save_pretrained(folders[name])
+            save_tokenizer(folders[name])
+        return folders.get(name, DATA / "models" / name)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, checkpoint):
+    """Folder of such a checkpoint exported with its weights as stored."""
     folders: dict[str, Path] = {}
 
     def export(name: str) -> Path:
         if name not in folders:
-            source, output = DATA / "models" / name, tmp_path_factory.mktemp("exported") / name
-            if name in TORCH_MODELS:
-                source = output.with_name("source")
-                torch_model(name).save_pretrained(source)
-            folders[name] = export_model(source, output)
+            folders[name] = export_model(checkpoint(name), tmp_path_factory.mktemp("exported") / name)
         return folders[name]
 
     return export

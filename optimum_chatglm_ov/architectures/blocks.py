@@ -251,15 +251,15 @@ def _prefix_mask(graph: Graph, mask: Node, prefix_tokens: int) -> Node:
     return ops.broadcast(ops.unsqueeze(visible, i64(1, 2)), shape)
 
 
-def query_log_scale(graph: Graph, training_length: int) -> Node:
-    """Factor f32 `[1, L, 1]` `max(1, ln(i + 65) / ln(training_length))` of the query at cache index i.
+def query_log_scale(positions: Node, training_length: int) -> Node:
+    """Factor f32 `[B, L, 1]` `max(1, ln(i + 65) / ln(training_length))` of the query at position i of `positions`.
 
-    Length extrapolation of chatglm3-6b-128k; the 65 is 1 + 64 of the original `CoreAttention`.
+    Length extrapolation of chatglm3-6b-128k; the 65 is 1 + 64 of the original `CoreAttention`, which counts padding,
+    too. PagedAttention, which openvino-genai makes of the graph, has positions alone.
     """
-    past, _, total = cached_length(graph)
-    index = ops.convert(_arange(past, total), "f32")
+    index = ops.convert(ops.unsqueeze(positions, i64(2)), "f32")
     factor = ops.divide(ops.log(ops.add(index, f32(65.0))), f32(math.log(training_length)))
-    return ops.unsqueeze(ops.maximum(factor, f32(1.0)), i64(0, 2))
+    return ops.maximum(factor, f32(1.0))
 
 
 def attention(query: Node, key: Node, value: Node, mask: Node) -> Node:

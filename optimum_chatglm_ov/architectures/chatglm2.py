@@ -68,9 +68,9 @@ class _Decoder(Decoder):
         inv_freq = config.rope_theta ** -(np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim)
         self.rotary = blocks.rotary_embedding(self.graph.position_ids, inv_freq / config.rope_position_scale)
         self.mask = blocks.causal_mask(self.graph, 0 if prefix is None else prefix.shape[3])
-        self.query_scale = (
-            blocks.query_log_scale(self.graph, _QUERY_LOG_SCALING_LENGTH) if config.query_log_scaling else None
-        )
+        self.query_scale = None
+        if config.query_log_scaling:
+            self.query_scale = blocks.query_log_scale(self.graph.position_ids, _QUERY_LOG_SCALING_LENGTH)
 
     def layer(self, hidden_states: Node, i: int) -> Node:
         normed = self.norm(hidden_states, f"layers.{i}.input_layernorm")

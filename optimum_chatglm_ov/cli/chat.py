@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--greedy", action="store_true", help="always the likeliest token (default for the model of the package)"
     )
+    parser.add_argument(
+        "--web", action="store_true", help="talk in a browser: show a page at a free port of this machine"
+    )
     add_runtime_options(parser)
     add_reuse_options(parser)
     add_weight_format(parser)
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     """Answers one prompt, or talks until the user leaves."""
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty; leave it out for a conversation")
+    if args.web:
+        return _show_page(args)
     from .. import OVChatGLMForCausalLM
     from ..tokenization import load_tokenizer
     from .conversation import Conversation
@@ -79,6 +84,21 @@ def run(args: argparse.Namespace) -> int:
         if args.prompt is None:
             return _talk(conversation, args.model or "the tiny model of the package")
         return 130 if conversation.answer(args.prompt) else 0
+
+
+def _show_page(args: argparse.Namespace) -> int:
+    """Talks in a browser until a signal comes."""
+    for option in ("prompt", "max_new_tokens", "temperature"):
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} and --web: the page asks for it; leave one of them out")
+    from ..serving.extras import require
+
+    require("serve")
+    require("web")
+    from .page import talk_in_browser
+
+    with model_folder(args) as folder:
+        return talk_in_browser(args, folder, Path(args.model).resolve().name if args.model else "tiny-chatglm3")
 
 
 @contextmanager

@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     with model_folder(args) as folder:
         from ..serving.app import create_app
+        from ..serving.closing import DrainingServer
         from ..serving.engine import EngineOptions
         from ..serving.model import ServerOptions
 
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
                 **runtime_options(args),
             ),
         )
-        uvicorn.run(
+        config = uvicorn.Config(
             app,
             host=args.host,
             port=args.port,
@@ -117,7 +118,9 @@ def run(args: argparse.Namespace) -> int:
             log_config=None,
             access_log=True,
         )
-    return 0
+        server = DrainingServer(config)
+        server.run()
+    return 0 if server.started else 1
 
 
 def _name(args: argparse.Namespace) -> str:

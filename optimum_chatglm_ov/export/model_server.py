@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..configuration import ChatGLMConfig
+from transformers import PretrainedConfig
+
+from ..architectures.registry import architecture_of
 from ..ir import GRAPH_FILE, SERVER_CONFIG_FILE
 
 
@@ -45,7 +47,7 @@ OPTIONS
 """
 
 
-def save_model_server_files(folder: str | Path, name: str, config: ChatGLMConfig) -> None:
+def save_model_server_files(folder: str | Path, name: str, config: PretrainedConfig) -> None:
     """Writes `graph.pbtxt` and `model_server.json` into `folder`, for `ovms --config_path model_server.json`.
 
     Args:
@@ -53,7 +55,7 @@ def save_model_server_files(folder: str | Path, name: str, config: ChatGLMConfig
         name: of the model in requests.
         config: of the model. ChatGLM-6B and P-Tuning have no continuous batching, which the others get.
     """
-    has_batching = config.architecture != "chatglm" and not config.pre_seq_len
+    has_batching = not architecture_of(config).has_two_positions and not getattr(config, "pre_seq_len", None)
     options = {"models_path": '"./"', "device": '"CPU"'}
     if has_batching:
         options |= {"pipeline_type": "LM_CB", "enable_prefix_caching": "true", "max_num_seqs": "256"}

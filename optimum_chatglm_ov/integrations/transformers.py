@@ -18,11 +18,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+from transformers.utils import cached_file
 
 from ..architectures.families import MODEL_TYPES_OF_TRANSFORMERS
+from ..checkpoint.shards import WEIGHT_FILES
 from ..configuration import ChatGLMConfig
 from ..errors import CheckpointError
-from ..ir import has_openvino_model
+from ..ir import MODEL_FILE, has_openvino_model
 from ..tokenization import ChatGLM4Tokenizer, ChatGLMTokenizer
 from .recognition import check_model_type, has_chatglm_keys, is_chatglm, read_config, warn_once
 
@@ -36,7 +38,7 @@ own, before they look at registered classes. For ChatGLM that succeeds, with wro
 
 LOADS_TORCH_WEIGHTS_ALONE = SpecifierSet(">=4.51")
 """Versions whose `AutoModelForCausalLM` has a class of torch for model types that this package exports, and looks for
-its weights in the folder of an exported model: all so far."""
+its weights where an exported model is: all so far."""
 
 # The class names that ChatGLM repositories have in tokenizer_config.json.
 _TOKENIZERS = {"ChatGLMTokenizer": ChatGLMTokenizer, "ChatGLM4Tokenizer": ChatGLM4Tokenizer}
@@ -114,30 +116,50 @@ def prefer_registered_tokenizers() -> None:
 
 
 def load_exported_models() -> None:
-    """Makes `AutoModelForCausalLM` look whether a folder holds an exported model, see `LOADS_TORCH_WEIGHTS_ALONE`."""
+    """Makes `AutoModelForCausalLM` load exported models of transformers' types, see `LOADS_TORCH_WEIGHTS_ALONE`."""
     original = AutoModelForCausalLM.from_pretrained.__func__
     if getattr(original, "_loads_exported_models", False):
         return
 
     @functools.wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_exported(pretrained_model_name_or_path, kwargs.get("subfolder")):
-            from ..modeling import OVChatGLMForCausalLM
+        if not _is_exported_folder(pretrained_model_name_or_path, kwargs.get("subfolder")):
+            try:
+                return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+            except (OSError, AttributeError):  # there are no weights of torch; version 4 trips over that offline
+                if not _is_exported_repository(pretrained_model_name_or_path, kwargs):
+                    raise
+        from ..modeling import OVChatGLMForCausalLM
 
-            return OVChatGLMForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+        return OVChatGLMForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     vars(from_pretrained)["_loads_exported_models"] = True
     AutoModelForCausalLM.from_pretrained = classmethod(from_pretrained)
 
 
-def _is_exported(name_or_path: Any, subfolder: str | None) -> bool:
+def _is_exported_folder(name_or_path: Any, subfolder: str | None) -> bool:
     if not isinstance(name_or_path, (str, os.PathLike)):
         return False
     folder = Path(name_or_path, subfolder or "")
+    if not has_openvino_model(folder) or any((folder / name).is_file() for name in WEIGHT_FILES):
+        return False
     try:
-        return has_openvino_model(folder) and read_config(folder).get("model_type") in MODEL_TYPES_OF_TRANSFORMERS
+        return read_config(folder).get("model_type") in MODEL_TYPES_OF_TRANSFORMERS
     except CheckpointError:  # of another package
+        return False
+
+
+def _is_exported_repository(name_or_path: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Tells whether a repository of the Hub, or what the cache has of it, holds an exported model."""
+    if not isinstance(name_or_path, str) or os.path.exists(name_or_path):
+        return False
+    arguments = _hub_arguments(kwargs)
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name_or_path, **arguments)
+        if config.get("model_type") not in MODEL_TYPES_OF_TRANSFORMERS:
+            return False
+        return cached_file(name_or_path, MODEL_FILE, **arguments) is not None
+    except Exception:  # then what transformers said first is what is wrong
         return False
 
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from ..tokenization import ChatGLMTextStreamer
 from ..tokenization.chat_rules import settled
-from ..tokenization.tool_calls import PARSERS, CallBegin, CallEnd, Event, Text, answer_parser
+from ..tokenization.template_chat import TemplateTokenizer
+from ..tokenization.thoughts import ThoughtReader
+from ..tokenization.tool_calls import PARSERS, CallBegin, CallEnd, Event, Text, Thought, answer_parser
 from ..tokenization.tool_calls.text import unfinished_mark
 from .engine import GeneratedToken, GenerationRequest
 from .errors import RequestError
@@ -113,6 +115,9 @@ class _Reader:
         self._text = _TextOfTokens(model.tokenizer)
         self._stops = _Stops(plan.stops)
         self._calls = 0
+        self._thoughts = None
+        if plan.is_chat and isinstance(model.tokenizer, TemplateTokenizer):
+            self._thoughts = ThoughtReader(model.tokenizer.decode(generation.input_ids))
         if not plan.is_chat:
             self._parser: Any = _BareText()
         elif model.generation in PARSERS:
@@ -130,7 +135,10 @@ class _Reader:
         text, is_stopped = self._stops.feed(text, is_last=reason is not None)
         if is_stopped:
             reason = "stop"
-        events = self._parser.feed(text)
+        thought = ""
+        if self._thoughts is not None:
+            thought, text = self._thoughts.feed(text, is_last=reason is not None)
+        events = [*([Thought(thought)] if thought else ()), *self._parser.feed(text)]
         if reason is None and self._plan.one_call and any(isinstance(event, CallEnd) for event in events):
             reason = "stop"
         if reason is not None:

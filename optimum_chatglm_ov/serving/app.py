@@ -16,7 +16,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from ..environment import package_version
-from .answers import all_answers
+from ..tokenization.tool_calls import Event, fold
+from .answers import Piece, all_answers
+from .closing import Heartbeats
 from .engine import EngineOptions
 from .errors import RequestError, add_error_handlers
 from .limits import Gate
@@ -31,6 +33,7 @@ from .schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 logger = logging.getLogger(__name__)
 
 _CLIENT_CLOSED_REQUEST = 499
+_BODY_SECONDS = 60.0  # in which a body must have come
 
 
 def create_app(
@@ -63,14 +66,21 @@ def app_of(model: ServedModel) -> FastAPI:
     app = FastAPI(
         title="optimum-chatglm-ov", version=package_version(), lifespan=lifespan, docs_url=None, redoc_url=None
     )
-    app.state.model = model
+    app.state.model, app.state.closing = model, asyncio.Event()
     add_error_handlers(app)
-    app.add_middleware(Gate, api_key=options.api_key, max_body=options.max_body, has_page=options.web)
+    app.add_middleware(
+        Gate,
+        api_key=options.api_key,
+        max_body=options.max_body,
+        body_seconds=min(options.request_seconds, _BODY_SECONDS),
+        has_page=options.web,
+    )
     _add_answers(app, model, metrics)
     _add_facts(app, model, metrics)
     if options.web:
         from .web import add_page
 
+        app.add_middleware(Heartbeats, closing=app.state.closing)
         add_page(app, model, metrics)
     return app
 
@@ -92,11 +102,10 @@ def _add_answers(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:
 async def _respond(
     model: ServedModel, metrics: Metrics, plan: Plan, body: ChatCompletionRequest | CompletionRequest, request: Request
 ) -> Response:
-    if model.options.log_prompts:
-        for generation in plan.generations:
-            logger.info("prompt: %r", model.tokenizer.decode(generation.input_ids))
     answers = Answers(model, plan)
     pieces = all_answers(model, plan, metrics)
+    if model.options.log_prompts:
+        pieces = _logged(model, plan, pieces)
     try:
         if body.stream:
             # what is wrong before the first token still has a status of its own
@@ -108,9 +117,22 @@ async def _respond(
     except ClientGoneError:
         await pieces.aclose()
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
-    if model.options.log_prompts:
-        logger.info("answer: %r", content["choices"])
     return JSONResponse(content)
+
+
+async def _logged(
+    model: ServedModel, plan: Plan, pieces: AsyncIterator[tuple[int, Piece]]
+) -> AsyncIterator[tuple[int, Piece]]:
+    """The same pieces; prompts and answers are written to the log."""
+    for generation in plan.generations:
+        logger.info("prompt: %r", model.tokenizer.decode(generation.input_ids))
+    events: list[list[Event]] = [[] for _ in plan.generations]
+    async with aclosing(pieces):
+        async for index, piece in pieces:
+            events[index] += piece.events
+            yield index, piece
+            if piece.finish_reason is not None:
+                logger.info("answer: %r", fold(events[index]))
 
 
 def _add_facts(app: FastAPI, model: ServedModel, metrics: Metrics) -> None:

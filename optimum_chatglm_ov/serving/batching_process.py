@@ -66,15 +66,15 @@ class Request:
 
     Args:
         handle: the pipeline's; `None` before it is added.
-        given: tokens that were sent.
-        repeated: tokens that come once more, of a request that was begun again, and are not sent again.
+        computed: tokens since it was begun, or begun again.
+        sent: tokens that were sent; a request that was begun again computes them once more.
     """
 
     input_ids: list[int]
     settings: dict[str, Any]
     handle: Any = None
-    given: int = 0
-    repeated: int = 0
+    computed: int = 0
+    sent: int = 0
 
 
 class Batches:
@@ -129,7 +129,7 @@ class Batches:
             prompt = ov.Tensor(np.array([request.input_ids], dtype=np.int64))
             config = _generation_config(request.settings)
             request.handle = self._pipeline.add_request(next(self._ids), prompt, config)
-            request.repeated, request.given = request.given, 0
+            request.computed = 0
         except (RuntimeError, TypeError, ValueError) as error:
             self._fail([number], str(error))
 
@@ -182,9 +182,9 @@ class Batches:
             error = "the key/value cache is too small for prompt and answer"
         if tokens and number == self._on_trial:
             self._on_trial = None
-        known = min(request.repeated, len(tokens))
-        request.repeated -= known
-        request.given += len(tokens)
+        known = max(0, request.sent - request.computed)
+        request.computed += len(tokens)
+        request.sent = max(request.sent, request.computed)
         tokens = tokens[known:]
         if reason is not None or error is not None:
             self._end(number)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands before every request: the key of the interface, and the size of a body."""
+"""What stands before every request: the key of the interface, and the size of a body and the time that it takes."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from typing import Any
 
@@ -14,16 +15,17 @@ _INTERFACE = ("/v1/", "/tokenize", "/metrics", "/openapi.json")
 
 
 class Gate:
-    """ASGI middleware that refuses requests without the key, and bodies that are too large.
+    """ASGI middleware that refuses requests without the key, and bodies that are too large or too slow.
 
     Args:
         api_key: what `Authorization: Bearer` must name, except for /health; `None`: nothing is asked for.
         max_body: bytes.
+        body_seconds: how long a body may take to come.
         has_page: what is not of the interface belongs to a page, which asks for the key itself.
     """
 
-    def __init__(self, app: Any, api_key: str | None, max_body: int, has_page: bool = False):
-        self._app, self._max_body, self._has_page = app, max_body, has_page
+    def __init__(self, app: Any, api_key: str | None, max_body: int, body_seconds: float, has_page: bool = False):
+        self._app, self._max_body, self._body_seconds, self._has_page = app, max_body, body_seconds, has_page
         self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -32,23 +34,22 @@ class Gate:
             return
         headers = dict(scope["headers"])
         if self._api_key is not None and not self._is_open(scope["path"]) and not self._has_key(headers):
-            error = RequestError("The API key is missing or wrong.", 401, code="invalid_api_key")
-            await error_response(error)(scope, receive, send)
+            missing = RequestError("The API key is missing or wrong.", 401, code="invalid_api_key")
+            await error_response(missing)(scope, receive, send)
             return
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_body:
-            await self._too_large()(scope, receive, send)
+        body: bytes | None = None
+        refusal: RequestError | None = None
+        try:
+            body = await asyncio.wait_for(self._body(headers, receive), self._body_seconds)
+        except RequestError as error:
+            refusal = error
+        except asyncio.TimeoutError:
+            message = f"The body has not come within {self._body_seconds:g} s."
+            refusal = RequestError(message, 408, code="request_timeout")
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+        if body is None:  # or the client has left
             return
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._max_body:
-                await self._too_large()(scope, receive, send)
-                return
         is_given = False
 
         async def receive_whole() -> dict[str, Any]:
@@ -56,9 +57,32 @@ class Gate:
             if is_given:
                 return await receive()
             is_given = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, receive_whole, send)
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
+        """The whole body; `None` if the client has left.
+
+        Raises:
+            RequestError: it is too large.
+        """
+        too_large = RequestError(
+            f"The body is larger than {self._max_body} bytes. Send less.", 413, code="request_too_large"
+        )
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body:
+            raise too_large
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._max_body:
+                raise too_large
+        return bytes(body)
 
     def _is_open(self, path: str) -> bool:
         return path == "/health" or self._has_page and not path.startswith(_INTERFACE)
@@ -66,9 +90,3 @@ class Gate:
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         return hmac.compare_digest(key.strip(), self._api_key) and scheme.lower() == b"bearer"
-
-    def _too_large(self) -> Any:
-        error = RequestError(
-            f"The body is larger than {self._max_body} bytes. Send less.", 413, code="request_too_large"
-        )
-        return error_response(error)

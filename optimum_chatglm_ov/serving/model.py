@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from ..ir import load_config
 from ..tokenization import load_tokenizer
 from ..tokenization.chat_rules import ChatRules, chat_rules
+from ..tokenization.template_chat import TemplateTokenizer, has_template
 from .engine import Engine, EngineOptions, make_engine
 from .vocabulary import TokenBytes
 
@@ -63,6 +66,8 @@ def load_served_model(folder: Path, options: ServerOptions, engine_options: Engi
     """
     folder = Path(folder)
     tokenizer, config = load_tokenizer(folder), load_config(folder)
+    if has_template(config):
+        tokenizer = TemplateTokenizer(tokenizer, GenerationConfig.from_pretrained(folder))
     return ServedModel(
         name=options.name or folder.name,
         tokenizer=tokenizer,

@@ -25,6 +25,7 @@ _BEGINNINGS_OF_CALLS = {
     "codegeex4": ("", '```json\n{{"name": "{name}", "arguments": '),
 }
 _MOST_STOPS = 16
+_COLDEST = 1e-4  # below it, sampling takes the likeliest token, too
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,8 @@ def _plan(
         input_ids=[],
         max_new_tokens=1,
         stop_ids=tuple(model.tokenizer.turn_end_ids),
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
+        do_sample=temperature >= _COLDEST,
+        temperature=temperature if temperature >= _COLDEST else 1.0,
         top_p=family.top_p if request.top_p is None else request.top_p,
         top_k=request.top_k or 0,
         repetition_penalty=request.repetition_penalty or 1.0,

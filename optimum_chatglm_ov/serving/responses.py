@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from starlette.responses import Response
 
-from ..tokenization.tool_calls import CallArguments, CallBegin, Event, Text, fold
+from ..tokenization.tool_calls import CallArguments, CallBegin, Event, Text, Thought, fold
 from ..tokenization.vocabulary import whole_characters
 from .answers import Piece
 from .errors import as_request_error, error_body
@@ -126,6 +126,8 @@ class Answers:
             return {**choice, "text": whole_characters(parsed.text)}
         content = whole_characters(parsed.text)
         message: dict[str, Any] = {"role": "assistant", "content": content}
+        if thought := "".join(event.text for event in events if isinstance(event, Thought)):
+            message["reasoning_content"] = whole_characters(thought)
         if parsed.calls:
             message["content"] = content or None
             message["tool_calls"] = [
@@ -178,6 +180,8 @@ class Answers:
             if isinstance(event, Text):
                 text = whole_characters(event.text)
                 parts.append({"delta": {"content": text}} if self._plan.is_chat else {"text": text})
+            elif isinstance(event, Thought):
+                parts.append({"delta": {"reasoning_content": whole_characters(event.text)}})
             elif isinstance(event, CallBegin):
                 function = {"name": event.name, "arguments": ""}
                 call = {"index": event.index, "id": _call_id(), "type": "function", "function": function}

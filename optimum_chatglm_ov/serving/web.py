@@ -72,21 +72,18 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
     speed = gradio.Markdown(elem_id="speed", render=False)
 
     async def say(message: str, history: list[dict[str, Any]], *settings: Any) -> AsyncIterator[tuple[list, str]]:
+        shown = _Shown(time.perf_counter())
         try:
             request = _request(model, message, history, *settings)
             plan = await asyncio.to_thread(plan_chat, model, request, "page")
-        except (ValueError, ValidationError) as error:
-            raise gradio.Error(str(error)) from error
-        except Exception as error:
-            raise gradio.Error(str(as_request_error(error))) from error
-        shown = _Shown(time.perf_counter())
-        try:
             async with aclosing(all_answers(model, plan, metrics)) as pieces:
                 async for _, piece in pieces:
                     shown.add(piece)
                     yield [dict(message) for message in shown.messages], shown.speed()
         except Exception as error:
-            raise gradio.Error(str(as_request_error(error))) from error
+            # raised, it would leave Gradio's box for the next question locked
+            gradio.Warning(_reason(error))
+            yield shown.messages, ""
 
     with gradio.Blocks(title=model.name, analytics_enabled=False, fill_height=True) as page:
         gradio.ChatInterface(
@@ -115,6 +112,11 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
     return page
 
 
+def _reason(error: Exception) -> str:
+    """What the page says of `error`."""
+    return str(error if isinstance(error, (json.JSONDecodeError, ValidationError)) else as_request_error(error))
+
+
 def _settings(gradio: Any, words: Any, model: ServedModel) -> list[Any]:
     """Parts of the page for what `_request` takes after the history, in its order."""
     family = model.rules.family
@@ -126,15 +128,17 @@ def _settings(gradio: Any, words: Any, model: ServedModel) -> list[Any]:
             0 if model.options.greedy else family.temperature,
             step=0.05,
             label=words("temperature"),
+            elem_id="temperature",
             render=False,
         ),
-        gradio.Slider(0.05, 1, family.top_p, step=0.05, label=words("top_p"), render=False),
+        gradio.Slider(0.05, 1, family.top_p, step=0.05, label=words("top_p"), elem_id="top_p", render=False),
         gradio.Slider(
             1,
             model.engine.prompt_and_answer,
             min(1024, model.engine.prompt_and_answer),
             step=1,
             label=words("max_tokens"),
+            elem_id="max_tokens",
             render=False,
         ),
         gradio.Textbox(label=words("tools"), lines=3, elem_id="tools", render=False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TextIteratorStreamer, TextStreamer
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 
 
 class _WholeCharacters:
@@ -47,6 +47,8 @@ class _WholeCharacters:
         self.on_finalized_text(text, stream_end=True)
 
     def _decoded(self) -> str:
+        if isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            return self.tokenizer.decode(self.token_cache, **self.decode_kwargs).rstrip("\ufffd")
         return self.tokenizer.decode(self.token_cache, **{**self.decode_kwargs, "skip_incomplete_tail": True})
 
     def _hand_out(self, text: str) -> None:

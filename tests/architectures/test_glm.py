@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXACT, openvino_layers, says
-from fast_tokenizer import make_tokenizer, save_tokenizer
+from fast_tokenizer import make_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch_models import TORCH_MODELS, config, random_model, torch_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
@@ -23,21 +23,6 @@ from optimum_chatglm_ov.native.fuse_attention import cache_layout
 IDS = torch.randint(3, 300, (1, 19), generator=torch.Generator().manual_seed(5))
 # What config.json of GLM-4-0414 has where its card recommends YaRN for long texts.
 RECOMMENDED_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A folder with `name`, and a tokenizer."""
-    folders = {}
-
-    def make(name):
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp("torch") / name
-            torch_model(name).save_pretrained(folders[name])
-            save_tokenizer(folders[name])
-        return folders[name]
-
-    return make
 
 
 def write_config(folder, model_type, **changes):

@@ -1,51 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times a server under load, compares every answer with the one computed alone, and watches its memory.
 
-    python tests/benchmarks/measure_serving.py load [FOLDER] --clients 1 8 64 --requests 128
-    python tests/benchmarks/measure_serving.py soak [FOLDER] --clients 64 --minutes 30
-    python tests/benchmarks/measure_serving.py fuzz --examples 500
-    python tests/benchmarks/measure_serving.py engine FOLDER --clients 1 8 64
+    python tests/benchmarks/measure_serving.py load [FOLDER] --clients 1 8 64 --requests 32 64 128
+    python tests/benchmarks/measure_serving.py soak [FOLDER] --clients 64 --requests 128 --minutes 30
+    python tests/benchmarks/measure_serving.py fuzz [FOLDER] --examples 500
 
-FOLDER is an exported model with a tokenizer; without one, the tiny model of the package. `load` also serves the same
-requests one at a time, with the same engine, for comparison. All numbers are the client's. `engine` leaves HTTP
-and text out, and compares token ids: for models with random weights, which need no tokenizer.
+FOLDER is an exported model; without one, the tiny model of the package. A folder without a tokenizer, as models with
+random weights have none, gets the package's, with as many more pieces as the model has ids. The server is
+`chatglm-ov serve` in a process of its own, and all numbers are the clients', in this one. `load` serves the same
+requests by the same engine one at a time, too: what that answers is what is expected of the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
+from sentencepiece import sentencepiece_model_pb2
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
-from serving_support import NAME, Server, options, serving  # noqa: E402
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "serving")]  # of the checkout
 
 from optimum_chatglm_ov.assets import TINY_CHATGLM3  # noqa: E402
 from optimum_chatglm_ov.cli.embedded import embedded_model  # noqa: E402
 from optimum_chatglm_ov.ir import load_config  # noqa: E402
-from optimum_chatglm_ov.serving.engine import EngineOptions, GenerationRequest  # noqa: E402
-from optimum_chatglm_ov.serving.engine_batched import BatchedEngine  # noqa: E402
-from optimum_chatglm_ov.tokenization import load_tokenizer  # noqa: E402
 
 
+NAME = "tiny"
 WORDS = "你好 你是谁 天气 怎么样 讲个笑话 OpenVINO 模型 北京 hello what is 1+1 再见 为什么 how are you".split()
+CONTROL_TOKENS = 16  # ids that a tokenizer adds after its pieces, at most
 
 
 @dataclass
 class Results:
-    """What clients saw."""
+    """What clients saw: of each answer its tokens, with the logarithm of their probability."""
 
-    answers: dict[int, str] = field(default_factory=dict)
+    answers: dict[int, list[tuple[str, float]]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
@@ -67,7 +74,7 @@ class Results:
 def prompt(number: int) -> str:
     """Another question for each number, of one to sixty words."""
     rng = random.Random(number)
-    return " ".join(rng.choices(WORDS, k=rng.randint(1, 60)))
+    return f"{number} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 60)))
 
 
 async def ask(client: httpx.AsyncClient, number: int, max_tokens: int, results: Results) -> None:
@@ -78,10 +85,11 @@ async def ask(client: httpx.AsyncClient, number: int, max_tokens: int, results: 
         "max_tokens": max_tokens,
         "temperature": 0,
         "stream": True,
-        "logprobs": True,  # so that each token comes at once, whether it has text or not
+        "logprobs": True,
         "stream_options": {"include_usage": True},
     }
-    text, last, is_first = "", time.perf_counter(), True
+    tokens: list[tuple[str, float]] = []
+    last, is_first, usage = time.perf_counter(), True, None
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             async for line in response.aiter_lines():
@@ -90,24 +98,28 @@ async def ask(client: httpx.AsyncClient, number: int, max_tokens: int, results: 
                 chunk = json.loads(line[6:])
                 if "error" in chunk or response.status_code != 200:
                     raise RuntimeError(line)
-                if chunk["choices"] and (new := chunk["choices"][0]["delta"].get("content")):
-                    now = time.perf_counter()
-                    (results.first if is_first else results.between).append(now - last)
-                    last, is_first, text = now, False, text + new
-                results.tokens += (chunk.get("usage") or {}).get("completion_tokens", 0)
-            if response.status_code != 200:
-                raise RuntimeError(f"status {response.status_code}")
-        results.answers[number] = text
+                usage = chunk.get("usage") or usage
+                for choice in chunk["choices"]:
+                    entries = (choice.get("logprobs") or {}).get("content", [])
+                    if entries:
+                        now = time.perf_counter()
+                        (results.first if is_first else results.between).append(now - last)
+                        last, is_first = now, False
+                    tokens += [(entry["token"], entry["logprob"]) for entry in entries]
+            if response.status_code != 200 or usage is None:
+                raise RuntimeError(f"status {response.status_code}, no usage: the answer was cut off")
+        results.tokens += usage["completion_tokens"]
+        results.answers[number] = tokens
     except (httpx.HTTPError, RuntimeError) as error:
         results.errors.append(f"{type(error).__name__}: {error}")
 
 
-async def load(server: Server, clients: int, numbers: list[int], max_tokens: int) -> Results:
+async def load(url: str, clients: int, numbers: list[int], max_tokens: int) -> Results:
     """`clients` ask one question after the other, until all `numbers` are answered."""
     results, left = Results(), list(reversed(numbers))
     limits = httpx.Limits(max_connections=clients)
     start = time.perf_counter()
-    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
 
         async def one() -> None:
             while left:
@@ -118,120 +130,136 @@ async def load(server: Server, clients: int, numbers: list[int], max_tokens: int
     return results
 
 
-def resident(server: Server) -> float:
+def differences(expected: Results, found: Results) -> list[str]:
+    """Of each answer that is not the expected one, where and how it departs from it."""
+    lines = []
+    for number, tokens in expected.answers.items():
+        others = found.answers.get(number)
+        if others is None:
+            lines.append(f"request {number} has no answer")
+        elif [token for token, _ in others] != [token for token, _ in tokens]:
+            place, pair = next(
+                ((i, pair) for i, pair in enumerate(zip(tokens, others)) if pair[0][0] != pair[1][0]),
+                (min(len(tokens), len(others)), "one ends"),
+            )
+            lines.append(f"request {number}, token {place}, alone and with others (log-probability): {pair}")
+    return lines
+
+
+@contextlib.contextmanager
+def served(folder: Path, args: argparse.Namespace, max_running: int) -> Iterator[tuple[str, psutil.Process]]:
+    """Address and process of a server of the model in `folder`."""
+    precision = []
+    if args.precision is not None:
+        precision = ["--inference-precision", args.precision, "--kv-cache-precision", args.precision]
+    if args.precision == "f32":
+        precision += ["--dynamic-quantization-group-size", "0"]
+    command = [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "serve", "--model", str(folder), "--port", "0"]
+    limits = ["--max-running", str(max_running), "--cache-tokens", str(args.cache_tokens), "--queue-seconds", "600"]
+    process = subprocess.Popen(
+        [*command, "--served-name", NAME, *limits, *precision], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        log = ""
+        while not (address := re.search(r"running on (http://\S+)", log)):
+            line = process.stderr.readline()
+            if not line:
+                raise RuntimeError(f"the server did not start:\n{log}")
+            log += line
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield address[1], psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def resident(process: psutil.Process) -> float:
     """MB that the server and its engine's process hold."""
-    total = 0
-    for process in ("self", server.engine.process_id):
-        with open(f"/proc/{process}/status", encoding="ascii") as file:
-            total += next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
-    return total / 1024
+    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True))) / 2**20
+
+
+@contextlib.contextmanager
+def model_folder(folder: Path | None) -> Iterator[Path]:
+    """The folder to serve."""
+    if folder is None:
+        with embedded_model() as embedded:
+            yield embedded
+    elif (folder / "tokenizer_config.json").exists():
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            for file in folder.iterdir():
+                (Path(temporary) / file.name).symlink_to(file.resolve())
+            _add_tokenizer(Path(temporary))
+            yield Path(temporary)
+
+
+def _add_tokenizer(folder: Path) -> None:
+    """Gives the model in `folder` the package's tokenizer, with a piece for each id."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((TINY_CHATGLM3 / "tokenizer.model").read_bytes())
+    for number in range(len(model.pieces), load_config(folder).vocab_size - CONTROL_TOKENS):
+        model.pieces.add(piece=f"\u2581w{number}", score=-1e5)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    shutil.copy(TINY_CHATGLM3 / "tokenizer_config.json", folder)
 
 
 def measure_load(folder: Path, args: argparse.Namespace) -> int:
-    numbers = list(range(args.requests))
-    engine = EngineOptions(max_running=args.max_running, cache_tokens=args.cache_tokens, ov_config=properties(args))
-    alone = EngineOptions(max_running=1, cache_tokens=args.cache_tokens, ov_config=properties(args), queue_seconds=600)
-    with serving(folder, options(), alone) as server:
-        few = numbers[: args.alone]
-        expected = asyncio.run(load(server, 1, few, args.max_tokens)).answers
-        for clients in args.clients:
-            results = asyncio.run(load(server, clients, few, args.max_tokens))
-            print(results.line(f"one at a time, {clients} clients"), flush=True)
-    mixed = 0
-    with serving(folder, options(), engine) as server:
-        asyncio.run(load(server, 1, [10**6], args.max_tokens))
-        for clients in args.clients:
-            results = asyncio.run(load(server, clients, numbers, args.max_tokens))
-            differing = [number for number in few if results.answers.get(number) != expected[number]]
-            mixed += len(differing)
-            print(results.line(f"batched, {clients} clients") + f"; {len(differing)} of {len(few)} differ from alone")
-            for error in results.errors[:3]:
-                print("  ", error)
-            mixed += len(results.errors)
-    return int(mixed > 0)
-
-
-def measure_soak(folder: Path, args: argparse.Namespace) -> int:
-    engine = EngineOptions(max_running=args.max_running, cache_tokens=args.cache_tokens, ov_config=properties(args))
-    wrong = 0
-    with serving(folder, options(), engine) as server:
-        expected = asyncio.run(load(server, 1, list(range(args.requests)), args.max_tokens)).answers
-        end, count = time.monotonic() + 60 * args.minutes, 0
-        while time.monotonic() < end:
-            order = random.sample(range(args.requests), args.requests)
-            results = asyncio.run(load(server, args.clients[0], order, args.max_tokens))
-            wrong += len(results.errors) + sum(results.answers.get(n) != expected[n] for n in order)
-            count += len(results.answers)
-            print(f"{count} answers, {wrong} wrong, {resident(server):.0f} MB; {results.line('round')}", flush=True)
+    """Each number of clients has questions of its own, so that no cache knows their beginnings."""
+    counts = args.requests if len(args.requests) > 1 else args.requests * len(args.clients)
+    ends = np.cumsum(counts)
+    levels = {
+        clients: list(range(end - count, end)) for clients, count, end in zip(args.clients, counts, ends.tolist())
+    }
+    expected, wrong = {}, 0
+    for name, max_running in (("one at a time", 1), ("batched", args.max_running)):
+        with served(folder, args, max_running) as (url, _):
+            asyncio.run(load(url, 1, [10**6, 10**6 + 1], args.max_tokens))
+            for clients, numbers in levels.items():
+                results = asyncio.run(load(url, clients, numbers, args.max_tokens))
+                found = differences(expected.setdefault(clients, results), results)
+                print(results.line(f"{name}, {clients} clients") + f"; {len(found)} differ from alone", flush=True)
+                print("".join(f"   {line}\n" for line in [*found, *results.errors][:8]), end="", flush=True)
+                wrong += len(found) + len(results.errors)
     return int(wrong > 0)
 
 
-async def ask_engine(engine: BatchedEngine, number: int, max_tokens: int, results: Results) -> None:
-    """One answer of `engine`, greedy, to a prompt of 16 to 200 random ids."""
-    rng = random.Random(number)
-    ids = [rng.randrange(3, 60000) for _ in range(rng.randint(16, 200))]
-    found, last = [], time.perf_counter()
-    async for token in engine.generate(GenerationRequest(ids, max_tokens, stop_ids=(2,))):
-        now = time.perf_counter()
-        (results.between if found else results.first).append(now - last)
-        last = now
-        found.append(token.token_id)
-    results.tokens += len(found)
-    results.answers[number] = str(found)
+def measure_soak(folder: Path, args: argparse.Namespace) -> int:
+    numbers, wrong, count = list(range(args.requests[0])), 0, 0
+    memory: list[float] = []
+    with served(folder, args, args.max_running) as (url, process):
+        expected = asyncio.run(load(url, 1, numbers, args.max_tokens))
+        end = time.monotonic() + 60 * args.minutes
+        while time.monotonic() < end:
+            order = random.sample(numbers, len(numbers))
+            results = asyncio.run(load(url, args.clients[0], order, args.max_tokens))
+            wrong += len(results.errors) + len(differences(expected, results))
+            count += len(results.answers)
+            memory.append(resident(process))
+            print(f"{count} answers, {wrong} wrong, {memory[-1]:.0f} MB; {results.line('round')}", flush=True)
+    tenth = len(memory) // 10
+    print(f"memory: {memory[tenth]:.0f} MB after a tenth of the time, {memory[-1]:.0f} MB at the end")
+    return int(wrong > 0)
 
 
-async def load_engine(engine: BatchedEngine, clients: int, count: int, max_tokens: int) -> Results:
-    """As [`load`], without HTTP."""
-    results, left, start = Results(), list(range(count)), time.perf_counter()
-
-    async def one() -> None:
-        while left:
-            await ask_engine(engine, left.pop(), max_tokens, results)
-
-    await asyncio.gather(*(one() for _ in range(clients)))
-    results.seconds = time.perf_counter() - start
-    return results
-
-
-async def measure_engine(folder: Path, args: argparse.Namespace) -> int:
-    options = EngineOptions(max_running=args.max_running, cache_tokens=args.cache_tokens, ov_config=properties(args))
-    engine = BatchedEngine(folder, load_tokenizer(TINY_CHATGLM3), load_config(folder), options)
-    await engine.start()
-    expected = {}
-    for clients in args.clients:
-        count = min(args.requests, args.alone) if clients == 1 else args.requests
-        results = await load_engine(engine, clients, count, args.max_tokens)
-        expected = expected or results.answers
-        differing = sum(results.answers[number] != answer for number, answer in expected.items())
-        print(results.line(f"{clients} clients"), f"; {differing} of {len(expected)} differ from alone", flush=True)
-    await engine.close()
-    return 0
-
-
-def measure_fuzz(args: argparse.Namespace) -> int:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
+def measure_fuzz(folder: Path, args: argparse.Namespace) -> int:
     from test_fuzz import fuzz
 
-    with embedded_model() as folder, serving(folder, options(), EngineOptions()) as server:
-        print(f"{fuzz(server, args.examples)} requests, none made the server fail")
+    with served(folder, args, args.max_running) as (url, _):
+        statuses = fuzz(url, args.examples)
+    print("".join(f"{path}: {count} times {status}\n" for (path, status), count in sorted(statuses.items())), end="")
+    print(f"{statuses.total()} requests, none made the server fail")
     return 0
-
-
-def properties(args: argparse.Namespace) -> dict[str, str]:
-    return (
-        {}
-        if args.precision is None
-        else {"INFERENCE_PRECISION_HINT": args.precision, "KV_CACHE_PRECISION": args.precision}
-    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("load", "soak", "fuzz", "engine"))
+    parser.add_argument("what", choices=("load", "soak", "fuzz"))
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--requests", type=int, default=128)
-    parser.add_argument("--alone", type=int, default=32, help="requests that are also served one at a time")
+    parser.add_argument(
+        "--requests", type=int, nargs="+", default=[128], help="for each number of clients, or for all"
+    )
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--max-running", type=int, default=64)
     parser.add_argument("--cache-tokens", type=int, default=65536)
@@ -239,14 +267,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--examples", type=int, default=500)
     args = parser.parse_args()
-    if args.what == "fuzz":
-        return measure_fuzz(args)
-    if args.what == "engine":
-        return asyncio.run(measure_engine(args.folder, args))
-    measure = measure_load if args.what == "load" else measure_soak
-    if args.folder is not None:
-        return measure(args.folder, args)
-    with embedded_model() as folder:
+    measure = {"load": measure_load, "soak": measure_soak, "fuzz": measure_fuzz}[args.what]
+    with model_folder(args.folder) as folder:
         return measure(folder, args)
 
 

@@ -133,6 +133,7 @@ def imports(command, **changes):
         (2, ["export", CHATGLM3, "output", "--kv-cache-precision", "u8"], "only with --attention native"),
         (2, ["export", CHATGLM3, "output", "--ratio", "1"], "--ratio: only for quantised weights"),
         (2, ["chat", "--prompt", " "], "--prompt is empty"),
+        (2, ["chat", "--web", "--temperature", "1"], "--temperature and --web: the page asks for it"),
         (2, ["bench", "--attention-only", "chatglm", "--linear", "native"], "--attention-only measures no linear"),
         (2, ["compare", "a", "b", "--text", "c", "--json", "no/such/folder/file"], "cannot be written"),
     ],

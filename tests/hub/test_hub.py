@@ -13,8 +13,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
-from conftest import DATA, in_child
+from conftest import DATA, EXACT, in_child
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants, file_download
 from huggingface_hub.errors import (
@@ -24,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_chatglm_ov import ChatGLMConfig, OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.errors import CheckpointError
@@ -477,6 +478,26 @@ def test_an_original_checkpoint_is_exported_by_id(hub, name):
     pulled = OVChatGLMForCausalLM.from_pretrained("THUDM/" + name, revision="original")
     assert greedy_ids(pulled, tokenizer) == local
     assert not any(file.endswith(".py") for file in hub.downloaded())
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_auto_class_loads_what_a_repository_of_glm4_holds(hub, exported, checkpoint, original, monkeypatch):
+    """An exported model by this package's class; torch's own of an original, and no request beside."""
+    folder, repo = checkpoint("glm4") if original else exported("glm4"), f"user/glm4-{original}"
+    hub.create(repo, {file.name: file.read_bytes() for file in folder.iterdir()})
+    ids = torch.tensor([[5, 6, 100, 101, 102]])
+    expected = OVChatGLMForCausalLM.from_pretrained(folder, export=original, ov_config=EXACT)(ids).logits
+    for offline in (False, True):
+        if offline:
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+            monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", True, raising=False)
+            asked = list(hub.requests)
+        arguments = {} if original else {"ov_config": EXACT}
+        model = AutoModelForCausalLM.from_pretrained(repo, **arguments)
+        assert isinstance(model, PreTrainedModel if original else OVChatGLMForCausalLM)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=0)
+    assert hub.requests == asked
+    assert any("openvino" in path for _, path in asked) != original
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 from conftest import EXACT, FLOATING, Golden
+from torch_models import TORCH_MODELS
 
 from optimum_chatglm_ov.native import load
 from optimum_chatglm_ov.native.cache_state import FusedAttentionState
@@ -71,7 +72,7 @@ def mask_of(golden, case):
     return (mask if mask.dim() == 2 else (~mask[:, 0].all(dim=1)).long()).numpy()
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", [*FLOATING, *TORCH_MODELS])
 def test_fused_graph_equals_the_original(name, fused):
     golden, model = Golden(name), fused(name)
     types = [node.get_type_name() for node in model.model.get_ops()]
@@ -105,7 +106,7 @@ def test_ptuning_prefix(name, fused):
     assert greedy(model, prompt, len(expected) - len(prompt)) == expected
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", [*FLOATING, *TORCH_MODELS])
 @pytest.mark.parametrize("cache_precision", ["f32", "bf16", "i8"])
 def test_cached_steps(name, cache_precision, fused):
     golden, model = Golden(name), fused(name, cache_precision)
@@ -133,7 +134,7 @@ def greedy(model, prompt, new_tokens):
     return tokens
 
 
-@pytest.mark.parametrize("name", FLOATING)
+@pytest.mark.parametrize("name", [*FLOATING, *TORCH_MODELS])
 def test_greedy_tokens_are_the_original_ones(name, fused):
     golden = Golden(name)
     expected = golden["greedy_single"][0].tolist()

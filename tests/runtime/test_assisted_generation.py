@@ -19,6 +19,8 @@ NAMES = (
     "chatglm2-6b",
     "chatglm3-6b-128k",
     "glm-4-9b-chat",
+    "glm",
+    "glm4",
     "chatglm-6b-ptuning-v2",
     "chatglm2-6b-ptuning-v2",
 )

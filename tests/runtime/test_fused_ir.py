@@ -23,6 +23,8 @@ NAMES = (
     "chatglm2-6b",
     "chatglm3-6b",
     "glm-4-9b-chat",
+    "glm",
+    "glm4",
     "chatglm-6b-ptuning-v2",
     "chatglm2-6b-ptuning-v2",
 )
@@ -31,14 +33,14 @@ SETTINGS = {name: value for name, value in EXACT.items() if name != "KV_CACHE_PR
 
 
 @pytest.fixture(scope="module")
-def fused_ir(tmp_path_factory):
+def fused_ir(tmp_path_factory, checkpoint):
     folders = {}
 
     def export(name, kv_cache_precision="f32"):
         if (name, kv_cache_precision) not in folders:
             output = tmp_path_factory.mktemp("fused") / name
             folders[name, kv_cache_precision] = export_model(
-                DATA / "models" / name, output, attention="fused", kv_cache_precision=kv_cache_precision
+                checkpoint(name), output, attention="fused", kv_cache_precision=kv_cache_precision
             )
         return folders[name, kv_cache_precision]
 

@@ -16,14 +16,14 @@ from optimum_chatglm_ov import ContextLengthError, OVChatGLMForCausalLM
 
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
-ONE_OF_EACH = ("chatglm-6b-3layer-untied", "chatglm3-6b", "chatglm-6b-ptuning-v2")
+ONE_OF_EACH = ("chatglm-6b-3layer-untied", "chatglm3-6b", "chatglm-6b-ptuning-v2", "glm4")
 ONES = torch.ones(3, 12, dtype=torch.long)
 
 
 def prompts(model, seed=0):
     """Two rows of ten tokens; chatglm-6b's have what its prompts need."""
     ids = torch.randint(20, 300, (2, 10), generator=torch.Generator().manual_seed(seed))
-    if model.config.architecture == "chatglm":
+    if getattr(model.config, "architecture", None) == "chatglm":
         ids[:, -2:] = torch.tensor([model.config.gmask_token_id, model.config.bos_token_id])
     return ids
 

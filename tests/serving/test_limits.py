@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import importlib.util
 import os
 import re
+import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,12 +20,15 @@ import httpx
 import openai
 import pytest
 from conftest import DATA, ROOT
+from safetensors.torch import load_file, save_file
 from serving_support import NAME, engine_options, options, serving
 
 from optimum_chatglm_ov import export_model
+from optimum_chatglm_ov.cli.main import main
 from optimum_chatglm_ov.serving.admission import Admission, QueueFullError, QueueTimeoutError
-from optimum_chatglm_ov.serving.extras import MissingExtraError, require
+from optimum_chatglm_ov.serving.extras import MissingExtraError
 from optimum_chatglm_ov.serving.numa import nodes_of_cpus, numa_nodes, warn_of_numa_nodes
+from optimum_chatglm_ov.tokenization import load_tokenizer
 
 
 pytest_plugins = ["serving_support"]
@@ -32,8 +38,16 @@ LONG = {"max_tokens": 3000, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory):
-    """A model with random weights, which seldom ends a turn."""
-    return export_model(DATA / "models" / "chatglm3-6b", tmp_path_factory.mktemp("random") / "ir")
+    """A model with random weights, whose likeliest token never ends a turn."""
+    folder = tmp_path_factory.mktemp("random")
+    checkpoint = shutil.copytree(DATA / "models" / "chatglm3-6b", folder / "checkpoint")
+    ends = list(load_tokenizer(checkpoint).turn_end_ids)
+    for shard in checkpoint.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if "transformer.output_layer.weight" in tensors:
+            tensors["transformer.output_layer.weight"][ends] = 0
+            save_file(tensors, shard)
+    return export_model(checkpoint, folder / "ir")
 
 
 @pytest.fixture(scope="module", params=["batched", "queue"])
@@ -120,6 +134,9 @@ def test_an_answer_that_takes_too_long(random_model):
         with pytest.raises(openai.APIError, match="longer than 0.2 s"):
             list(running.chat("a", stream=True, **LONG))
         wait_for(lambda: running.engine.state().running == 0, 2)
+        with socket.create_connection(("127.0.0.1", running.port), timeout=10) as slow:  # whose body never comes
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_an_engine_that_is_killed_is_started_again(random_model):
@@ -183,11 +200,12 @@ def test_a_signal_lets_answers_end(random_model):
         next(iter(stream))
         os.killpg(process.pid, signal.SIGTERM)
         *_, last = stream
-        assert last.usage == alone and alone.completion_tokens > 100
+        assert last.usage == alone and alone.completion_tokens == 1500
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
         log += process.stderr.read()
         assert process.wait(20) in (0, 143), log
+        assert "Uvicorn running on http://127.0.0.1:" in log  # this machine alone
         assert "私" not in log and "Traceback" not in log, log
         assert "engine has stopped" not in log
     finally:
@@ -245,10 +263,44 @@ def test_threads_on_several_numa_nodes_are_warned_of(tmp_path, caplog):
     assert "2 NUMA nodes (0, 1)" in caplog.text
 
 
-def test_a_missing_extra_is_a_line_for_pip(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=re.escape('pip install "optimum-chatglm-ov[web]"')):
-        require("web")
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        (["serve"], "fastapi", "serve"),
+        (["serve", "--web"], "gradio", "web"),
+        (["chat", "--web"], "gradio", "web"),
+    ],
+)
+def test_a_missing_extra_is_a_line_for_pip(command, package, extra, monkeypatch, capsys):
+    _hide(package, monkeypatch)
+    assert main(command) == 1
+    assert f'{package} not found; install what this needs: pip install "optimum-chatglm-ov[{extra}]"' in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["ray_batch", "ray_serve_app"])
+def test_the_examples_need_ray(name, monkeypatch):
+    _hide("ray", monkeypatch)
+    with pytest.raises(MissingExtraError, match=re.escape('pip install "optimum-chatglm-ov[ray]"')):
+        runpy.run_path(ROOT / "examples" / f"{name}.py")
+
+
+def _hide(package: str, monkeypatch) -> None:
+    """Lets `package` not be found."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find_spec(name))
+
+
+def test_prompts_are_logged_when_asked_for(random_model, caplog):
+    caplog.set_level("INFO", "optimum_chatglm_ov.serving.app")
+    with serving(random_model, options(log_prompts=True), engine_options(kind="queue")) as running:
+        for stream in (False, True):
+            caplog.clear()
+            answer = running.chat("私", temperature=0, max_tokens=3, stream=stream)
+            list(answer)  # to its end
+            prompt, answered = (record.getMessage() for record in caplog.records)
+            assert prompt.startswith("prompt: ") and "私" in prompt and answered.startswith("answer: ParsedAnswer(")
 
 
 def test_a_schema_without_grammar_harms_no_other_answer(random_model):

@@ -119,7 +119,9 @@ def test_batches_lose_and_double_nothing(local_ray, answer, tiny, tmp_path):
         file.unlink()
     kept = {file.name: file.stat().st_mtime_ns for file in output.glob("*.jsonl")}
     missing = 60 - sum(len(file.read_text().splitlines()) for file in output.glob("*.jsonl"))
-    assert batch.run(**arguments, workers=1, **settings) == missing > 0
+    parquet = tmp_path / "prompts.parquet"  # the same prompts, as rows of a table
+    ray.data.read_json(str(source), lines=True).to_pandas().to_parquet(parquet)
+    assert batch.run(**{**arguments, "source": str(parquet)}, workers=1, **settings) == missing > 0
     assert all((output / name).stat().st_mtime_ns == time_ for name, time_ in kept.items())
     again = [json.loads(line) for file in output.glob("*.jsonl") for line in file.read_text().splitlines()]
     assert sorted(again, key=lambda line: line["id"]) == sorted(lines, key=lambda line: line["id"])

@@ -175,6 +175,7 @@ def test_facts(either, tiny):
         ({"max_tokens": 10**6}, 400, "messages", "more than the"),
         ({"messages": [{"role": "user", "content": "啊" * 20000}]}, 400, "messages", "more than the"),
         ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+        ({"extra_body": {"repetition_penalty": 1e-300}}, 400, "repetition_penalty", "greater than or equal to 0.0001"),
         ({"top_logprobs": 3}, 400, "top_logprobs", "not supported"),
         ({"logit_bias": {"1": 1}}, 400, "logit_bias", "not supported"),
         ({"tool_choice": "required"}, 400, "tool_choice", "not supported"),

@@ -13,10 +13,19 @@ from pathlib import Path
 
 import openai
 import pytest
+from fast_tokenizer import make_tokenizer
 from serving_support import NAME, Server, options, run_server
+from torch_models import config as torch_config
+from transformers import GenerationConfig
 
+from optimum_chatglm_ov import ChatGLMConfig
+from optimum_chatglm_ov.serving.app import app_of
 from optimum_chatglm_ov.serving.engine import EngineState, GeneratedToken
+from optimum_chatglm_ov.serving.model import ServedModel
+from optimum_chatglm_ov.serving.vocabulary import TokenBytes
 from optimum_chatglm_ov.tokenization import load_tokenizer
+from optimum_chatglm_ov.tokenization.chat_rules import chat_rules
+from optimum_chatglm_ov.tokenization.template_chat import TemplateTokenizer
 
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
@@ -50,6 +59,7 @@ SAYS = {
     ),
 }
 FOLDERS = {"chatglm3": "chatglm3-6b", "glm4": "glm-4-9b-chat", "codegeex4": "glm-4-9b-chat"}
+TEMPLATE = "glm4 by template"  # the tokenizer of transformers that GLM-4-0414 has
 
 
 class ScriptedEngine:
@@ -94,26 +104,32 @@ def _ids(tokenizer, text: str) -> list[int]:
     return ids
 
 
-@pytest.fixture(scope="module", params=list(SAYS))
-def scripted(request):
-    """A server of each family whose engine says what it is told."""
-    generation = request.param
-    tokenizer = load_tokenizer(MODELS / FOLDERS[generation])
-    if generation == "codegeex4":
-        tokenizer = type(tokenizer).from_pretrained(MODELS / FOLDERS[generation], chatglm_generation="codegeex4")
-    assert tokenizer.chatglm_generation == generation
-    from optimum_chatglm_ov import ChatGLMConfig
-    from optimum_chatglm_ov.chat import chat_rules
-    from optimum_chatglm_ov.serving.app import app_of
-    from optimum_chatglm_ov.serving.model import ServedModel
-    from optimum_chatglm_ov.serving.vocabulary import TokenBytes
+def tokenizer_and_config(name):
+    if name == TEMPLATE:
+        return TemplateTokenizer(make_tokenizer(), GenerationConfig(eos_token_id=[1, 2])), torch_config("glm4")
+    folder = MODELS / FOLDERS[name]
+    tokenizer = load_tokenizer(folder)
+    if name == "codegeex4":
+        tokenizer = type(tokenizer).from_pretrained(folder, chatglm_generation=name)
+    assert tokenizer.chatglm_generation == name
+    return tokenizer, ChatGLMConfig.from_pretrained(folder)
 
-    config = ChatGLMConfig.from_pretrained(MODELS / FOLDERS[generation])
+
+@contextlib.contextmanager
+def serving_script(tokenizer, config):
+    """A server whose engine says what it is told."""
     engine = ScriptedEngine(tokenizer)
     rules = chat_rules(tokenizer, config)
     model = ServedModel(NAME, tokenizer, config, rules, engine, options(), TokenBytes(tokenizer))
     with run_server(app_of(model)) as running:
-        yield running, engine, tokenizer, generation
+        yield running, engine, tokenizer, tokenizer.chatglm_generation
+
+
+@pytest.fixture(scope="module", params=[*SAYS, TEMPLATE])
+def scripted(request):
+    """Such a server of each family."""
+    with serving_script(*tokenizer_and_config(request.param)) as server:
+        yield server
 
 
 def ask(server: Server, messages=ASKED, **arguments):
@@ -221,3 +237,23 @@ def test_odd_tools_are_refused_or_written_down(scripted):
         with pytest.raises(openai.BadRequestError):
             tools = [{"type": "function", "function": function}]
             server.client.chat.completions.create(model=NAME, messages=ASKED, tools=tools)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["by the answer", "by the prompt"])
+def test_thoughts_are_given_apart(begun):
+    """Of GLM-Z1, some of whose templates begin the thought in the prompt."""
+    tokenizer, config = tokenizer_and_config(TEMPLATE)
+    if begun:
+        tokenizer.tokenizer.chat_template += "{%- if add_generation_prompt %}\n<think>\n{%- endif -%}"
+    with serving_script(tokenizer, config) as (server, engine, _, _):
+        engine.text = ("" if begun else "\n<think>") + "long 你<b></think>\nshort </think>"
+        message = server.chat("hi").choices[0].message
+        assert (message.reasoning_content, message.content) == ("long 你<b>", "short </think>")
+        deltas = [chunk.choices[0].delta for chunk in server.chat("hi", stream=True)]
+        thoughts = [delta.reasoning_content for delta in deltas if getattr(delta, "reasoning_content", None)]
+        assert "".join(thoughts) == "long 你<b>" and len(thoughts) > 3
+        assert "".join(delta.content or "" for delta in deltas) == "short </think>"
+        engine.text = "never ends" if begun else "\n<thin air"
+        message = server.chat("hi").choices[0].message
+        found = getattr(message, "reasoning_content", ""), message.content
+        assert found == (("never ends", "") if begun else ("", "<thin air"))

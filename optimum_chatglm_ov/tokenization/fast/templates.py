@@ -93,7 +93,8 @@ _CHECKED_ROLE = """{%- if role(message) not in ['system', 'user', 'assistant', '
 {{- raise_exception('NAME has no role ' + message['role'] + '; use system, user, assistant and observation.') -}}
 {%- endif -%}
 """
-# `functions`: a list of tools that were made bare (ChatGLM3), or wrapped (GLM-4), as their prompts have them.
+# `argument_needle`: minja tries whether a template has calls with an argument of this name, and finds it in JSON or in
+# a dictionary of Python alone. Without it, it would write calls, and the role `tool`, in a form of its own.
 _CHATGLM3 = (
     _MACROS
     + """{%- macro python(value) -%}
@@ -132,6 +133,7 @@ _CHATGLM3 = (
 {%- set function = call['function'] if 'function' in call else call -%}
 {{- 'MARK<|assistant|>' + function['name'].split('MARK')|join('') + '\\n ```python\\ntool_call(' -}}
 {%- for name, value in function['arguments'].items() -%}
+{%- if function['name'] == 'ipython' and name == 'argument_needle' -%}{{- "'argument_needle':" -}}{%- endif -%}
 {%- set written = python(value) -%}
 {{- name + '=' + written.split('MARK')|join('') + ('' if loop.last else ', ') -}}
 {%- endfor -%}

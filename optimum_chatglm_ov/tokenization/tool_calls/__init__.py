@@ -13,7 +13,7 @@
 Nothing is ever evaluated, and what is no call that can be read is text.
 """
 
-from .events import CallArguments, CallBegin, CallBroken, CallEnd, Event, ParsedAnswer, ParsedCall, Text, fold
+from .events import CallArguments, CallBegin, CallBroken, CallEnd, Event, ParsedAnswer, ParsedCall, Text, Thought, fold
 from .families import PARSERS, answer_parser, read_answer, tool_names
 
 
@@ -27,6 +27,7 @@ __all__ = [
     "ParsedAnswer",
     "ParsedCall",
     "Text",
+    "Thought",
     "answer_parser",
     "fold",
     "read_answer",

@@ -15,6 +15,13 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Thought:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class CallBegin:
     """Call number `index` (from 0) of the answer is of the tool `name`."""
 
@@ -49,7 +56,7 @@ class CallBroken:
     source: str
 
 
-Event = Text | CallBegin | CallArguments | CallEnd | CallBroken
+Event = Text | Thought | CallBegin | CallArguments | CallEnd | CallBroken
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class ParsedCall:
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """The text of an answer, without its calls, and the calls."""
+    """The text of an answer, without its calls and thoughts, and the calls."""
 
     text: str
     calls: tuple[ParsedCall, ...] = ()
