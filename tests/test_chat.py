@@ -3,7 +3,6 @@
 
 import contextlib
 import copy
-import functools
 import gzip
 import json
 import threading

@@ -115,10 +115,8 @@ def add_reuse_options(parser: argparse.ArgumentParser) -> None:
 
 def reuse_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the keyword arguments of `OVChatGLMForCausalLM.from_pretrained` that the folder's options choose."""
-    if args.prefix_cache is None:
-        if args.prefix_cache_size is not None:
-            raise UsageError("--prefix-cache-size is the size of a folder: name one with --prefix-cache")
-        return {}
+    if args.prefix_cache is None and args.prefix_cache_size is not None:
+        raise UsageError("--prefix-cache-size is the size of a folder: name one with --prefix-cache")
     return {"prefix_cache": args.prefix_cache, "prefix_cache_size": args.prefix_cache_size}
 
 

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show_page(args: argparse.Namespace) -> int:
     """Talks in a browser until a signal comes."""
-    for option in ("prompt", "max_new_tokens", "temperature"):
+    for option in ("prompt", "session", "max_new_tokens", "temperature"):
         if getattr(args, option) is not None:
             raise UsageError(f"--{option.replace('_', '-')} and --web: the page asks for it; leave one of them out")
     from ..serving.extras import require

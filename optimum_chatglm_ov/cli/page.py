@@ -13,7 +13,7 @@ from ..serving.app import create_app
 from ..serving.closing import DrainingServer
 from ..serving.engine import EngineOptions
 from ..serving.model import ServerOptions
-from .arguments import runtime_options
+from .arguments import reuse_options, runtime_options
 
 
 _HOST = "127.0.0.1"
@@ -25,7 +25,7 @@ def talk_in_browser(args: argparse.Namespace, folder: Path, name: str) -> int:
     app = create_app(
         folder,
         ServerOptions(name=name, greedy=args.greedy or args.model is None, web=True),
-        EngineOptions(**runtime_options(args)),
+        EngineOptions(prompt_lookup=args.prompt_lookup, **runtime_options(args), **reuse_options(args)),
     )
     with socket.socket() as listener:
         listener.bind((_HOST, 0))

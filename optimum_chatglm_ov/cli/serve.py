@@ -11,11 +11,13 @@ import os
 from .. import environment
 from .arguments import (
     add_hub_arguments,
+    add_reuse_options,
     add_runtime_options,
     add_weight_format,
     non_negative_integer,
     positive_integer,
     positive_number,
+    reuse_options,
     runtime_options,
     unicode_text,
 )
@@ -66,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--numa-node", type=non_negative_integer, metavar="N", help="use the CPUs of this node alone")
     add_runtime_options(parser)
+    add_reuse_options(parser)
     add_weight_format(parser)
     add_hub_arguments(parser)
 
@@ -107,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
                 max_waiting=args.max_waiting,
                 queue_seconds=args.queue_seconds,
                 cache_tokens=args.cache_tokens,
+                prompt_lookup=args.prompt_lookup,
                 **runtime_options(args),
+                **reuse_options(args),
             ),
         )
         config = uvicorn.Config(

@@ -23,7 +23,7 @@ import openvino as ov
 import torch
 from optimum.intel.openvino import OVModelForCausalLM
 from transformers import GenerationConfig
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+from transformers.generation import candidate_generator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..architectures.registry import architecture_of
@@ -273,9 +273,9 @@ class EngineForCausalLM(CacheFilesMixin, OVModelForCausalLM):
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
         """As in transformers; see `GenerationMixin.generate`. `trust_remote_code` has no effect.
 
-        With fused attention also `assistant_model` (another instance of this class, loaded so too),
-        `prompt_lookup_num_tokens`, and `past_key_values` of an earlier output of this model, with the whole sequence
-        as `input_ids`: what the cache holds of it is not computed again.
+        With native attention also `assistant_model` (of this class, loaded so too, or a torch model; of another
+        vocabulary with `tokenizer` and `assistant_tokenizer`), `prompt_lookup_num_tokens`, and `past_key_values` of an
+        earlier output of this model, with the whole sequence as `input_ids`: what they hold is not computed again.
 
         Raises:
             ContextLengthError: the prompt and the tokens to generate are more than the context length; nothing is run.
@@ -355,8 +355,11 @@ class EngineForCausalLM(CacheFilesMixin, OVModelForCausalLM):
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any):
         generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
-        if isinstance(generator, PromptLookupCandidateGenerator):
+        if isinstance(generator, candidate_generator.PromptLookupCandidateGenerator):
             return DraftsWhileFaster(generator, generation_config.max_length)
+        if isinstance(generator, candidate_generator.AssistedCandidateGeneratorDifferentTokenizers):
+            # transformers 5 hands the positions of this model's tokens to an assistant whose tokens are others
+            generator.assistant_kwargs.pop("position_ids", None)
         return generator
 
     def _reorder_cache(self, past_key_values: Any, beam_idx: torch.Tensor) -> Any:

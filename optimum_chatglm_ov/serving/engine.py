@@ -136,6 +136,9 @@ class EngineOptions:
         max_running: requests that are computed at once by a batched engine.
         max_waiting: requests that wait.
         queue_seconds: how long one waits.
+        prefix_cache, prefix_cache_size: see `OVChatGLMForCausalLM.from_pretrained`; of the queue, which keeps prompts
+            in memory unless a folder is named.
+        prompt_lookup: draft tokens from the prompt while that is faster; of the queue.
         cache_tokens: tokens that the key/value cache of a batched engine holds; `None`: as many as `max_running`
             conversations of full length need, if a quarter of the free memory holds them.
     """
@@ -149,6 +152,9 @@ class EngineOptions:
     max_waiting: int = 256
     queue_seconds: float = 60.0
     cache_tokens: int | None = None
+    prefix_cache: str | None = None
+    prefix_cache_size: int | None = None
+    prompt_lookup: bool = False
 
 
 def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOptions) -> Engine:
@@ -157,7 +163,7 @@ def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOption
     Raises:
         ValueError: "batched" was asked for and cannot be had.
     """
-    reason = _why_not_batched(tokenizer, config)
+    reason = _why_not_batched(tokenizer, config, options)
     if options.kind == "batched" and reason:
         raise ValueError(f"{folder}: no batched engine: {reason}. Leave it to auto, or choose queue.")
     if options.kind == "queue" or reason:
@@ -171,7 +177,10 @@ def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOption
     return BatchedEngine(folder, tokenizer, config, options)
 
 
-def _why_not_batched(tokenizer: Any, config: Any) -> str | None:
+def _why_not_batched(tokenizer: Any, config: Any, options: EngineOptions) -> str | None:
+    if options.prefix_cache is not None or options.prompt_lookup:
+        option = "prompt lookup" if options.prefix_cache is None else "a prefix cache in a folder"
+        return f"{option} is this package's own"
     if importlib.util.find_spec("openvino_genai") is None:
         return 'openvino-genai is not installed (pip install "optimum-chatglm-ov[serve]")'
     if tokenizer.chatglm_generation == "chatglm":

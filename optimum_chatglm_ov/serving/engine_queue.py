@@ -14,6 +14,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..chat import InvalidScoreLogitsProcessor
+from ..choices import PROMPT_LOOKUP_TOKENS
 from ..modeling import OVChatGLMForCausalLM
 from ..runtime.token_stream import TokenStream
 from ..tokenization.chat_rules import RULES
@@ -52,6 +53,8 @@ class QueueEngine:
             ov_config=options.ov_config,
             attention=options.attention,
             linear=options.linear,
+            prefix_cache=True if options.prefix_cache is None else options.prefix_cache,
+            prefix_cache_size=options.prefix_cache_size,
         )
 
     def check(self, request: GenerationRequest) -> None:
@@ -113,6 +116,7 @@ class QueueEngine:
         if probabilities is not None:
             processors.append(probabilities)
         torch.manual_seed(request.seed)
+        drafts = {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS} if self._options.prompt_lookup else {}
         sampling = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
         return {
             "input_ids": prompt,
@@ -124,6 +128,7 @@ class QueueEngine:
             **(sampling if request.do_sample else {"temperature": 1.0, "top_p": 1.0}),
             "repetition_penalty": request.repetition_penalty,
             "logits_processor": LogitsProcessorList(processors),
+            **drafts,
         }
 
     def state(self) -> EngineState:

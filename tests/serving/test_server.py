@@ -15,6 +15,8 @@ from serving_support import NAME, engine_options, options, serving
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
+from optimum_chatglm_ov.runtime.engine import FusedEngine
+from optimum_chatglm_ov.serving.app import create_app
 from optimum_chatglm_ov.tokenization import load_tokenizer
 
 
@@ -227,3 +229,24 @@ def test_models_that_cannot_be_batched(tmp_path, server):
             running.chat("x", response_format={"type": "json_object"})
         with pytest.raises(openai.BadRequestError, match="was not trained to call"):
             running.chat("x", tools=[{"type": "function", "function": {"name": "f"}}])
+
+
+def test_the_queue_computes_no_beginning_twice_and_drafts(tiny, tmp_path, server, monkeypatch):
+    text, computed, run = "What is OpenVINO? " + "请详细说明。" * 40, [], FusedEngine.run
+
+    def counted(engine, inputs):
+        computed.append(inputs["input_ids"].shape[1])
+        return run(engine, inputs)
+
+    monkeypatch.setattr(FusedEngine, "run", counted)
+    asked = {"temperature": 0, "max_tokens": 8}
+    expected = server.chat(text, **asked).choices[0].message.content
+    for most in (1000, 64):  # the second server has the folder of the first
+        with serving(tiny, options(), engine_options(prefix_cache=str(tmp_path), prompt_lookup=True)) as queue:
+            assert "one request at a time" in queue.engine.name
+            for longest in (most, 11):  # drafts of 10 tokens
+                computed.clear()
+                assert queue.chat(text, **asked).choices[0].message.content == expected
+                assert computed[0] <= longest
+    with pytest.raises(ValueError, match="a prefix cache in a folder is this package's own"):
+        create_app(tiny, options(), engine_options(kind="batched", prefix_cache=str(tmp_path)))
