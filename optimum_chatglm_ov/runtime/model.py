@@ -137,11 +137,6 @@ class EngineForCausalLM(CacheFilesMixin, OVModelForCausalLM):
         settings = {"attention": self.attention, "linear": self.linear, "ov_config": sorted(self.ov_config.items())}
         return model_identity(self.engine, weights, settings)
 
-    def half(self) -> EngineForCausalLM:
-        """Converts the weights to fp16, see optimum-intel."""
-        self._stored_files = None
-        return super().half()
-
     def clear_requests(self) -> None:
         """Gives the compiled model and its caches back; the next call compiles again."""
         with self._turn:
