@@ -3,6 +3,7 @@
 
     python tests/benchmarks/measure_accuracy.py formats      weight formats, on the tiny model of the package
     python tests/benchmarks/measure_accuracy.py outliers     weight formats, on single linears of real width
+    python tests/benchmarks/measure_accuracy.py activations  rounded activations, on single int8 linears
     python tests/benchmarks/measure_accuracy.py runtime      cache and computing precision, on small checkpoints
     python tests/benchmarks/measure_accuracy.py widths FOLDER    the same on an int8 model of real widths
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.export import quantization
 from optimum_chatglm_ov.measure.accuracy import compare
+from optimum_chatglm_ov.native.fuse_linear import fuse_linears
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +118,7 @@ WIDTHS: dict[str, tuple[str, str, Mapping[str, str]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("formats", "outliers", "runtime", "widths"))
+    parser.add_argument("table", choices=("formats", "outliers", "activations", "runtime", "widths"))
     parser.add_argument("model", nargs="?", type=Path, help="folder of an IR, for `widths`")
     args = parser.parse_args()
     if (args.table == "widths") != (args.model is not None):
@@ -124,8 +126,9 @@ def main() -> None:
     if args.model:
         widths(args.model)
         return
+    tables = {"formats": formats, "outliers": outliers, "activations": activations, "runtime": runtime}
     with tempfile.TemporaryDirectory() as folder:
-        {"formats": formats, "outliers": outliers, "runtime": runtime}[args.table](Path(folder))
+        tables[args.table](Path(folder))
 
 
 def formats(folder: Path) -> None:
@@ -222,9 +225,59 @@ def outliers(folder: Path) -> None:
         print(f"| {name} | {' | '.join(f'{100 * error:.2f} %' for error in errors)} |", flush=True)
 
 
+def activations(folder: Path) -> None:
+    """The error that rounded activations give an int8 linear 4096 -> 1024, relative to its output in f32."""
+    generator = np.random.default_rng(0)
+    inputs = generator.standard_normal((64, 4096), np.float32)
+    gate, up = generator.standard_normal((2, 64, 4096), np.float32)
+    cases = {"normal": inputs, "Student's t, 4 degrees": generator.standard_t(4, inputs.shape).astype(np.float32)}
+    for share, times in ((0.01, 20), (0.001, 100)):
+        loud = inputs.copy()
+        loud[:, generator.choice(4096, round(share * 4096), replace=False)] *= times
+        cases[f"{100 * share:g} % loud inputs (x {times})"] = loud
+    cases["silu(normal) * normal"] = gate / (1 + np.exp(-gate)) * up
+    weight = generator.standard_normal((1024, 4096), np.float32) * 0.02
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "8 bits, groups of 32 (OpenVINO's default without AMX)": _linear(
+            weight, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}
+        ),
+        "8 bits, one scale a token": lambda x: exact(np.rint(x / _steps(x)) * _steps(x)),
+        "native": _linear(weight, {}, linear="native"),
+        "native-int8": _linear(weight, {}, linear="native-int8"),
+    }
+    exact = _linear(weight, {})
+    print(f"| activations | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}")
+    for name, compute in ways.items():
+        errors = [np.linalg.norm(compute(x) - exact(x)) / np.linalg.norm(exact(x)) for x in cases.values()]
+        print(f"| {name} | {' | '.join(f'{100 * error:.2f} %' for error in errors)} |", flush=True)
+
+
+def _steps(x: np.ndarray) -> np.ndarray:
+    """One step of 8 bits for each row."""
+    return np.abs(x).max(-1, keepdims=True) / 127
+
+
+def _linear(
+    weight: np.ndarray, properties: Mapping[str, str], linear: str = "openvino"
+) -> Callable[[np.ndarray], np.ndarray]:
+    """An int8 linear in f32, but for `properties`."""
+    model = _compressed(weight, "int8", {})
+    if linear != "openvino":
+        fuse_linears(model, rounds_tokens=linear == "native-int8")
+    compiled = ov.Core().compile_model(model, "CPU", EXACT | properties)
+    return lambda x: compiled(x)[0].copy()
+
+
 def linear_error(weight: np.ndarray, inputs: np.ndarray, settings: str | dict[str, Any]) -> float:
     """Norm of the error of `inputs @ weight.T` by that of the result."""
     name, details = (settings, {}) if isinstance(settings, str) else ("int4", settings)
+    found = ov.Core().compile_model(_compressed(weight, name, details), "CPU", EXACT)(inputs)[0]
+    exact = inputs @ weight.T
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def _compressed(weight: np.ndarray, name: str, details: Mapping[str, Any]) -> ov.Model:
+    """A linear as a model, its weights in this format."""
     config = quantization.refined(name, **details)
     config.ignored_scope = {"names": ["x"], "validate": False}  # so that NNCF and not the export rounds
     config.all_layers = config.bits == 4 or None
@@ -233,9 +286,7 @@ def linear_error(weight: np.ndarray, inputs: np.ndarray, settings: str | dict[st
     model = ov.Model([ops.result(product)], [parameter], "linear")
     with redirect_stdout(sys.stderr):
         quantization.compress(model, config)
-    found = ov.Core().compile_model(model, "CPU", EXACT)(inputs)[0]
-    exact = inputs @ weight.T
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    return model
 
 
 def runtime(folder: Path) -> None:
