@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import json
 import re
@@ -15,6 +14,7 @@ from ..architectures.families import Family, family_of_generation
 from ..errors import ChatGLMError
 from .codegeex4 import defined_functions
 from .messages import BETWEEN_MESSAGES, PLACEHOLDER, YEAR, as_messages
+from .tool_calls.arguments import read_python_call
 
 
 # One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards; all read
@@ -82,23 +82,14 @@ def _process_messages(
 
 
 def _parameters_of_python(content: str) -> dict[str, Any]:
-    """Keyword arguments of `tool_call(city='北京', days=3)` inside a code block; only literals, never evaluated.
+    """The arguments of a call in Python inside a code block.
 
     Raises:
         ToolCallError: the block holds anything else.
     """
-    code = "\n".join(content.split("\n")[1:-1])
     try:
-        call = ast.parse(code.strip(), mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call"):
-            raise ValueError("it is not a call of `tool_call`")
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError("an argument has no name")
-        parameters = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if len(parameters) != len(call.keywords):
-            raise ValueError("a name occurs twice")
-        return parameters
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        return read_python_call("\n".join(content.split("\n")[1:-1]))
+    except ValueError as error:
         raise ToolCallError(
             f"The model's call cannot be read: {error}. Found {content!r}; expected a code block with "
             "`tool_call(name=value, ...)` of literal values. Ask again, or lower `temperature`."

@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from ..messages import BETWEEN_MESSAGES, bare_functions
-from .arguments import BROKEN, DONE, JsonArguments, PythonArguments
+from .arguments import BROKEN, DONE, PYTHON_CALL, JsonArguments, PythonArguments
 from .events import CallArguments, CallBegin, CallBroken, CallEnd, Event, ParsedAnswer, Text, fold
 from .text import MessageText, unfinished_mark
 
@@ -169,7 +169,7 @@ class ChatGLM3Parser(MessageParser):
     """`get_weather\\n```python\\ntool_call(city='北京')\\n```, of which each argument is given when it is complete."""
 
     arguments = PythonArguments
-    head = MessageParser.head + r"[ \t]*```\w*[ \t\r]*\n\s*tool_call\("
+    head = MessageParser.head + r"[ \t]*```\w*[ \t\r]*\n" + PYTHON_CALL
     tail = r"\s*```"
 
 
