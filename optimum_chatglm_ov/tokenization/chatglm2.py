@@ -7,11 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AddedToken, BatchEncoding
+from transformers import AddedToken
 
-from .base import ChatGLMTokenizer
 from .chat_templates import CHATGLM2_TEMPLATE
-from .messages import as_messages, check_roles
+from .rounds import RoundsTokenizer
 from .vocabulary import TokenizerError, load_sentencepiece, whole_characters
 
 
@@ -62,7 +61,7 @@ class SentencePieceVocabulary:
 _DEFAULT_TOKENS = {"eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
 
 
-class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
+class ChatGLM2Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
     """SentencePiece BPE with byte fallback; a prompt begins with `[gMASK] sop`.
 
     Control tokens are never recognised in text, and `decode` leaves them out.
@@ -70,7 +69,6 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
 
     chatglm_generation = "chatglm2"
     default_chat_template = CHATGLM2_TEMPLATE
-    roles = ("system", "user", "assistant")
     control_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
     def _load_vocabulary(self) -> None:
@@ -195,22 +193,6 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return self.tokenizer.sp_model.decode_pieces(tokens)
 
     # Conversations -------------------------------------------------------------------------------------------------
-
-    def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
-        """Builds the original's prompt: rounds from 1, ending in `答：`."""
-        messages = [*as_messages(history), {"role": "user", "content": query}]
-        check_roles(messages, self.roles, type(self).__qualname__)
-        return self._render(
-            self._prepare_messages(messages, None),
-            chat_template=self.default_chat_template,
-            add_generation_prompt=True,
-        )
-
-    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """Builds `input_ids`, `attention_mask` and `position_ids` [1, L] of `build_prompt`."""
-        if role != "user":
-            raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")
-        return self([self.build_prompt(query, history)], return_tensors="pt")
 
     def _conversation_ids(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, continue_final_message: bool
