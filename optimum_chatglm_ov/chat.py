@@ -37,7 +37,7 @@ class StreamedTokens:
 
     Args:
         input_ids: int64 [1, L], the tokens of the conversation. The cache itself belongs to the inference request:
-            what it does not hold when they come back is computed again, without fused attention all of them.
+            what it does not hold when they come back is computed again, without native attention all of them.
     """
 
     input_ids: torch.LongTensor
@@ -71,9 +71,9 @@ def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable
 class ChatMixin:
     """Conversations for an `EngineForCausalLM`; rules are those of the tokenizer's generation.
 
-    With fused attention the caches keep a conversation between its turns: of the next prompt, only what comes after
-    the longest start that they hold is computed (by chatglm-6b all of it, whose prompts see themselves from both
-    sides). The history may be edited, and other calls may come between.
+    With native attention the caches keep a conversation between its turns. Only what comes after the longest start
+    that they hold is computed of the next prompt; chatglm-6b computes all of it, since its prompts see themselves from
+    both sides. The history may be edited, and other calls may come between.
     """
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class ChatMixin:
         return_past_key_values: bool = False,
         **kwargs: Any,
     ) -> Iterator[tuple[Response, History] | tuple[Response, History, StreamedTokens]]:
-        """Answers `query` piece by piece; closing the iterator stops the generation.
+        """Answers `query` piece by piece; closing the iterator ends the answer.
 
         Args:
             past_key_values: what an earlier call gave with `return_past_key_values=True`; the prompt is then what was
@@ -207,7 +207,7 @@ class ChatMixin:
         logits_processor: Sequence[LogitsProcessor] | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Arguments of `generate` beside the prompt."""
+        """Makes the arguments of `generate` beside the prompt."""
         settings: dict[str, Any] = {
             "do_sample": do_sample,
             # Without sampling: the values that change nothing, as transformers warns of any other.
@@ -232,7 +232,7 @@ def _has_pairs(history: History) -> bool:
 
 
 def _continuation(tokenizer: Any, query: str, history: History, role: str) -> torch.LongTensor:
-    """int64 [1, L]: what follows the tokens of the conversation before, by the original's rules."""
+    """Encodes what follows the tokens of the conversation before, by the original's rules: int64 [1, L]."""
     if tokenizer.chatglm_generation != "chatglm2" or not history:
         return tokenizer.build_chat_input(query, role=role)["input_ids"]
     # The rounds before are cached; this one goes on in the same text, so without the `▁` that a text begins with.

@@ -164,7 +164,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
 
         Raises:
             CheckpointError, ExportError, ValueError, OSError: see `export_model`.
-            NativeBuildError: see `compile`; also for an IR that was exported fused.
+            NativeBuildError: see `compile`; also for an IR that was exported with native attention.
         """
         choices = Choices.of(attention, linear, compile_only)
         device = openvino_device(device)
@@ -229,7 +229,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
 
     @staticmethod
     def load_model(file_name: str | Path, quantization_config: Any = None) -> ov.Model:
-        """Reads an IR, also one with fused attention.
+        """Reads an IR, also one with native attention.
 
         Raises:
             ModelFileError: a file is damaged, cannot be read, or is not there.
@@ -266,7 +266,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         generation_config: GenerationConfig | None,
         choices: Choices,
     ) -> OVChatGLMForCausalLM:
-        """The IR in `folder`, compiled already where `compile_only` leaves nothing to change."""
+        """Reads the IR in `folder`, compiled already where `compile_only` leaves nothing to change."""
         ov_config = dict(ov_config or {})
         model = cls.load_model(folder / MODEL_FILE)
         if compile_only:
@@ -285,7 +285,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         )
 
     def _mend_generation_config(self, folder: Path) -> None:
-        """Generation stops where a turn ends and keeps its cache, as an export says, also if the folder does not."""
+        """Lets answers stop where a turn ends, and keep the cache, as an export says, also if the folder does not."""
         if self.generation_config.use_cache is False:
             file = folder / "generation_config.json"
             log_ignored_cache(file if file.is_file() else folder / "config.json")

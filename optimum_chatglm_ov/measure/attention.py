@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the attention of one model alone: the fused operation, OpenVINO's stateful and paged ones, and torch's.
+"""Times the attention of one model alone: the native operation, OpenVINO's stateful and paged ones, and torch's.
 
 All attend, and all but torch's compute rotary embedding and append to the cache, on random numbers. Every figure is
 the best of a few repetitions.
@@ -108,7 +108,7 @@ def _fill(cache: ov.Tensor) -> None:
 
 
 class _Stateful:
-    """The compiled attention stack, fused or (`cache_precision` is `None`) OpenVINO's own."""
+    """The compiled attention stack, native or (`cache_precision` is `None`) OpenVINO's own."""
 
     def __init__(self, shape: AttentionShape, layers: int, cache_precision: str | None, config: dict[str, str]):
         self.shape = shape
@@ -125,7 +125,7 @@ class _Stateful:
             self.state = FusedAttentionState(self.request, layout, 1 << 20)
 
     def prepare(self, new: int, past: int) -> Callable[[], Any]:
-        """A call that computes `new` tokens after `past` ones."""
+        """Makes a call that computes `new` tokens after `past` ones."""
         inputs = _random_states(self.shape, 1, new)
         inputs["input_ids"] = np.zeros((1, new), np.int64)
         inputs["attention_mask"] = np.ones((1, past + new), np.int64)
@@ -170,7 +170,7 @@ class _Paged:
         self.request = self.compiled.create_infer_request()
 
     def prepare(self, new: int, past: int) -> Callable[[], Any]:
-        """A call that computes `new` tokens after `past` ones."""
+        """Makes a call that computes `new` tokens after `past` ones."""
         blocks = -(-(past + new) // _PAGED_BLOCK_TOKENS)
         for port in self.compiled.inputs:
             if "_cache." in port.any_name:
@@ -194,7 +194,7 @@ class _Paged:
 
 def _torch_call(shape: AttentionShape, new: int, past: int, dtype: torch.dtype, layers: int) -> Callable[[], None]:
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-    if past:  # queries of a group as rows: each key is read once, as in the fused operation
+    if past:  # queries of a group as rows: each key is read once, as in the native operation
         query = torch.randn(1, groups, heads // groups * new, shape.head_dim, dtype=dtype)
         caches = [torch.randn(2, 1, groups, past + new, shape.head_dim, dtype=dtype) for _ in range(layers)]
     else:

@@ -114,10 +114,10 @@ class Engine(Protocol):
         """
 
     def state(self) -> EngineState:
-        """What it is doing."""
+        """Tells what it is doing."""
 
     def problem(self) -> str | None:
-        """Why it cannot compute now; `None` if it can."""
+        """Tells why it cannot compute now; `None` if it can."""
 
     async def close(self) -> None:
         """Gives the model back."""
@@ -152,7 +152,7 @@ class EngineOptions:
 
 
 def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOptions) -> Engine:
-    """The engine that `options` choose for the model in `folder`, not started yet.
+    """Makes the engine that `options` choose for the model in `folder`, not started yet.
 
     Raises:
         ValueError: "batched" was asked for and cannot be had.

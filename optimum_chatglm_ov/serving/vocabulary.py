@@ -24,7 +24,7 @@ class TokenBytes:
             self._silent |= tokenizer.tokenizer.index_special_tokens.keys()
 
     def __call__(self, token_id: int) -> bytes:
-        """Bytes of a token; none for control tokens, and for ids beyond the vocabulary."""
+        """Returns the bytes of a token; none for control tokens, and for ids beyond the vocabulary."""
         if token_id in self._silent:
             return b""
         token = self._tokenizer.convert_ids_to_tokens(token_id)

@@ -50,7 +50,7 @@ _UNSETTLED = ",!:;? \n\ufffd"
 
 
 def settled(response: str) -> str:
-    """The part of an unfinished response that later tokens cannot change."""
+    """Returns the part of an unfinished response that later tokens cannot change."""
     for length in range(min(len(PLACEHOLDER) - 1, len(response)), 0, -1):
         if response.endswith(PLACEHOLDER[:length]):
             response = response[:-length]
@@ -61,7 +61,7 @@ def settled(response: str) -> str:
 def _process_messages(
     text: str, history: History, read_parameters: Callable[[str], dict[str, Any]]
 ) -> tuple[Response, History]:
-    """The last message of `text` (each is metadata, a line break and content), and `history` with all of them."""
+    """Reads messages in `text`, each metadata, a line break and content; returns the last, and `history` with all."""
     history = copy.deepcopy(history)
     response: Response = ""
     for message in text.split(BETWEEN_MESSAGES):
@@ -82,7 +82,7 @@ def _process_messages(
 
 
 def _parameters_of_python(content: str) -> dict[str, Any]:
-    """The arguments of a call in Python inside a code block.
+    """Reads the arguments of a call in Python inside a code block.
 
     Raises:
         ToolCallError: the block holds anything else.
@@ -111,7 +111,7 @@ def _unreadable_json(content: str, error: Exception) -> ToolCallError:
 
 
 def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[Response, History]:
-    """As `_process_messages`, of messages without metadata, where blocks of JSON are calls if there are functions."""
+    """Reads messages without metadata; blocks of JSON are calls if there are functions. See `_process_messages`."""
     can_call = any(defined_functions(history))
     history = copy.deepcopy(history)
     content = ""
@@ -122,7 +122,7 @@ def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[R
 
 
 def _calls_of_blocks(content: str, incomplete: bool) -> list[dict[str, Any]]:
-    """The calls in blocks of JSON with `name` and `arguments`; none where a block is something else.
+    """Reads the calls in blocks of JSON with `name` and `arguments`; none where a block is something else.
 
     Raises:
         ToolCallError: a block that looks like a call is no JSON, and it is complete.
@@ -182,7 +182,7 @@ class ChatRules:
     def process_response(
         self, text: str, query: str, history: History, role: str = "user", incomplete: bool = False
     ) -> tuple[Response, History]:
-        """The response in `text`, and the conversation with this turn.
+        """Reads the response in `text`, and adds this turn to the conversation.
 
         Args:
             text: what the model generated.
@@ -202,7 +202,7 @@ class ChatRules:
         return self.read_answer(text, [*as_messages(history), {"role": role, "content": query}], incomplete)
 
     def read_answer(self, text: str, history: History, incomplete: bool = False) -> tuple[Response, History]:
-        """As `process_response`, of messages that end with what is answered."""
+        """Reads a response as `process_response`, of messages that end with what is answered."""
         if self.calls_in_blocks:
             return _process_codegeex4(text, history, incomplete)
         try:
@@ -238,7 +238,7 @@ RULES["codegeex4"] = replace(RULES["glm4"], calls_in_blocks=True)
 
 
 def chat_rules(tokenizer: Any, config: Any) -> ChatRules:
-    """Rules for the tokenizer's generation, and the family that the model's configuration makes it.
+    """Finds the rules of the tokenizer's generation, and the family that the model's configuration makes it.
 
     Raises:
         ValueError: `tokenizer` is not one of this package's.

@@ -120,7 +120,7 @@ class ChatGLM1Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
         return self._convert_token_to_id(self.end_token)
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id, added tokens included."""
+        """Returns token -> id, added tokens included."""
         vocab = {self._convert_id_to_token(index): index for index in range(self.vocab_size)}
         return {**vocab, **self.added_tokens_encoder}
 
@@ -153,7 +153,7 @@ class ChatGLM1Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`first [gMASK] <sop>`, or `first [gMASK] <sop> second <eop>`."""
+        """Makes `first [gMASK] <sop>`, or `first [gMASK] <sop> second <eop>`."""
         ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 

@@ -45,11 +45,11 @@ class SentencePieceVocabulary:
         return text + self.sp_model.decode(stretch)
 
     def token_to_id(self, token: str) -> int:
-        """Id of a control token or a piece; that of `<unk>` for anything else."""
+        """Finds the id of a control token or a piece; that of `<unk>` for anything else."""
         return self.special_tokens.get(token, self.sp_model.piece_to_id(token))
 
     def id_to_token(self, index: int) -> str:
-        """Control token or piece.
+        """Finds a control token or a piece.
 
         Raises:
             IndexError: there is no such id.
@@ -138,7 +138,7 @@ class ChatGLM2Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
         return self.convert_tokens_to_ids(self.eos_token)
 
     def get_command(self, token: str) -> int:
-        """Id of a control token, or of `<bos>`, `<eos>`, `<pad>`.
+        """Finds the id of a control token, or of `<bos>`, `<eos>`, `<pad>`.
 
         Raises:
             ValueError: there is no such control token.
@@ -149,7 +149,7 @@ class ChatGLM2Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
         return commands[token]
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id, added tokens included."""
+        """Returns token -> id, added tokens included."""
         vocab = {self.tokenizer.id_to_token(index): index for index in range(self.vocab_size)}
         return {**vocab, **self.added_tokens_encoder}
 
@@ -157,8 +157,11 @@ class ChatGLM2Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
         return self.tokenizer.token_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        """What the token contributes to a text: nothing for `<unk>`, `<s>`, `</s>`, the control tokens and ids after
-        the vocabulary, which belong to the rows that fill up the embedding."""
+        """Returns what the token contributes to a text.
+
+        That is nothing for `<unk>`, `<s>`, `</s>`, control tokens, and ids after the vocabulary, whose
+        rows fill up the embedding.
+        """
         hidden = (self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)
         if index in hidden or index in self.tokenizer.index_special_tokens or index >= self.vocab_size:
             return ""
@@ -170,13 +173,13 @@ class ChatGLM2Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
         return self.tokenizer.sp_model.encode(whole_characters(text), out_type=str)
 
     def get_prefix_tokens(self) -> list[int]:
-        """Ids of `[gMASK] sop`."""
+        """Returns the ids of `[gMASK] sop`."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`[gMASK] sop first`, or `[gMASK] sop first second </s>`."""
+        """Makes `[gMASK] sop first`, or `[gMASK] sop first second </s>`."""
         ids = [*self.get_prefix_tokens(), *token_ids_0]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.get_command("<eos>")]
 

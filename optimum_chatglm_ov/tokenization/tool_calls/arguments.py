@@ -153,7 +153,7 @@ class KeywordArguments:
         """Yields name and value of each argument that `text` completes.
 
         Raises:
-            ValueError: what is written is none.
+            ValueError: something else is written.
         """
         self._source += text
         while not self.is_closed and (end := self._end_of_argument()) is not None:
@@ -182,7 +182,7 @@ class KeywordArguments:
         raise ValueError(f"`{name}` has no value")
 
     def _end_of_argument(self) -> int | None:
-        """Index of the comma or bracket that ends the argument, `None` if it is not there.
+        """Finds the comma or bracket that ends the argument; `None` if it is not there.
 
         Raises `ValueError` where nothing can end it.
         """
@@ -236,7 +236,7 @@ class PythonArguments:
         return self._reader.used
 
     def feed(self, text: str) -> tuple[str, str]:
-        """As [`JsonArguments.feed`]."""
+        """Reads `text`, as [`JsonArguments.feed`]."""
         given: list[str] = []
         try:
             for name, value in self._reader.feed(text):
@@ -251,7 +251,7 @@ class PythonArguments:
 
 
 def read_python_call(code: str) -> dict[str, Any]:
-    """The arguments of a whole `tool_call(name=value, ...)`; see [`KeywordArguments`].
+    """Reads the arguments of a whole `tool_call(name=value, ...)`; see [`KeywordArguments`].
 
     Raises:
         ValueError: `code` is something else.

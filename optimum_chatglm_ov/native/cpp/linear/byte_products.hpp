@@ -115,7 +115,7 @@ private:
         none = Vector::multiply_add(v, Vector::all(0.0f), none);
     }
 
-    // Integers -127 .. 127 of a group, their sum, and the scale: NaN if one of the numbers is none.
+    // Integers -127 .. 127 of a group, their sum, and the scale: NaN if one of the numbers is NaN or infinite.
     static float quantize_group(const float* x, int64_t size, int8_t* integers, float& total) {
         const Vector zero = Vector::all(0.0f);
         Vector largest = zero, none = zero;
