@@ -31,6 +31,14 @@ class Architecture(ABC):
     def __init__(self, config: PretrainedConfig):
         self.config = config
 
+    def paged_attention_error(self) -> str | None:
+        """Says why PagedAttention, and continuous batching with it, does not take the model; `None`: it does."""
+        if self.has_two_positions:
+            return "PagedAttention has no prompts that see themselves from both sides, as ChatGLM-6B's do"
+        if getattr(self.config, "pre_seq_len", None):
+            return "PagedAttention has no prefix of P-Tuning"
+        return None
+
     def settle_config(self) -> None:  # noqa: B027  most have nothing to settle
         """Writes into the configuration what follows from its keys.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..architectures.registry import architecture_of
 from ..errors import ChatGLMError
 
 
@@ -157,7 +158,7 @@ def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOption
     Raises:
         ValueError: "batched" was asked for and cannot be had.
     """
-    reason = _why_not_batched(tokenizer, config)
+    reason = _why_not_batched(config)
     if options.kind == "batched" and reason:
         raise ValueError(f"{folder}: no batched engine: {reason}. Leave it to auto, or choose queue.")
     if options.kind == "queue" or reason:
@@ -171,11 +172,7 @@ def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOption
     return BatchedEngine(folder, tokenizer, config, options)
 
 
-def _why_not_batched(tokenizer: Any, config: Any) -> str | None:
+def _why_not_batched(config: Any) -> str | None:
     if importlib.util.find_spec("openvino_genai") is None:
         return 'openvino-genai is not installed (pip install "optimum-chatglm-ov[serve]")'
-    if tokenizer.chatglm_generation == "chatglm":
-        return "PagedAttention has no prompts that see themselves from both sides, as ChatGLM-6B's do"
-    if getattr(config, "pre_seq_len", None):
-        return "PagedAttention has no prefix of P-Tuning"
-    return None
+    return architecture_of(config).paged_attention_error()

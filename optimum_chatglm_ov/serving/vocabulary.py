@@ -20,8 +20,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._silent = {*tokenizer.all_special_ids, *tokenizer.turn_end_ids, *tokenizer.added_tokens_decoder}
-        if tokenizer.chatglm_generation in ("chatglm2", "chatglm3"):
-            self._silent |= tokenizer.tokenizer.index_special_tokens.keys()
+        self._silent |= {tokenizer.get_command(token) for token in getattr(tokenizer, "control_tokens", ())}
 
     def __call__(self, token_id: int) -> bytes:
         """Returns the bytes of a token; none for control tokens, and for ids beyond the vocabulary."""

@@ -56,6 +56,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "ice_text_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
+    vocabulary_argument = "vocab_file"  # whose file it is
     padding_side = "left"
     chatglm_generation: str
     generation_is_assumed = False  # nothing told it
@@ -356,8 +357,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copies the vocabulary file into `save_directory` under its original name."""
-        file_id = "ice_text_file" if self.chatglm_generation == "chatglm" else "vocab_file"
-        name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_files_names[file_id]
+        name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_files_names[self.vocabulary_argument]
         target = os.path.join(save_directory, name)
         if os.path.abspath(target) != os.path.abspath(self.vocab_file):
             shutil.copyfile(self.vocab_file, target)

@@ -163,6 +163,7 @@ class ChatRules:
         stream_withholds_last_token: each streamed text leaves out the newest token, which may be a stop token.
         stream_shows_empty_texts: as long as an answer has no text, that is yielded, too.
         has_past_key_values: `stream_chat()` can go on from `past_key_values`.
+        continues_text: rounds are one text; a round that goes on in it begins without the `▁` of a text.
     """
 
     family: Family | None = None
@@ -173,6 +174,7 @@ class ChatRules:
     stream_withholds_last_token: bool = False
     stream_shows_empty_texts: bool = False
     has_past_key_values: bool = True
+    continues_text: bool = False
 
     @property
     def has_messages(self) -> bool:
@@ -223,7 +225,7 @@ RULES = {
         stream_shows_empty_texts=True,
         has_past_key_values=False,
     ),
-    "chatglm2": ChatRules(process_text=_process_chatglm2),
+    "chatglm2": ChatRules(process_text=_process_chatglm2, continues_text=True),
     "chatglm3": ChatRules(
         read_parameters=_parameters_of_python,
         stream_withholds_last_token=True,

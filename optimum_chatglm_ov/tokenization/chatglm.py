@@ -44,6 +44,7 @@ class ChatGLM1Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
     """
 
     chatglm_generation = "chatglm"
+    vocabulary_argument = "ice_text_file"
     default_chat_template = CHATGLM_TEMPLATE
 
     def __init__(
