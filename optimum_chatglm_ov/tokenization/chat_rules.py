@@ -184,7 +184,7 @@ class ChatRules:
     def process_response(
         self, text: str, query: str, history: History, role: str = "user", incomplete: bool = False
     ) -> tuple[Response, History]:
-        """Reads the response in `text`, and adds this turn to the conversation.
+        """Returns the response in `text`, and the conversation with this turn.
 
         Args:
             text: what the model generated.

@@ -48,7 +48,7 @@ def as_messages(history: Sequence[Any] | None) -> list[dict[str, Any]]:
 def plain_messages(
     conversation: Sequence[Mapping[str, Any]], write_calls: Callable[[list[ToolCall], str], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Makes messages in the ecosystem's form those that ChatGLM knows, without keys that hold `None`.
+    """Converts messages in the ecosystem's form to those that ChatGLM knows, without keys that hold `None`.
 
     The roles `tool` and `function` become `observation`; a list of text parts becomes one text; `tool_calls`, or the
     older `function_call`, become the messages that `write_calls` makes of them and of the place to name in an error.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tokenizers share whose conversations are rounds of a question and an answer, written as text."""
+"""What the tokenizers of ChatGLM and ChatGLM2 share: conversations are rounds of a question and an answer, as text."""
 
 from __future__ import annotations
 
