@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 
 def _is_command() -> bool:
-    """Whether this process is `chatglm-ov`, which needs torch, transformers and OpenVINO only for its work."""
+    """Tells whether this process is `chatglm-ov`, which needs torch, transformers and OpenVINO only for its work."""
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     # "-m" stands there while Python looks for the module to run, and so imports this package
     return os.path.basename(program) == "chatglm-ov" or (program == "-m" and f"{__name__}.cli.main" in sys.orig_argv)
 
 
 def __getattr__(name: str) -> Any:
-    """A public name that is not there yet: `export_model`, and in the process of `chatglm-ov` all of them.
+    """Imports a public name that is not there yet: `export_model`, and in the process of `chatglm-ov` all of them.
 
     The first one that is asked for imports and registers everything.
     """

@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .runtime.token_stream import TokenStream
-from .tokenization.chat_rules import ChatRules, History, Response, chat_rules
+from .tokenization.chat_rules import RULES, ChatRules, History, Response, chat_rules
 from .tokenization.messages import as_messages
 from .tokenization.template_chat import chat_tokenizer
 
@@ -37,16 +37,16 @@ class StreamedTokens:
 
     Args:
         input_ids: int64 [1, L], the tokens of the conversation. The cache itself belongs to the inference request:
-            what it does not hold when they come back is computed again, without fused attention all of them.
+            what it does not hold when they come back is computed again, without native attention all of them.
     """
 
     input_ids: torch.LongTensor
 
 
-def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable]:
+def _original_positions(takes_past: bool = False) -> Callable[[Callable], Callable]:
     """Lets arguments after `history` stand where the originals of ChatGLM and ChatGLM2 had them.
 
-    Those have no `role`, and ChatGLM none of the `chatglm_lacks` arguments after it.
+    Those have no `role`, and ChatGLM no `past_key_values`, which comes after it where the method `takes_past`.
     """
 
     def decorate(method: Callable) -> Callable:
@@ -55,9 +55,10 @@ def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable
             self: Any, tokenizer: Any, query: str, history: History | None = None, *args: Any, **kwargs: Any
         ) -> Any:
             tokenizer = chat_tokenizer(tokenizer, self)
-            if args and not isinstance(args[0], str) and not chat_rules(tokenizer, self.config).has_messages:
-                lacking = chatglm_lacks if tokenizer.chatglm_generation == "chatglm" else 0
-                args = ("user", *[None] * lacking, *args)
+            rules = chat_rules(tokenizer, self.config)
+            if args and not isinstance(args[0], str) and not rules.has_messages:
+                absent = () if rules.has_past_key_values or not takes_past else (None,)
+                args = ("user", *absent, *args)
             return method(self, tokenizer, query, history, *args, **kwargs)
 
         return wrapped
@@ -71,9 +72,9 @@ def _original_positions(chatglm_lacks: int = 0) -> Callable[[Callable], Callable
 class ChatMixin:
     """Conversations for an `EngineForCausalLM`; rules are those of the tokenizer's generation.
 
-    With fused attention the caches keep a conversation between its turns: of the next prompt, only what comes after
-    the longest start that they hold is computed (by chatglm-6b all of it, whose prompts see themselves from both
-    sides). The history may be edited, and other calls may come between.
+    With native attention the caches keep a conversation between its turns. Only what comes after the longest start
+    that they hold is computed of the next prompt; chatglm-6b computes all of it, since its prompts see themselves from
+    both sides. The history may be edited, and other calls may come between.
     """
 
     @torch.no_grad()
@@ -128,7 +129,7 @@ class ChatMixin:
             history.append({"role": role, "content": query})
         return rules.process_response(tokenizer.decode(generated), query, earlier, role)
 
-    @_original_positions(chatglm_lacks=1)  # `past_key_values`
+    @_original_positions(takes_past=True)
     def stream_chat(
         self,
         tokenizer: Any,
@@ -144,7 +145,7 @@ class ChatMixin:
         return_past_key_values: bool = False,
         **kwargs: Any,
     ) -> Iterator[tuple[Response, History] | tuple[Response, History, StreamedTokens]]:
-        """Answers `query` piece by piece; closing the iterator stops the generation.
+        """Answers `query` piece by piece; closing the iterator ends the answer.
 
         Args:
             past_key_values: what an earlier call gave with `return_past_key_values=True`; the prompt is then what was
@@ -207,7 +208,7 @@ class ChatMixin:
         logits_processor: Sequence[LogitsProcessor] | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Arguments of `generate` beside the prompt."""
+        """Makes the arguments of `generate` beside the prompt."""
         settings: dict[str, Any] = {
             "do_sample": do_sample,
             # Without sampling: the values that change nothing, as transformers warns of any other.
@@ -232,10 +233,9 @@ def _has_pairs(history: History) -> bool:
 
 
 def _continuation(tokenizer: Any, query: str, history: History, role: str) -> torch.LongTensor:
-    """int64 [1, L]: what follows the tokens of the conversation before, by the original's rules."""
-    if tokenizer.chatglm_generation != "chatglm2" or not history:
+    """Encodes what follows the tokens of the conversation before, by the original's rules: int64 [1, L]."""
+    if not RULES[tokenizer.chatglm_generation].continues_text or not history:
         return tokenizer.build_chat_input(query, role=role)["input_ids"]
-    # The rounds before are cached; this one goes on in the same text, so without the `▁` that a text begins with.
     rounds = sum(message["role"] == "user" for message in as_messages(history))
     this_round = f"[Round {rounds + 1}]" + tokenizer.build_prompt(query).removeprefix("[Round 1]")
     return torch.tensor([tokenizer.encode("\n\n" + this_round, add_special_tokens=False)[1:]])

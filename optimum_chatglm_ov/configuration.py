@@ -196,7 +196,7 @@ class ChatGLMConfig(PretrainedConfig):
         return family.rope_ratio_type
 
     def _infer_query_log_scaling(self) -> bool:
-        """Only chatglm3-6b-128k does it: a context beyond 32k with the vocabulary of ChatGLM2 and 3."""
+        """Recognises chatglm3-6b-128k: a context beyond 32k with the vocabulary of ChatGLM2 and 3."""
         family = self.named_family()
         if self.has_vocabulary_of_ranks or family is not None and family.generation != "chatglm3":
             return False

@@ -67,17 +67,17 @@ _NARROWEST_FIRST = {
 
 
 def has_openvino_model(folder: str | Path) -> bool:
-    """Whether `folder` holds an exported model (`openvino_model.xml` and `.bin`)."""
+    """Tells whether `folder` holds an exported model (`openvino_model.xml` and `.bin`)."""
     return all((Path(folder) / name).is_file() for name in OPENVINO_MODEL_FILES)
 
 
 def is_fused(folder: str | Path) -> bool:
-    """Whether the exported model in `folder` holds the fused attention operation of this package."""
+    """Tells whether the exported model in `folder` holds the fused attention operation of this package."""
     return native.is_fused(Path(folder) / MODEL_FILE)
 
 
 def weight_precision(model: ov.Model) -> str:
-    """The narrowest format among the weights of `model`: one of `QUANTIZED_FORMATS`, "fp16", "bf16" or "fp32".
+    """Finds the narrowest format among the weights of `model`: one of `QUANTIZED_FORMATS`, "fp16", "bf16" or "fp32".
 
     Matrices alone are counted, so shapes, axes and scales do not tell.
     """
@@ -90,7 +90,7 @@ def weight_precision(model: ov.Model) -> str:
 
 
 def model_folder(output: str | Path) -> AbstractContextManager[Path]:
-    """A `complete_folder` for a model, with nothing left over of an earlier one.
+    """Makes a `complete_folder` for a model, with nothing left over of an earlier one.
 
     Raises:
         ExportError: `output` holds original weights; or see `complete_folder`.
@@ -106,7 +106,7 @@ def model_folder(output: str | Path) -> AbstractContextManager[Path]:
 
 
 def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any = None) -> PretrainedConfig:
-    """The configuration in folder `source`, where the tokenizer, too, tells what `rope_ratio` means.
+    """Loads the configuration in folder `source`, where the tokenizer, too, tells what `rope_ratio` means.
 
     Raises:
         CheckpointError: config.json is missing, not JSON or of another model type.
@@ -131,7 +131,7 @@ def load_config(source: Path, rope_ratio_type: str | None = None, tokenizer: Any
 
 
 def _agreed_rope_ratio_type(config: ChatGLMConfig, tokenizer: Any) -> str | None:
-    """What `rope_ratio` means by the configuration and by the tokenizer.
+    """Finds out what `rope_ratio` means by the configuration and by the tokenizer.
 
     Raises:
         ValueError: they contradict each other.
@@ -168,7 +168,7 @@ def end_turns(generation_config: GenerationConfig, tokenizer: Any) -> None:
 
 
 def log_ignored_cache(file: Path) -> None:
-    """Logs that a file would compute every token of a generation from the first, and that this is ignored."""
+    """Logs that a file would compute every token of an answer from the first, and that this is ignored."""
     logger.warning(
         f'{file}: "use_cache": false, as training leaves it, is ignored: every token would cost a pass over the whole '
         "text. Load the model with `use_cache=False` if that is meant."

@@ -38,7 +38,8 @@ class Choices:
 
     @classmethod
     def of(cls, attention: str | None, linear: str | None, compile_only: bool) -> Choices:
-        """
+        """Decides who computes, by arguments, variables and defaults in this order.
+
         Raises:
             ValueError: an unknown value; or native operations with `compile_only`.
         """
@@ -62,7 +63,8 @@ class Choices:
     def check_fused_ir(
         self, model_id: str, compile_only: bool, load_in_8bit: bool | None, quantization_config: Any
     ) -> None:
-        """
+        """Refuses what contradicts an IR with native attention.
+
         Raises:
             ValueError: something was asked for that an IR with the fused attention operation cannot be.
         """
@@ -83,7 +85,7 @@ class Choices:
 
 
 def no_ir_error(model_id: str | Path) -> FileNotFoundError:
-    """What `export=False` ends with where nothing has been exported."""
+    """Makes the error of `export=False` where nothing has been exported."""
     return FileNotFoundError(
         f"{model_id}: no openvino_model.xml with its .bin was found, and `export=False` forbids making them. "
         "Leave `export` unset to export the original checkpoint."
@@ -91,7 +93,8 @@ def no_ir_error(model_id: str | Path) -> FileNotFoundError:
 
 
 def check_not_merged(model_id: str, adapters: Sequence[Any], prefix_encoder: Any) -> None:
-    """
+    """Refuses to merge anything into an IR.
+
     Raises:
         ValueError: something is to be merged into an IR.
     """
@@ -143,7 +146,7 @@ def export_temporarily(
 
 
 def stored_generation_config(folder: Path) -> GenerationConfig | None:
-    """The generation_config.json in `folder`; `None` if it has none that can be read: config.json tells instead."""
+    """Reads generation_config.json in `folder`; `None` if none can be read: config.json tells instead."""
     try:
         generation_config = GenerationConfig.from_pretrained(folder)
     except OSError as error:
@@ -154,7 +157,7 @@ def stored_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def weight_format_of(dtype: torch.dtype | str | None) -> str | None:
-    """The `weight_format` that `dtype` of transformers' `from_pretrained` asks for, `None` if it asks for none.
+    """Returns the `weight_format` that `dtype` of transformers' `from_pretrained` means, `None` if it means none.
 
     Raises:
         ValueError: a type that weights cannot have.

@@ -173,7 +173,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
 
         Raises:
             CheckpointError, ExportError, ValueError, OSError: see `export_model`.
-            NativeBuildError: see `compile`; also for an IR that was exported fused.
+            NativeBuildError: see `compile`; also for an IR that was exported with native attention.
             PrefixCacheError: the folder `prefix_cache` cannot be used.
         """
         reuse = ReuseSettings.of(prefix_cache, prefix_cache_size)
@@ -239,7 +239,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
 
     @staticmethod
     def load_model(file_name: str | Path, quantization_config: Any = None) -> ov.Model:
-        """Reads an IR, also one with fused attention.
+        """Reads an IR, also one with native attention.
 
         Raises:
             ModelFileError: a file is damaged, cannot be read, or is not there.
@@ -277,7 +277,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         choices: Choices,
         reuse: ReuseSettings,
     ) -> OVChatGLMForCausalLM:
-        """The IR in `folder`, compiled already where `compile_only` leaves nothing to change."""
+        """Reads the IR in `folder`, compiled already where `compile_only` leaves nothing to change."""
         ov_config = dict(ov_config or {})
         model = cls.load_model(folder / MODEL_FILE)
         if compile_only:
@@ -299,7 +299,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
         return loaded
 
     def _mend_generation_config(self, folder: Path) -> None:
-        """Generation stops where a turn ends and keeps its cache, as an export says, also if the folder does not."""
+        """Lets answers stop where a turn ends, and keep the cache, as an export says, also if the folder does not."""
         if self.generation_config.use_cache is False:
             file = folder / "generation_config.json"
             log_ignored_cache(file if file.is_file() else folder / "config.json")

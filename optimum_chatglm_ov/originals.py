@@ -36,7 +36,7 @@ _DEVICES_OF_TORCH = ("hpu", "meta", "mps", "xla", "xpu")
 
 
 def openvino_device(device: Any) -> str:
-    """The name of OpenVINO's device that `device` means: a name, a `torch.device`, or the number of one of CUDA's.
+    """Names OpenVINO's device that `device` means: a name, a `torch.device`, or the number of one of CUDA's.
 
     CUDA's are none of OpenVINO's: the CPU takes their place, and the log says so.
 
@@ -69,7 +69,7 @@ def _without_effect(name: str) -> Callable[..., Any]:
 
 
 def _generations(config: PretrainedConfig) -> tuple[str, ...]:
-    """The generations whose rules a model may have."""
+    """Lists the generations whose rules a model may have."""
     return (GENERATION,) if has_template(config) else config.generations
 
 

@@ -19,7 +19,8 @@ _UNSUPPORTED = {
 
 
 def check_settings(settings: GenerationConfig) -> None:
-    """
+    """Refuses settings of generation that no model of this package can follow.
+
     Raises:
         ValueError: `settings` ask for what this model cannot do.
     """

@@ -108,9 +108,10 @@ def test_calls_are_read_and_never_evaluated(call):
 
 
 def test_literals_of_calls():
-    text = "f\n```python\ntool_call(a=-1.5, b=[1, (2, None)], c={'d': True}, e='你\\n好')\n```"
+    text = "f\n```python\ntool_call(a=-1.5, b=[1, (2, None)], c={'d': True}, e='你\\n好', from='a,)')\n```"
     response, _ = rules("models.chatglm3-6b").process_response(text, "hi", TOOLS)
-    assert response == {"name": "f", "parameters": {"a": -1.5, "b": [1, (2, None)], "c": {"d": True}, "e": "你\n好"}}
+    parameters = {"a": -1.5, "b": [1, (2, None)], "c": {"d": True}, "e": "你\n好", "from": "a,)"}
+    assert response == {"name": "f", "parameters": parameters}
 
 
 @pytest.mark.parametrize("name", ["models.chatglm3-6b", "models.glm-4-9b-chat"])

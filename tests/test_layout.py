@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What imports what, and how long files and functions are: the rules that the package's folders stand for."""
+"""What imports what, which private names are used, and how long files and functions are."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from optimum.intel import OVModelForCausalLM
+
+from optimum_chatglm_ov.runtime import model as runtime_model
 
 
 PACKAGE = Path(__file__).parents[1] / "optimum_chatglm_ov"
@@ -18,6 +23,7 @@ MODULES = {
 }
 MOST_LINES_OF_FUNCTION = 60
 MOST_LINES_OF_FILE = 400
+MOST_LINES_OF_CPP_FILE = 350
 
 
 def imports(module: str, everywhere: bool = False) -> set[str]:
@@ -96,9 +102,31 @@ def test_an_exported_model_runs_without_the_exporter(exported):
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_the_private_names_of_optimum_intel_are_listed():
+    """The list in `runtime/model.py` has all that the model's classes use, and no name that is not there any more."""
+    classes = [
+        cls for cls in OVModelForCausalLM.__mro__ if cls.__module__.startswith(("optimum.", "transformers.generation"))
+    ]
+    theirs = {}
+    for cls in reversed(classes):
+        names = vars(cls).keys() | set(re.findall(r"\bself\.(_[a-z]\w*)", inspect.getsource(cls)))
+        theirs |= dict.fromkeys((name for name in names if re.match("_[a-z]", name)), cls.__module__)
+    used = set()
+    for module in ("chat", "modeling", "originals", "runtime.model"):
+        for node in ast.walk(ast.parse(MODULES[f"optimum_chatglm_ov.{module}"].read_text(encoding="utf-8"))):
+            used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+            used |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+    listed = set(re.findall(r"`(_\w+)`", runtime_model.__doc__))
+    assert {name for name in used & theirs.keys() if theirs[name].startswith("optimum.")} <= listed
+    assert listed <= theirs.keys() | {"_temporary_reorder_cache"}
+
+
 def test_files_and_functions_are_short():
     """A function counts without its signature and docstring, which users read."""
-    long = {}
+    cpp_files = {str(file.relative_to(PACKAGE)): file for file in PACKAGE.rglob("native/cpp/**/*.[ch]pp")}
+    assert len(cpp_files) > 40
+    lines_of_cpp = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in cpp_files.items()}
+    long = {name: lines for name, lines in lines_of_cpp.items() if lines > MOST_LINES_OF_CPP_FILE}
     for module, file in MODULES.items():
         text = file.read_text(encoding="utf-8")
         if len(text.splitlines()) > MOST_LINES_OF_FILE:

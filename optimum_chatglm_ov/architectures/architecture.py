@@ -31,6 +31,14 @@ class Architecture(ABC):
     def __init__(self, config: PretrainedConfig):
         self.config = config
 
+    def paged_attention_error(self) -> str | None:
+        """Says why PagedAttention, and continuous batching with it, does not take the model; `None`: it does."""
+        if self.has_two_positions:
+            return "PagedAttention has no prompts that see themselves from both sides, as ChatGLM-6B's do"
+        if getattr(self.config, "pre_seq_len", None):
+            return "PagedAttention has no prefix of P-Tuning"
+        return None
+
     def settle_config(self) -> None:  # noqa: B027  most have nothing to settle
         """Writes into the configuration what follows from its keys.
 
@@ -42,19 +50,19 @@ class Architecture(ABC):
 
     @abstractmethod
     def modules(self) -> Sequence[Module]:
-        """The modules whose weights the graph is made of, in the order of their use."""
+        """Declares the modules whose weights the graph is made of, in the order of their use."""
 
     def prefix_modules(self) -> Sequence[Module]:
-        """The modules of the prefix encoder inside the checkpoint (P-Tuning v2); none without one."""
+        """Declares the modules of the prefix encoder inside the checkpoint (P-Tuning v2); none without one."""
         return ()
 
     @abstractmethod
     def key_channels(self) -> np.ndarray:
-        """Channel of the checkpoint's heads that each channel of the graph's queries and keys is, int64 `[D]`."""
+        """Maps each channel of the graph's queries and keys to that of the checkpoint's heads, int64 `[D]`."""
 
     @abstractmethod
     def build(self, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
-        """The stateful OpenVINO model.
+        """Builds the stateful OpenVINO model.
 
         Inputs: i64 `input_ids` `[B, L]`, `attention_mask` `[B, past + L]`, `position_ids` `[B, L]`, i32 `beam_idx`
         `[B]`. Output: f32 `logits` `[B, L, vocab_size]`.
@@ -67,21 +75,21 @@ class Architecture(ABC):
     # What follows from its modules ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """The tensors that the graph is made of, by canonical name."""
+        """Lists the tensors that the graph is made of, by canonical name."""
         return stored_tensors(self.modules(), self.config.num_hidden_layers)
 
     def prefix_tensors(self) -> dict[str, StoredTensor]:
-        """The tensors of the prefix encoder, by canonical name."""
+        """Lists the tensors of the prefix encoder, by canonical name."""
         return stored_tensors(self.prefix_modules(), self.config.num_hidden_layers)
 
     # Prompts -------------------------------------------------------------------------------------------------------
 
     def prompt_error(self, input_ids: torch.LongTensor) -> str | None:
-        """Why int64 `[B, L]` is no prompt; `None`: it is one."""
+        """Says why int64 `[B, L]` is no prompt; `None`: it is one."""
         return None
 
     def example_prompt(self, length: int, seed: int = 0) -> torch.LongTensor:
-        """A prompt of ordinary tokens, int64 `[1, length]`."""
+        """Returns a prompt of ordinary tokens, int64 `[1, length]`."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(5, self.config.vocab_size // 2, (1, length), generator=generator)
 
@@ -91,7 +99,7 @@ class Architecture(ABC):
         return None
 
     def prompt_layout(self, position_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> np.ndarray:
-        """What the two rows of original positions say of a prompt, in the form of the graph's state.
+        """Reads what the two rows of original positions say of a prompt, in the form of the graph's state.
 
         Args:
             position_ids: int64 `[B, 2, L]`.

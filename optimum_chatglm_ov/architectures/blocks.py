@@ -31,7 +31,7 @@ class Graph:
     memory: list[np.ndarray] = field(default_factory=list)
 
     def weight(self, tensor: Weight, name: str) -> Node:
-        """A checkpoint tensor as an f32 node: a constant in the stored precision, converted (scaled, if quantised)."""
+        """Makes a checkpoint tensor an f32 node: a constant as it is stored, converted (scaled, if quantised)."""
         if tensor.scale is None:
             node = self.constant(tensor.data, name)
             return node if node.get_element_type() == Type.f32 else ops.convert(node, "f32")
@@ -45,7 +45,7 @@ class Graph:
         return ops.convert(ops.multiply(ops.convert(integers, "f16"), scale), "f32")
 
     def constant(self, data: torch.Tensor, name: str) -> Node:
-        """A constant that shares the memory of `data` (fp16, bf16, fp32 or int8), which may be a mapped file."""
+        """Makes a constant that shares the memory of `data` (fp16, bf16, fp32 or int8), which may be a mapped file."""
         data = data.contiguous()
         if data.dtype == torch.bfloat16:  # numpy has no bfloat16
             return self._shared(data.view(torch.int16).numpy(), list(data.shape), Type.bf16, name)
@@ -58,7 +58,7 @@ class Graph:
         return node
 
     def model(self, logits: Node, name: str) -> ov.Model:
-        """The finished model, with `logits` `[B, L, vocab]` as its only output."""
+        """Finishes the model, with `logits` `[B, L, vocab]` as its only output."""
         logits.output(0).set_names({"logits"})
         result = ops.result(logits.output(0), name="logits")
         parameters = [self.input_ids, self.attention_mask, self.position_ids, self.beam_idx]
@@ -74,22 +74,22 @@ def _parameter(name: str, element_type: Type, rank: int) -> Node:
 
 
 def i64(*values: int) -> Node:
-    """A constant 1-D i64 tensor."""
+    """Makes a constant 1-D i64 tensor."""
     return ops.constant(np.array(values, dtype=np.int64))
 
 
 def f32(values: float | np.ndarray) -> Node:
-    """A constant f32 tensor."""
+    """Makes a constant f32 tensor."""
     return ops.constant(np.asarray(values, dtype=np.float32))
 
 
 def embedding(input_ids: Node, table: Node) -> Node:
-    """Rows `input_ids` `[B, L]` of `table` `[vocab, hidden]` -> `[B, L, hidden]`."""
+    """Looks up rows `input_ids` `[B, L]` of `table` `[vocab, hidden]` -> `[B, L, hidden]`."""
     return ops.gather(table, input_ids, i64(0), name="embed_tokens")
 
 
 def linear(hidden_states: Node, matrix: Node, bias: Node | None, name: str) -> Node:
-    """`hidden_states @ matrix^T + bias`: `[B, L, in]` -> `[B, L, out]`."""
+    """Computes `hidden_states @ matrix^T + bias`: `[B, L, in]` -> `[B, L, out]`."""
     output = ops.matmul(hidden_states, matrix, transpose_a=False, transpose_b=True)
     if bias is not None:
         output = ops.add(output, bias)
@@ -98,25 +98,25 @@ def linear(hidden_states: Node, matrix: Node, bias: Node | None, name: str) -> N
 
 
 def rms_norm(hidden_states: Node, scale: Node, eps: float) -> Node:
-    """Root mean square norm over the last axis (Zhang & Sennrich 2019), in the form the plugin fuses."""
+    """Computes the root mean square norm over the last axis (Zhang & Sennrich 2019), in the form the plugin fuses."""
     variance = ops.reduce_mean(ops.power(hidden_states, f32(2.0)), i64(-1), keep_dims=True)
     inverse = ops.divide(f32(1.0), ops.sqrt(ops.add(variance, f32(eps))))
     return ops.multiply(ops.multiply(hidden_states, inverse), scale)
 
 
 def layer_norm(hidden_states: Node, scale: Node, bias: Node, eps: float) -> Node:
-    """Layer norm over the last axis with scale and bias."""
+    """Computes the layer norm over the last axis with scale and bias."""
     normed = ops.mvn(hidden_states, i64(-1), normalize_variance=True, eps=eps, eps_mode="inside_sqrt")
     return ops.add(ops.multiply(normed, scale), bias)
 
 
 def swiglu(gate: Node, up: Node) -> Node:
-    """`swish(gate) * up` (Shazeer 2020)."""
+    """Computes `swish(gate) * up` (Shazeer 2020)."""
     return ops.multiply(ops.swish(gate), up)
 
 
 def half_split_channels(head_dim: int, rotary_dim: int) -> np.ndarray:
-    """Channels of a head whose first `rotary_dim` rotate in pairs (0, 1), (2, 3), ..., in half-split order.
+    """Orders the channels of a head half-split; the first `rotary_dim` rotate in pairs (0, 1), (2, 3), ...
 
     Of the pairs, the first of each come first, then the second of each; the channels that do not rotate stay.
     """
@@ -125,19 +125,19 @@ def half_split_channels(head_dim: int, rotary_dim: int) -> np.ndarray:
 
 
 def rotary_embedding(positions: Node, inv_freq: np.ndarray) -> tuple[Node, Node]:
-    """Cosine and sine `[B, 1, L, 2 * len(inv_freq)]` of the angles of `positions` `[B, L]` (Su et al. 2021)."""
+    """Computes cosine and sine `[B, 1, L, 2 * len(inv_freq)]` of angles of `positions` `[B, L]` (Su et al. 2021)."""
     angles = rotary_angles(positions, inv_freq)
     return cos_and_sin(ops.concat([angles, angles], axis=-1))
 
 
 def rotary_angles(positions: Node, inv_freq: np.ndarray) -> Node:
-    """`positions` `[B, L]` times each frequency -> f32 `[B, 1, L, len(inv_freq)]`."""
+    """Multiplies `positions` `[B, L]` by each frequency -> f32 `[B, 1, L, len(inv_freq)]`."""
     positions = ops.convert(ops.unsqueeze(positions, i64(1, 3)), "f32")
     return ops.multiply(positions, f32(inv_freq.reshape(1, 1, 1, -1)))
 
 
 def cos_and_sin(angles: Node) -> tuple[Node, Node]:
-    """The pair (cos, sin) of `angles`."""
+    """Computes the pair (cos, sin) of `angles`."""
     return ops.cos(angles), ops.sin(angles)
 
 
@@ -159,17 +159,17 @@ def _channels(states: Node, start: int, stop: int) -> Node:
 
 
 def split_heads(states: Node, num_heads: int, head_dim: int) -> Node:
-    """`[B, L, H * D]` -> `[B, H, L, D]`."""
+    """Splits `[B, L, H * D]` -> `[B, H, L, D]`."""
     return ops.transpose(ops.reshape(states, i64(0, 0, num_heads, head_dim), special_zero=True), i64(0, 2, 1, 3))
 
 
 def merge_heads(states: Node) -> Node:
-    """`[B, H, L, D]` -> `[B, L, H * D]`."""
+    """Merges `[B, H, L, D]` -> `[B, L, H * D]`."""
     return ops.reshape(ops.transpose(states, i64(0, 2, 1, 3)), i64(0, 0, -1), special_zero=True)
 
 
 def state(graph: Graph, initial: Node, name: str, element_type: Type, shape: list[int]) -> tuple[Node, str]:
-    """A state variable read at the start of a call, its rows reordered by `beam_idx`."""
+    """Reads a state variable at the start of a call, its rows reordered by `beam_idx`."""
     variable = ops.read_value(initial, name, variable_type=element_type, variable_shape=ov.PartialShape(shape))
     return ops.gather(variable, graph.beam_idx, ops.constant(np.int64(0))), name
 
@@ -193,7 +193,7 @@ def key_value_cache(
 
 
 def repeat_key_value(states: Node, num_key_value_heads: int, num_heads: int, head_dim: int) -> Node:
-    """`[B, G, S, D]` -> `[B, H, S, D]`: query head i reads group i // (H / G)."""
+    """Repeats `[B, G, S, D]` -> `[B, H, S, D]`: query head i reads group i // (H / G)."""
     repeats = num_heads // num_key_value_heads
     if repeats == 1:
         return states
@@ -203,7 +203,7 @@ def repeat_key_value(states: Node, num_key_value_heads: int, num_heads: int, hea
 
 
 def cached_length(graph: Graph) -> tuple[Node, Node, Node]:
-    """i64 `[1]` tensors: tokens in the cache before this call, new tokens L, and their sum S."""
+    """Counts, as i64 `[1]`: tokens in the cache before this call, new tokens L, and their sum S."""
     total = ops.gather(ops.shape_of(graph.attention_mask), i64(1), i64(0))
     new = ops.gather(ops.shape_of(graph.input_ids), i64(1), i64(0))
     return ops.subtract(total, new), new, total
@@ -217,7 +217,7 @@ def _arange(start: Node, stop: Node) -> Node:
 
 
 def causal_mask(graph: Graph, prefix_tokens: int = 0, visible_to_all: Node | None = None) -> Node:
-    """Additive attention mask f32 `[B, 1, L, prefix_tokens + S]`: 0 where a query sees a key, else the lowest f32.
+    """Makes an additive mask f32 `[B, 1, L, prefix_tokens + S]`: 0 where a query sees a key, else the lowest f32.
 
     A query sees the keys at its own index and before it, and those that `visible_to_all` (boolean `[B, S]`) marks, as
     far as `attention_mask` does not hide them as padding; and all of `prefix_tokens`.
@@ -237,7 +237,7 @@ def causal_mask(graph: Graph, prefix_tokens: int = 0, visible_to_all: Node | Non
 
 
 def _prefix_mask(graph: Graph, mask: Node, prefix_tokens: int) -> Node:
-    """Zeros f32 `[B, 1, L, prefix_tokens]`, kept in a state.
+    """Makes zeros f32 `[B, 1, L, prefix_tokens]`, kept in a state.
 
     The state holds nothing new, but without one the conversion to PagedAttention (openvino-genai's default) would drop
     the prefix and go on; with it, it is refused.
@@ -252,7 +252,7 @@ def _prefix_mask(graph: Graph, mask: Node, prefix_tokens: int) -> Node:
 
 
 def query_log_scale(positions: Node, training_length: int) -> Node:
-    """Factor f32 `[B, L, 1]` `max(1, ln(i + 65) / ln(training_length))` of the query at position i of `positions`.
+    """Computes f32 `[B, L, 1]` `max(1, ln(i + 65) / ln(training_length))`, the factor of a query at position i.
 
     Length extrapolation of chatglm3-6b-128k; the 65 is 1 + 64 of the original `CoreAttention`, which counts padding,
     too. PagedAttention, which openvino-genai makes of the graph, has positions alone.
@@ -263,5 +263,5 @@ def query_log_scale(positions: Node, training_length: int) -> Node:
 
 
 def attention(query: Node, key: Node, value: Node, mask: Node) -> Node:
-    """Scaled dot-product attention, scale 1 / sqrt(D): `[B, H, L, D]` -> `[B, L, H * D]`."""
+    """Computes scaled dot-product attention, scale 1 / sqrt(D): `[B, H, L, D]` -> `[B, L, H * D]`."""
     return merge_heads(ops.scaled_dot_product_attention(query, key, value, mask, causal=False))

@@ -54,14 +54,14 @@ class ChatGLM(Architecture):
         return prefix_encoder(self.config, "transformer.prefix_encoder", self.config.hidden_size)
 
     def key_channels(self) -> np.ndarray:
-        """The two half-head rotations, quarters (1a 1b) and (2a 2b), become one half-split rotation: 1a 2a 1b 2b."""
+        """Makes one half-split rotation 1a 2a 1b 2b of the two half-head ones, quarters (1a 1b) and (2a 2b)."""
         return np.arange(self.config.head_dim).reshape(4, -1)[[0, 2, 1, 3]].ravel()
 
     def build(self, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
         return _Decoder(self, weights, prefix).model("chatglm")
 
     def prompt_error(self, input_ids: torch.LongTensor) -> str | None:
-        """The context ends at the first `<sop>`, and a mask token says where the answer belongs."""
+        """Asks for a `<sop>`, which ends the context, and for a mask token, which says where the answer belongs."""
         config = self.config
         masks = (input_ids == config.gmask_token_id) | (input_ids == config.mask_token_id)
         if ((input_ids == config.bos_token_id).any(dim=1) & masks.any(dim=1)).all():
@@ -72,7 +72,7 @@ class ChatGLM(Architecture):
         )
 
     def example_prompt(self, length: int, seed: int = 0) -> torch.LongTensor:
-        """Behind ordinary tokens come the two that every prompt ends with."""
+        """Ends ordinary tokens with the two that every prompt ends with."""
         prompt = super().example_prompt(length, seed)
         prompt[0, -2:] = torch.tensor([self.config.gmask_token_id, self.config.bos_token_id])
         return prompt
@@ -86,7 +86,7 @@ class ChatGLM(Architecture):
         return np.array([first[config.bos_token_id], mask], np.int32)
 
     def prompt_layout(self, position_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> np.ndarray:
-        """Context length and position of the mask token, i32 `[B, 2]`."""
+        """Reads context length and position of the mask token, i32 `[B, 2]`."""
         first, second = position_ids[:, 0], position_ids[:, 1]
         context_length = ((second == 0) & (attention_mask != 0)).sum(dim=1)
         return torch.stack((context_length, first[:, -1]), dim=1).int().numpy()
@@ -104,7 +104,7 @@ class _Decoder(Decoder):
         )
 
     def prompt_layout(self) -> tuple[Node, Node]:
-        """Positions of the first `<sop>` (the context length) and of the mask token, i64 `[B, 1]`.
+        """Finds the positions of the first `<sop>` (the context length) and of the mask token, i64 `[B, 1]`.
 
         Found in `input_ids` when the prompt comes and kept in a state for the calls that follow. `[gMASK]` is
         preferred over `[MASK]`. Until a `<sop>` came, everything belongs to the context.
@@ -124,19 +124,19 @@ class _Decoder(Decoder):
         return ops.gather(layout, blocks.i64(0), blocks.i64(1)), ops.gather(layout, blocks.i64(1), blocks.i64(1))
 
     def first_position(self, token_id: int) -> Node:
-        """Smallest position of `token_id` in each row of this call, i64 `[B, 1]`; `_UNSEEN` where there is none."""
+        """Finds the smallest position of `token_id` in each row of this call, i64 `[B, 1]`; else `_UNSEEN`."""
         unseen = ops.constant(np.int64(_UNSEEN))
         here = ops.equal(self.graph.input_ids, ops.constant(np.int64(token_id)))
         return ops.reduce_min(ops.select(here, self.graph.position_ids, unseen), blocks.i64(1), keep_dims=True)
 
     def key_positions(self) -> Node:
-        """Position of every cached and new token, i64 `[B, S]`: its index without the padding before it."""
+        """Counts the position of every cached and new token, i64 `[B, S]`: its index without the padding before it."""
         return ops.subtract(
             ops.cum_sum(self.graph.attention_mask, ops.constant(np.int64(1))), ops.constant(np.int64(1))
         )
 
     def rotary_2d(self, context_length: Node, mask_position: Node) -> tuple[Node, Node]:
-        """Cosine and sine of the two positions, `[B, 1, L, D]`.
+        """Computes the cosine and sine of the two positions, `[B, 1, L, D]`.
 
         In the context the first position counts tokens and the second is 0; after it the first stays at the mask token
         and the second counts from 1 (Du et al. 2022, GLM). Each turns its own half of the head.
@@ -170,7 +170,7 @@ class _Decoder(Decoder):
         return self.linear(self.cached_attention(query, key, value, self.mask, i), f"{name}.o_proj")
 
     def qkv_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of the fused projection (per head query, key, value) that are query, key and value."""
+        """Returns the rows of the fused projection (per head query, key, value) that are query, key and value."""
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
         first = np.arange(heads)[:, None] * 3 * head_dim
         return (

@@ -53,7 +53,7 @@ class ChatGLM2(Architecture):
         return prefix_encoder(self.config, "transformer.prefix_encoder")
 
     def key_channels(self) -> np.ndarray:
-        """Only the first half of a head rotates; its interleaved pairs are reordered to half-split ones."""
+        """Reorders interleaved pairs to half-split ones in the first half of a head, which alone rotates."""
         return blocks.half_split_channels(self.config.head_dim, self.config.head_dim // 2)
 
     def build(self, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
@@ -97,7 +97,7 @@ class _Decoder(Decoder):
         return self.linear(self.cached_attention(query, key, value, self.mask, i), f"{name}.o_proj")
 
     def qkv_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | slice]:
-        """Rows of the fused projection that are query, key and value, rotary pairs reordered to half-split.
+        """Returns the rows of the fused projection that are query, key and value, rotary pairs half-split.
 
         With `multi_query_attention` the rows are all queries, all keys, all values; without it, per head query, key
         and value.

@@ -32,15 +32,15 @@ class Decoder:
         self.graph = Graph()
 
     def layer(self, hidden_states: Node, i: int) -> Node:
-        """Layer `i`: `[B, L, hidden]` -> `[B, L, hidden]`."""
+        """Computes layer `i`: `[B, L, hidden]` -> `[B, L, hidden]`."""
         raise NotImplementedError
 
     def norm(self, hidden_states: Node, module: str) -> Node:
-        """The norm `module` of `[B, L, hidden]`."""
+        """Computes the norm `module` of `[B, L, hidden]`."""
         raise NotImplementedError
 
     def model(self, name: str, has_final_norm: bool = True) -> ov.Model:
-        """The finished model: embedding, layers, norm and output layer, which may be the embedding's own table."""
+        """Finishes the model: embedding, layers, norm and output layer, which may be the embedding's own table."""
         table = self.weight("embed_tokens.weight")
         hidden_states = blocks.embedding(self.graph.input_ids, table)
         for i in range(self.config.num_hidden_layers):
@@ -52,13 +52,13 @@ class Decoder:
         return self.graph.model(blocks.linear(hidden_states, table, None, "lm_head"), name)
 
     def weight(self, tensor: str, rows: slice | np.ndarray = slice(None), name: str | None = None) -> Node:
-        """The tensor of that canonical name, or some of its rows, f32, as `name`."""
+        """Returns the tensor of that canonical name, or some of its rows, f32, as `name`."""
         return self.graph.weight(self.weights[tensor].rows(rows), name or tensor)
 
     def linear(
         self, hidden_states: Node, module: str, rows: slice | np.ndarray = slice(None), name: str | None = None
     ) -> Node:
-        """The linear layer `module`, or some of its outputs, as `name`: `[B, L, in]` -> `[B, L, out]`."""
+        """Computes the linear layer `module`, or some of its outputs, as `name`: `[B, L, in]` -> `[B, L, out]`."""
         name = name or module
         matrix = self.weight(f"{module}.weight", rows, f"{name}.weight")
         has_bias = f"{module}.bias" in self.weights
@@ -66,23 +66,23 @@ class Decoder:
         return blocks.linear(hidden_states, matrix, bias, name)
 
     def rms_norm(self, hidden_states: Node, module: str) -> Node:
-        """The root mean square norm `module` of `[B, L, hidden]`."""
+        """Computes the root mean square norm `module` of `[B, L, hidden]`."""
         return blocks.rms_norm(hidden_states, self.weight(f"{module}.weight"), self.config.rms_norm_eps)
 
     def layer_norm(self, hidden_states: Node, module: str) -> Node:
-        """The layer norm `module` of `[B, L, hidden]`."""
+        """Computes the layer norm `module` of `[B, L, hidden]`."""
         scale, bias = (self.weight(f"{module}.{kind}") for kind in ("weight", "bias"))
         return blocks.layer_norm(hidden_states, scale, bias, self.config.rms_norm_eps)
 
     def gated_mlp(self, hidden_states: Node, i: int) -> Node:
-        """SwiGLU (Shazeer 2020): the first half of the merged projection is the gate."""
+        """Computes SwiGLU (Shazeer 2020); the first half of the merged projection is the gate."""
         name, size = f"layers.{i}.mlp", self.config.intermediate_size
         gate = self.linear(hidden_states, f"{name}.gate_up_proj", slice(0, size), f"{name}.gate_proj")
         up = self.linear(hidden_states, f"{name}.gate_up_proj", slice(size, None), f"{name}.up_proj")
         return self.linear(blocks.swiglu(gate, up), f"{name}.down_proj")
 
     def cached_attention(self, query: Node, key: Node, value: Node, mask: Node, i: int) -> Node:
-        """Attention of layer `i` over cached and new keys: `[B, H, L, D]` and twice `[B, G, L, D]` -> `[B, L, H * D]`.
+        """Computes attention of layer `i` over cached and new keys: `[B, H or G, L, D]` -> `[B, L, H * D]`.
 
         Query head j reads key/value head j // (H / G).
         """

@@ -86,7 +86,7 @@ SENTENCEPIECE_VOCABULARY = 65_024
 
 
 def model_name(name_or_path: str) -> str:
-    """The name in a Hub id, a path (with either slash) or a folder of the Hub's cache: its last part alone.
+    """Reads the name in a Hub id, a path (with either slash) or a folder of the Hub's cache: its last part alone.
 
     What the folders above are called says nothing about a model, whoever made them.
     """
@@ -96,7 +96,7 @@ def model_name(name_or_path: str) -> str:
 
 
 def family_of_name(name_or_path: str, generations: Collection[str] = GENERATIONS) -> Family | None:
-    """The family among those of `generations` that a name tells; `None` where it tells none, or two generations."""
+    """Finds the family among those of `generations` that a name tells; `None`: it tells none, or two generations."""
     name = model_name(name_or_path)
     found = [
         family
@@ -107,7 +107,7 @@ def family_of_name(name_or_path: str, generations: Collection[str] = GENERATIONS
 
 
 def family_of_generation(generation: str, rope_ratio: float | None, context_length: int) -> Family:
-    """The family of a generation that has such a `rope_ratio` and context length."""
+    """Finds the family of a generation that has such a `rope_ratio` and context length."""
     return next(
         family
         for family in FAMILIES
@@ -118,6 +118,6 @@ def family_of_generation(generation: str, rope_ratio: float | None, context_leng
 
 
 def rope_ratio_type_of_generation(generation: str) -> str | None:
-    """What `rope_ratio` means in all families of a generation that have one."""
+    """Tells what `rope_ratio` means in all families of a generation that have one."""
     types = {family.rope_ratio_type for family in FAMILIES if family.generation == generation} - {None}
     return types.pop() if len(types) == 1 else None

@@ -62,7 +62,7 @@ class Glm(Architecture):
         settle_context_length(config)
 
     def key_channels(self) -> np.ndarray:
-        """Interleaved rotary pairs are reordered to half-split ones; the channels behind them stay."""
+        """Reorders interleaved rotary pairs to half-split ones; the channels behind them stay."""
         return blocks.half_split_channels(self.config.head_dim, rotary_embedding_of(self.config).rotary_dim)
 
     def build(self, weights: Mapping[str, Weight], prefix: np.ndarray | None = None) -> ov.Model:
@@ -89,7 +89,7 @@ class GlmDecoder(Decoder):
         return ops.add(hidden_states, self.gated_mlp(normed, i))
 
     def attention(self, hidden_states: Node, i: int) -> Node:
-        """Grouped queries; the first channels of a head rotate."""
+        """Computes attention with grouped queries; the first channels of a head rotate."""
         name, config = f"layers.{i}.self_attn", self.config
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         query = self.linear(hidden_states, f"{name}.q_proj", self.rotated_rows(heads))
@@ -104,11 +104,11 @@ class GlmDecoder(Decoder):
         return self.linear(self.cached_attention(query, key, value, self.mask, i), f"{name}.o_proj")
 
     def rotated_rows(self, heads: int) -> np.ndarray:
-        """Rows of a projection to `heads` heads, rotary pairs reordered to half-split."""
+        """Returns the rows of a projection to `heads` heads, rotary pairs reordered to half-split."""
         return (np.arange(heads)[:, None] * self.config.head_dim + self.key_channels).ravel()
 
     def query_scale(self) -> np.ndarray:
-        """Factor of each channel of the queries, f32 `[H * D]`.
+        """Computes the factor of each channel of the queries, f32 `[H * D]`.
 
         The original multiplies the rotated channels of queries and keys by the attention factor of YaRN each; here
         queries have it twice and keys stay, which gives the same products.

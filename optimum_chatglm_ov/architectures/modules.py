@@ -40,14 +40,14 @@ class Module:
         return self.is_in_layer and len(self.shape) == 2
 
     def tensors(self, i: int) -> dict[str, StoredTensor]:
-        """What a checkpoint holds of it in layer `i`, by canonical name."""
+        """Lists what a checkpoint holds of it in layer `i`, by canonical name."""
         name, original = (pattern.format(i=i) for pattern in (self.name, self.original))
         tensors = {f"{name}.weight": StoredTensor(f"{original}.weight", self.shape, self.is_linear)}
         return tensors | ({f"{name}.bias": StoredTensor(f"{original}.bias", self.shape[:1])} if self.bias else {})
 
 
 def stored_tensors(modules: Iterable[Module], num_hidden_layers: int) -> dict[str, StoredTensor]:
-    """What a checkpoint holds of `modules`, by canonical name and in their order, layer by layer."""
+    """Lists what a checkpoint holds of `modules`, by canonical name and in their order, layer by layer."""
     tensors: dict[str, StoredTensor] = {}
     for is_in_layer, group in itertools.groupby(modules, lambda module: module.is_in_layer):
         group = list(group)
@@ -58,7 +58,7 @@ def stored_tensors(modules: Iterable[Module], num_hidden_layers: int) -> dict[st
 
 
 def prefix_encoder(config: PretrainedConfig, original: str, embedded: int | None = None) -> tuple[Module, ...]:
-    """The modules of a P-Tuning v2 prefix encoder; none without `pre_seq_len`.
+    """Declares the modules of a P-Tuning v2 prefix encoder; none without `pre_seq_len`.
 
     Args:
         config: the configuration.

@@ -12,7 +12,7 @@ from .families import ARCHITECTURES
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The architecture of `config`, with its sizes and switches.
+    """Finds the architecture of `config`, with its sizes and switches.
 
     The table of families names its module, and that its class as `ARCHITECTURE`.
 

@@ -51,7 +51,7 @@ class RotaryEmbedding:
 
 
 def rotary_embedding_of(config: PretrainedConfig) -> RotaryEmbedding:
-    """The rotary embedding that `config` describes.
+    """Reads the rotary embedding that `config` describes.
 
     transformers 5 has everything in `rope_parameters`; version 4 has `rope_theta` and `partial_rotary_factor` beside
     `rope_scaling`, and leaves `rope_parameters` that version 5 has saved unread.
@@ -115,7 +115,7 @@ def _factor(given: Mapping[str, Any]) -> float:
 def _yarn_frequencies(
     inv_freq: np.ndarray, theta: float, factor: float, original_length: int, given: Mapping[str, Any]
 ) -> np.ndarray:
-    """Frequencies divided by `factor` as far as they turn slowly (Peng et al. 2023, YaRN, "NTK-by-parts").
+    """Divides frequencies by `factor` as far as they turn slowly (Peng et al. 2023, YaRN, "NTK-by-parts").
 
     Pairs that turn more than `beta_fast` times in the original context stay, those that turn less than `beta_slow`
     times are divided, and a ramp leads from one to the other.

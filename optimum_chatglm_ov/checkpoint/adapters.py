@@ -61,7 +61,7 @@ class _Whole:
 
 
 def adapter_targets(tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """The linear layers as adapters name them: the last part of the names of their modules."""
+    """Names the linear layers as adapters do: by the last part of the names of their modules."""
     modules = (tensor.original.removesuffix(".weight") for tensor in tensors.values() if tensor.is_linear)
     return tuple(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 
@@ -73,7 +73,7 @@ def merge_adapters(
     tensors: Mapping[str, StoredTensor],
     dtype: torch.dtype | None = None,
 ) -> Mapping[str, Weight]:
-    """`weights` with `W + sum(weight * alpha / r * B @ A)` in place of every linear `W` that an adapter changes.
+    """Returns `weights` with `W + sum(weight * alpha / r * B @ A)` for every linear `W` that an adapter changes.
 
     The embedding is changed alike, and what an adapter has as a whole (`modules_to_save`) replaces the base's, with a
     weight other than 1 in part. Sums are computed in fp32 and rounded once, when a tensor is asked for.
@@ -142,7 +142,7 @@ def _merged(name: str, base: Weight, changes: Sequence[_LoRA | _Whole], dtype: t
 def _read(
     folder: Path, weight: float, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[str, _LoRA | _Whole]]:
-    """The changes that the adapter in `folder` makes, each with the canonical name of the tensor."""
+    """Yields the changes that the adapter in `folder` makes, each with the canonical name of the tensor."""
     settings = _settings(folder / "adapter_config.json")
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if file is None:
@@ -191,8 +191,7 @@ def _read(
 def _tensors(
     shard: Shard, canonical: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """The adapter's tensors: name of side A and B by the original name of the module; of whole tensors by the original
-    name of those; and all others."""
+    """Sorts the adapter's tensors: A and B by the original name of the module, whole tensors by theirs, others."""
     pairs: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     others = []
@@ -239,7 +238,7 @@ def _lora(
 
 
 def _for_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Value of the first pattern that matches the end of `module`, as PEFT reads `rank_pattern`."""
+    """Returns the value of the first pattern that matches the end of `module`, as PEFT reads `rank_pattern`."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -247,7 +246,7 @@ def _for_module(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """The content of adapter_config.json, refused if the adapter is more than `W + scale * B @ A`."""
+    """Reads adapter_config.json, and refuses an adapter that is more than `W + scale * B @ A`."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

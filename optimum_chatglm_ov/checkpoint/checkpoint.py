@@ -59,7 +59,7 @@ class Checkpoint(Mapping[str, Weight]):
         self._check()
 
     def _find_tensors(self) -> None:
-        """Which file has which tensor, and under which name, whatever stands in front of it."""
+        """Finds out which file has which tensor, and under which name, whatever stands in front of it."""
         prefixes = set()
         for reader in self._readers:
             for stored in reader.names():
@@ -86,7 +86,7 @@ class Checkpoint(Mapping[str, Weight]):
         return name in self.tensors
 
     def __getitem__(self, name: str) -> Weight:
-        """The tensor `name`; quantised linears come with their scale.
+        """Reads the tensor `name`; quantised linears come with their scale.
 
         Raises:
             CheckpointError: the tensor holds NaN or infinity, or its data cannot be read.
@@ -134,7 +134,7 @@ class Checkpoint(Mapping[str, Weight]):
             )
 
     def _wanted(self, name: str, tensor: StoredTensor) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-        """Shape and possible types of what the files must have for `tensor`, by the name there."""
+        """Describes what the files must have for `tensor`: shape and possible types, by the name there."""
         if not self._is_quantized(name):
             return {tensor.original: (tensor.shape, _SUPPORTED_DTYPES)}
         rows, columns = tensor.shape
@@ -145,7 +145,7 @@ class Checkpoint(Mapping[str, Weight]):
         }
 
     def _problem(self, original: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> str | None:
-        """What is wrong with the tensor that the files have as `original`."""
+        """Says what is wrong with the tensor that the files have as `original`."""
         _, name = split_name(original)
         if name not in self._reader_of:
             return f"missing: {original} {list(shape)}"
@@ -158,7 +158,7 @@ class Checkpoint(Mapping[str, Weight]):
         return None
 
     def _is_unused(self, name: str) -> bool:
-        """Whether the files may have `name` beside what is wanted: a tied head, a buffer, or a replaced prefix."""
+        """Tells whether the files may have `name`, too: a tied head, a buffer, or a replaced prefix."""
         is_tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
         is_replaced = getattr(self.config, "pre_seq_len", None) and ".prefix_encoder." in name
         return bool(is_tied_head or name.endswith(_KNOWN_BUFFERS) or is_replaced)

@@ -26,7 +26,7 @@ _PROJECTION = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias
 
 
 def prefix_size(config: PretrainedConfig) -> int:
-    """Numbers of one token of a prefix: keys and values of all layers."""
+    """Counts the numbers of one token of a prefix: keys and values of all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
@@ -36,7 +36,7 @@ def load_prefix(
     config: PretrainedConfig,
     key_channels: np.ndarray,
 ) -> np.ndarray:
-    """The prefix of every layer, in the form of the graph's key/value cache.
+    """Loads the prefix of every layer, in the form of the graph's key/value cache.
 
     Args:
         weights: the checkpoint, read when `prefix_encoder` is `None`.
@@ -78,7 +78,7 @@ def load_prefix(
 
 
 def _encode(tensors: Mapping[str, torch.Tensor], source: str) -> torch.Tensor:
-    """Token `i` of the prefix is row `i`: f32 `[P, 2 * layers * groups * head_dim]`."""
+    """Encodes token `i` of the prefix as row `i`: f32 `[P, 2 * layers * groups * head_dim]`."""
     if _EMBEDDING not in tensors:
         raise CheckpointError(
             f"{source}: no tensor 'prefix_encoder.{_EMBEDDING}' found; expected the weights of a P-Tuning v2 training "
@@ -127,7 +127,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The weight files at `path`.
+    """Finds the weight files at `path`.
 
     Raises:
         CheckpointError: there are none, or they are of another adapter than a prefix.

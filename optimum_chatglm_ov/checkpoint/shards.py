@@ -27,13 +27,13 @@ _NESTS = ("state_dict", "model_state_dict", "module", "model")
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """What stands in front of the name of a tensor, put there by a training tool or a model class, and the rest."""
+    """Splits the name of a tensor: what a training tool or a model class has put in front, and the rest."""
     prefix = match[0] if (match := _PREFIX.match(name)) else ""
     return prefix, _WRAPPERS.sub("", name[len(prefix) :])
 
 
 def read_tensor(shard: Shard, name: str, check: bool = True) -> torch.Tensor:
-    """Tensor `name` of a weight file, still on disk where the file is mapped, searched for NaN if `check`.
+    """Reads tensor `name` of a weight file, still on disk where the file is mapped, searched for NaN if `check`.
 
     Raises:
         CheckpointError: the tensor holds NaN or infinity, or its data cannot be read.
@@ -54,7 +54,7 @@ def read_tensor(shard: Shard, name: str, check: bool = True) -> torch.Tensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of `folder`: safetensors if there are any, else pickles.
+    """Finds the files that hold the weights of `folder`: safetensors if there are any, else pickles.
 
     Raises:
         CheckpointError: there are none, shards are missing, or the index names files outside the folder.
@@ -75,7 +75,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The names of the weight files that lie beside `index`, which lists them.
+    """Reads the names of the weight files that `index` lists; they lie beside it.
 
     Raises:
         CheckpointError: the index is damaged, or names other files.
@@ -145,7 +145,7 @@ Shard = _SafetensorsShard | _PickleShard
 
 
 def open_shard(file: Path) -> Shard:
-    """A weight file (safetensors, or a pickle of tensors alone) with `names()`, `describe(name)`, `tensor(name)`.
+    """Opens a weight file, safetensors or a pickle of tensors; it has `names()`, `describe(name)`, `tensor(name)`.
 
     Raises:
         CheckpointError: the file is truncated, damaged or holds more than tensors.

@@ -58,7 +58,7 @@ class Weight:
     scratch: Scratch | None = None
 
     def rows(self, index: slice | np.ndarray) -> Weight:
-        """The rows `index`, in that order: a view for a slice, a copy otherwise."""
+        """Returns the rows `index`, in that order: a view for a slice, a copy otherwise."""
         if isinstance(index, slice):
             return replace(self, data=self.data[index], scale=None if self.scale is None else self.scale[index])
         index = torch.from_numpy(index)
@@ -67,7 +67,7 @@ class Weight:
         return replace(self, data=data, scale=None if self.scale is None else self.scale[index])
 
     def to(self, dtype: torch.dtype) -> Weight:
-        """The weight as floating-point numbers of `dtype`, rounded once; itself, if it has that already."""
+        """Converts to floating-point numbers of `dtype`, rounded once; the weight itself, if it has that already."""
         if self.scale is None and self.data.dtype == dtype:
             return self
         shape = list(self.data.shape)
@@ -100,7 +100,7 @@ class Scratch:
         self._size = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of `shape` and `dtype` with undefined content, mapped from the file."""
+        """Makes a tensor of `shape` and `dtype` with undefined content, mapped from the file."""
         size = math.prod(shape) * dtype.itemsize
         start = -(-self._size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         self._size = start + size

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..choices import ATTENTIONS, KV_CACHE_PRECISIONS, LINEARS, WEIGHT_FORMATS, canonical, size_in_bytes
 
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+_Number = TypeVar("_Number", int, float)
 
 
 class UsageError(Exception):
@@ -155,32 +158,21 @@ def unicode_text(text: str) -> str:
 
 def non_negative_integer(text: str) -> int:
     """Reads an argument that must be an integer, 0 or above."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
-    return value
+    return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
 
 
 def positive_integer(text: str) -> int:
     """Reads an argument that must be an integer above 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return value
+    return _number(text, int, lambda value: value > 0, "a positive integer")
 
 
 def positive_number(text: str) -> float:
     """Reads an argument that must be a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a positive number")
+
+
+def _number(text: str, read: Callable[[str], _Number], is_wanted: Callable[[_Number], bool], wanted: str) -> _Number:
+    with suppress(ValueError):
+        if is_wanted(value := read(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")

@@ -26,6 +26,8 @@ from .arguments import (
 
 
 if TYPE_CHECKING:
+    from ..measure.attention import Measurement as AttentionMeasurement
+    from ..measure.linear import Measurement as LinearMeasurement
     from ..measure.speed import Measurement
 
 _NEW_TOKENS = 32
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.linear_only:
         found = _linear_only(args, peaks)
     else:
-        found = _attention_only(args) if args.attention_only else _models(args)
+        found = _attention_only(args, peaks["stream"]) if args.attention_only else _models(args)
     rows: list[dict[str, Any]] = []
     for line in markdown_lines(_kept(found, rows)):
         print(line, flush=True)
@@ -195,12 +197,10 @@ def _cells(m: Measurement) -> dict[str, str]:
     }
 
 
-def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
+def _attention_only(args: argparse.Namespace, bandwidth: float) -> Iterator[_Row]:
     from ..measure.attention import CHATGLM3, CHATGLM_6B, measure_attention
-    from ..measure.speed import stream_bandwidth
 
     shape = {"chatglm3": CHATGLM3, "chatglm": CHATGLM_6B}[args.attention_only]
-    bandwidth = stream_bandwidth(args.threads)
     for length in args.prompt_tokens:
         for new, past in ((length, 0), (1, length)):
             repetitions = args.repetitions if new > 1 else _SHORT_REPETITIONS * args.repetitions
@@ -212,11 +212,17 @@ def _attention_only(args: argparse.Namespace) -> Iterator[_Row]:
                     "after": f"{past}",
                     "time of a layer (ms)": f"{m.seconds * 1e3:.3f}",
                     "GFLOP/s": f"{m.gigaflops:.0f}",
-                    "read (GB/s)": f"{m.gigabytes:.1f}",
-                    "of a stream": f"{100 * m.gigabytes / bandwidth:.0f} %",
-                    "times native": f"{m.seconds / found[0].seconds:.2f}",
+                    **_layer_cells(m, bandwidth, found[0].seconds),
                 }
                 yield _Row(asdict(m), cells)
+
+
+def _layer_cells(m: AttentionMeasurement | LinearMeasurement, stream: float, native_seconds: float) -> dict[str, str]:
+    return {
+        "read (GB/s)": f"{m.gigabytes:.1f}",
+        "of a stream": f"{100 * m.gigabytes / stream:.0f} %",
+        "times native": f"{m.seconds / native_seconds:.2f}",
+    }
 
 
 def _peak_texts(peaks: dict[str, float]) -> list[str]:
@@ -243,9 +249,7 @@ def _linear_only(args: argparse.Namespace, peaks: dict[str, float]) -> Iterator[
             "time of a layer (ms)": f"{m.seconds * 1e3:.3f}",
             "TFLOP/s": f"{m.teraflops:.2f}",
             f"of {kind}": f"{100 * m.teraflops / peaks[kind]:.0f} %" if kind else "",
-            "read (GB/s)": f"{m.gigabytes:.1f}",
-            "of a stream": f"{100 * m.gigabytes / peaks['stream']:.0f} %",
-            "times native": f"{m.seconds / native_seconds:.2f}",
+            **_layer_cells(m, peaks["stream"], native_seconds),
         }
         yield _Row(asdict(m), cells)
 

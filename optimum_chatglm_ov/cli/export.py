@@ -75,7 +75,7 @@ def _add_weight_options(weights: Any) -> None:
 
 
 def _add_text_options(weights: argparse._ArgumentGroup) -> None:
-    """Methods that look at activations, and the texts that these come of."""
+    """Adds the methods that look at activations, and the texts that these need."""
     weights.add_argument(
         "--dataset",
         metavar="TEXT",

@@ -50,7 +50,7 @@ def calibration_inputs(
     dataset: str | Path | Iterable[Any],
     model: ov.Model | None = None,
 ) -> list[dict[str, np.ndarray]]:
-    """Inputs of the stateful graph: up to `num_samples` blocks of `dataset`, each as a model generates it.
+    """Makes inputs of the stateful graph: up to `num_samples` blocks of `dataset`, each as a model generates it.
 
     A block has 128 tokens, or the `seq_len` of a data set given as "wikitext2:seq_len=64". The dataset "auto" is what
     `model` generates.
@@ -71,7 +71,7 @@ def calibration_inputs(
 
 
 def _generate(model: ov.Model, tokenizer: Any, samples: int, length: int) -> list[list[int]]:
-    """Blocks of `length` ids that `model` generates: any first token, then samples of its distributions."""
+    """Generates blocks of `length` ids with `model`: any first token, then samples of its distributions."""
     generator = torch.Generator().manual_seed(0)
     prompt = texts.generated([], tokenizer)[0]
     special = {*prompt, *tokenizer.all_special_ids, tokenizer.eos_token_id}
@@ -89,7 +89,7 @@ def _generate(model: ov.Model, tokenizer: Any, samples: int, length: int) -> lis
 
 
 def _inputs(rows: list[list[int]], past: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of the graph for sequences of equal length, whose first `past` tokens are in its cache."""
+    """Makes the graph's inputs for sequences of equal length, whose first `past` tokens are in its cache."""
     ids = np.array(rows, dtype=np.int64)
     positions = np.broadcast_to(np.arange(past, ids.shape[1], dtype=np.int64), (len(ids), ids.shape[1] - past))
     return {

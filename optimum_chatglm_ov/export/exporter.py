@@ -209,7 +209,7 @@ def _read_weights(
     dtype: torch.dtype | None,
     scratch: Scratch,
 ) -> tuple[Mapping[str, Weight], np.ndarray | None]:
-    """The weights that the graph is made of, with adapters merged, all of `dtype` if that is asked for; the prefix."""
+    """Reads the weights of the graph, with adapters merged, all of `dtype` if that is asked for, and the prefix."""
     config, tensors = architecture.config, architecture.tensors()
     weights: Mapping[str, Weight] = Checkpoint(
         source, config, tensors | ({} if prefix_encoder else architecture.prefix_tensors()), scratch
@@ -224,7 +224,7 @@ def _read_weights(
 
 
 def _in_precision(weights: Mapping[str, Weight], dtype: torch.dtype) -> Mapping[str, Weight]:
-    """`weights` as floating-point numbers in one precision."""
+    """Returns `weights` as floating-point numbers of one precision."""
 
     def convert(name: str, weight: Weight) -> Weight:
         converted = weight.to(dtype)
@@ -240,7 +240,7 @@ def _in_precision(weights: Mapping[str, Weight], dtype: torch.dtype) -> Mapping[
 
 
 def _counted(weights: Mapping[str, Weight], progress: Progress) -> Mapping[str, Weight]:
-    """`weights`, reporting each tensor's first use."""
+    """Returns `weights` that report each tensor's first use."""
     seen: set[str] = set()
 
     def count(name: str, weight: Weight) -> Weight:

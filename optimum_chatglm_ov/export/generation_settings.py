@@ -37,7 +37,7 @@ _OF_OTHER_CACHES = ("cache_implementation", "cache_config", "return_legacy_cache
 
 
 def read_generation_config(source: Path, config: PretrainedConfig, tokenizer: Any) -> GenerationConfig:
-    """The defaults of `generate` in folder `source`, without what has no effect or would spoil every generation.
+    """Reads the defaults of `generate` in folder `source`, without what has no effect or would spoil every answer.
 
     They name every id that ends a turn.
 
@@ -74,9 +74,10 @@ def read_generation_config(source: Path, config: PretrainedConfig, tokenizer: An
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    """
+    """Refuses settings with which every call of `generate` would fail.
+
     Raises:
-        ValueError: `settings`, without those that have no effect, end every generation.
+        ValueError: one of `settings`, which are without those that have no effect.
     """
     for name in _IDS:
         value: Any = settings.get(name)
@@ -95,7 +96,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _without_effect(settings: Mapping[str, Any]) -> list[str]:
-    """Names of settings of a generation that only count in a mode which the others do not choose.
+    """Names the settings that only count in a mode which the others do not choose.
 
     transformers does not save those, and some versions do not even read them.
     """

@@ -19,7 +19,7 @@ _BLOCK = 1 << 20
 
 
 def quantize_rows(name: str, weight: Weight) -> Weight:
-    """The matrix `weight` `[rows, columns]` as int8 and one fp16 scale a row; what is none, or quantised, as it is.
+    """Rounds a matrix `[rows, columns]` to int8, with one fp16 scale a row; a vector, or what is quantised, stays.
 
     As in NNCF's int8_sym, the scale has the sign that makes the number of largest magnitude -128. The integers are
     found with the scale as it is stored, rounded to fp16.

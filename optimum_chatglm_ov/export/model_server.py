@@ -55,7 +55,7 @@ def save_model_server_files(folder: str | Path, name: str, config: PretrainedCon
         name: of the model in requests.
         config: of the model. ChatGLM-6B and P-Tuning have no continuous batching, which the others get.
     """
-    has_batching = not architecture_of(config).has_two_positions and not getattr(config, "pre_seq_len", None)
+    has_batching = architecture_of(config).paged_attention_error() is None
     options = {"models_path": '"./"', "device": '"CPU"'}
     if has_batching:
         options |= {"pipeline_type": "LM_CB", "enable_prefix_caching": "true", "max_num_seqs": "256"}

@@ -32,10 +32,10 @@ def check_linear(linear: str, attention: str) -> None:
 
 
 def make_linears_native(model: ov.Model) -> None:
-    """Replaces the int8 and int4 linear layers of `model` but its output layer, of which GenAI computes the last
-    position alone, and so looks for it.
+    """Replaces the int8 and int4 linear layers of `model`, except its output layer.
 
-    The weights are packed alike for every CPU. A library of another version that packs otherwise refuses the model.
+    GenAI looks for that one among OpenVINO's operations, to compute the last position alone. The weights are packed
+    alike for every CPU. A library of another version that packs otherwise refuses the model.
 
     Raises:
         ExportError: there are no layers that the native operations take.

@@ -30,7 +30,7 @@ _SCORE_OF_BYTE = -50.0  # below that of every piece, near enough to them for sum
 
 
 def has_library() -> bool:
-    """Whether openvino-tokenizers is installed; it comes with openvino-genai and with optimum-intel's extra."""
+    """Tells whether openvino-tokenizers is installed; it comes with openvino-genai and with optimum-intel's extra."""
     return importlib.util.find_spec("openvino_tokenizers") is not None
 
 
@@ -69,8 +69,10 @@ def save_openvino_tokenizers(tokenizer: PreTrainedTokenizerBase, folder: str | P
 
 
 def convert_tokenizers(tokenizer: ChatGLMTokenizer) -> tuple[ov.Model, ov.Model]:
-    """The tokenizer, a text [B] to `input_ids` and `attention_mask` i64 [B, L], padded on the left, and the
-    detokenizer, ids i64 [B, L] to text [B], which leaves special tokens out.
+    """Converts the tokenizer and the detokenizer.
+
+    The one makes of a text [B] `input_ids` and `attention_mask` i64 [B, L], padded on the left; the other makes of ids
+    i64 [B, L] a text [B], without special tokens.
 
     Both have switches that GenAI sets: whether to add and to skip special tokens.
     """
@@ -150,7 +152,7 @@ def _spell_in_bytes(definition: dict[str, Any]) -> None:
 
 
 def _decoder(step: dict[str, Any]) -> dict[str, Any]:
-    """A step of decoding as openvino-tokenizers reads it: it takes every text for a regular expression."""
+    """Makes a step of decoding as openvino-tokenizers reads it: it takes every text for a regular expression."""
     if step["type"] == "Replace":
         pattern = step["pattern"]
         return _replacement(pattern.get("Regex") or re.escape(pattern["String"]), step["content"])

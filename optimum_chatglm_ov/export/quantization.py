@@ -48,7 +48,7 @@ _WITHOUT_TEXTS = "weight_quantization_error"
 
 
 def refined(weight_format: str, /, **details: Any) -> OVWeightQuantizationConfig:
-    """What `weight_format` stands for, but for what `details` say otherwise.
+    """Returns what `weight_format` stands for, but for what `details` say otherwise.
 
     int8 is symmetric per output channel, the form that the CPU plugin's fused AMX nodes accept. The 4-bit formats are
     group-wise in the linears of the blocks (64 weights a group in int4 and nf4, 32 in mxfp4, whole rows in cb4), int4
@@ -91,7 +91,7 @@ def resolve_config(
     num_parameters: int,
     dataset: Any = None,
 ) -> OVWeightQuantizationConfig | None:
-    """The quantisation to apply, or `None` to keep floating-point (or the checkpoint's own quantised) weights.
+    """Decides which quantisation to apply; `None` keeps floating-point (or the checkpoint's own quantised) weights.
 
     A dictionary names what differs from the defaults of its `dtype` or `bits` (see `refined`); an
     `OVWeightQuantizationConfig` is taken as it was written, with optimum-intel's defaults.
@@ -135,7 +135,7 @@ def resolve_config(
 
 
 def _chosen_format(weight_format: str | None, bits: int, num_parameters: int) -> str | None:
-    """The quantised format that was asked for, or that large models get; `None`: weights stay numbers, or as stored.
+    """Decides the quantised format: what was asked for, or what large models get; `None`: weights stay as they are.
 
     `bits` are those of a checkpoint that is quantised already, else 0.
     """
@@ -152,7 +152,7 @@ def _chosen_format(weight_format: str | None, bits: int, num_parameters: int) ->
 
 
 def uses_texts(quantization_config: OVWeightQuantizationConfig) -> bool:
-    """Whether a method of the settings looks at texts where it has some."""
+    """Tells whether a method of the settings looks at texts where it has some."""
     is_mixed = quantization_config.ratio < 1 and quantization_config.sensitivity_metric != _WITHOUT_TEXTS
     return quantization_config.bits == 4 and (
         quantization_config.quant_method == OVQuantizationMethod.AWQ
@@ -191,7 +191,7 @@ def _check_texts(quantization_config: OVWeightQuantizationConfig, dataset: Any) 
 
 
 def _with_fallback(quantization_config: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
-    """The settings with an answer to columns that are not a multiple of the group size.
+    """Returns the settings with an answer to columns that are not a multiple of the group size.
 
     NNCF would stop. Such a linear gets the largest group that fits, or the backup precision if that is under 32;
     mxfp4, whose groups are always 32, leaves it as it is.
@@ -204,7 +204,7 @@ def _with_fallback(quantization_config: OVWeightQuantizationConfig) -> OVWeightQ
 
 
 def int8_rows(weights: Mapping[str, Weight], quantization_config: OVWeightQuantizationConfig) -> Mapping[str, Weight]:
-    """`weights`, with those already int8 that are to become int8, symmetric per row, whatever NNCF finds.
+    """Returns `weights` with those already int8 that are to become int8, symmetric per row, whatever NNCF finds.
 
     These are all matrices under `refined("int8")`, the embedding and the output layer under 4 bits.
     """
@@ -265,7 +265,7 @@ def compress(
 def _arguments_of_nncf(
     quantization_config: OVWeightQuantizationConfig, calibration: nncf.Dataset | None
 ) -> dict[str, Any]:
-    """The settings as `nncf.compress_weights` takes them, without a file of statistics that nothing is written to."""
+    """Returns the settings as arguments of `nncf.compress_weights`, without a file of statistics that stays empty."""
     arguments = quantization_config.to_nncf_dict()
     advanced = arguments.get("advanced_parameters")
     if calibration is None and advanced is not None and advanced.statistics_path is not None:
@@ -274,7 +274,7 @@ def _arguments_of_nncf(
 
 
 def for_saving(quantization_config: OVWeightQuantizationConfig) -> OVWeightQuantizationConfig:
-    """The settings without the texts that were used, which are the user's and may be long."""
+    """Returns the settings without the texts that were used, which are the user's and may be long."""
     if not isinstance(quantization_config.dataset, list):
         return quantization_config
     quantization_config = deepcopy(quantization_config)

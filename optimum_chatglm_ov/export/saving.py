@@ -39,7 +39,7 @@ def _describe(model: ov.Model) -> None:
 
 
 def check_size(xml: Path) -> None:
-    """A disk that fills up while OpenVINO writes does not always raise; its file is then too short.
+    """Checks that all was written: where a disk fills up, OpenVINO does not always raise, and the file is too short.
 
     Raises:
         ExportError: the weights are shorter than the graph says.

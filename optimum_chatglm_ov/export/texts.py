@@ -22,7 +22,7 @@ OWN_TEXTS = "auto"
 
 
 def read_texts(source: str | Path | Iterable[Any]) -> Iterable[str]:
-    """The texts of `source`.
+    """Reads the texts of `source`.
 
     Args:
         source: a UTF-8 text file (its paragraphs, separated by blank lines), "wikitext2", "c4", "c4-new" or "gsm8k"
@@ -51,7 +51,7 @@ def read_texts(source: str | Path | Iterable[Any]) -> Iterable[str]:
 
 
 def name_and_length(source: Any) -> tuple[str | None, int | None]:
-    """Name and `seq_len` of a data set given as "wikitext2" or "wikitext2:seq_len=64"; `None` for what is not given.
+    """Splits "wikitext2" or "wikitext2:seq_len=64" into the data set's name and `seq_len`; `None`: not given.
 
     Raises:
         ValueError: other options than a positive `seq_len`.
@@ -66,7 +66,7 @@ def name_and_length(source: Any) -> tuple[str | None, int | None]:
 
 
 def blocks(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
-    """Token ids of `texts` joined by newlines and cut into blocks of `length`; the last one may be shorter."""
+    """Yields token ids of `texts`, joined by newlines and cut into blocks of `length`; the last one may be shorter."""
     rest: list[int] = []
     for text in texts:
         rest += tokenizer.encode(text + "\n", add_special_tokens=False)
@@ -78,7 +78,7 @@ def blocks(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[i
 
 
 def generated(block: list[int], tokenizer: Any) -> tuple[list[int], int]:
-    """`block` as what a model generates: behind the special tokens of an empty prompt, whose number comes second.
+    """Puts the special tokens of an empty prompt before `block`, as if generated; their number comes second.
 
     In chatglm-6b only tokens behind `<sop>` see nothing but what was before them.
     """

@@ -12,12 +12,12 @@ _OPERATIONS = ("ChatGLMLinear", "ChatGLMMLP")
 
 
 def has_native_linears(model: ov.Model) -> bool:
-    """Whether linear layers of `model` are native operations of this package."""
+    """Tells whether linear layers of `model` are native operations of this package."""
     return any(node.get_type_name() in _OPERATIONS for node in model.get_ops())
 
 
 def native_linear_usage(repo_id: str) -> str:
-    """How openvino-genai and Model Server load such a model."""
+    """Says how openvino-genai and Model Server load such a model."""
     return f"""
 The linear layers are native operations of optimum_chatglm_ov, for CPU. Other programs need its library:
 

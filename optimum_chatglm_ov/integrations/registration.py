@@ -53,7 +53,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`export_model`, whose modules are imported by those who export; a model that is exported runs without them."""
+    """Imports `export_model`, whose modules only those need who export; an exported model runs without them."""
     if name == "export_model":
         from ..export.exporter import export_model
 

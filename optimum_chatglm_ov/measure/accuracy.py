@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a candidate model (quantised, fused, another precision) is from a reference, measured on a text."""
+"""How far a candidate model (quantised, native, another precision) is from a reference, measured on a text."""
 
 from __future__ import annotations
 

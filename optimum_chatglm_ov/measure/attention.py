@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the attention of one model alone: the fused operation, OpenVINO's stateful and paged ones, and torch's.
+"""Times the attention of one model alone: the native operation, OpenVINO's stateful and paged ones, and torch's.
 
 All attend, and all but torch's compute rotary embedding and append to the cache, on random numbers. Every figure is
-the best of a few repetitions, the ways taken in turns, so that other load on the machine hits them alike.
+the best of a few repetitions.
 """
 
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +24,11 @@ from ..architectures import blocks
 from ..native import load
 from ..native.cache_state import FusedAttentionState
 from ..native.fuse_attention import cache_layout, fuse_attention
+from .turns import best_seconds
 
 
 _PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
 _CACHE_BITS = {"native": 16, "native-int8": 8, "openvino": 8, "paged": 8, "torch-bf16": 16, "torch-f32": 32}
-_PAUSE_SECONDS = 0.05  # for so long threads of another library may spin where they have just computed
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _fill(cache: ov.Tensor) -> None:
 
 
 class _Stateful:
-    """The compiled attention stack, fused or (`cache_precision` is `None`) OpenVINO's own."""
+    """The compiled attention stack, native or (`cache_precision` is `None`) OpenVINO's own."""
 
     def __init__(self, shape: AttentionShape, layers: int, cache_precision: str | None, config: dict[str, str]):
         self.shape = shape
@@ -126,7 +125,7 @@ class _Stateful:
             self.state = FusedAttentionState(self.request, layout, 1 << 20)
 
     def prepare(self, new: int, past: int) -> Callable[[], Any]:
-        """A call that computes `new` tokens after `past` ones."""
+        """Makes a call that computes `new` tokens after `past` ones."""
         inputs = _random_states(self.shape, 1, new)
         inputs["input_ids"] = np.zeros((1, new), np.int64)
         inputs["attention_mask"] = np.ones((1, past + new), np.int64)
@@ -171,7 +170,7 @@ class _Paged:
         self.request = self.compiled.create_infer_request()
 
     def prepare(self, new: int, past: int) -> Callable[[], Any]:
-        """A call that computes `new` tokens after `past` ones."""
+        """Makes a call that computes `new` tokens after `past` ones."""
         blocks = -(-(past + new) // _PAGED_BLOCK_TOKENS)
         for port in self.compiled.inputs:
             if "_cache." in port.any_name:
@@ -195,7 +194,7 @@ class _Paged:
 
 def _torch_call(shape: AttentionShape, new: int, past: int, dtype: torch.dtype, layers: int) -> Callable[[], None]:
     heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-    if past:  # queries of a group as rows: each key is read once, as in the fused operation
+    if past:  # queries of a group as rows: each key is read once, as in the native operation
         query = torch.randn(1, groups, heads // groups * new, shape.head_dim, dtype=dtype)
         caches = [torch.randn(2, 1, groups, past + new, shape.head_dim, dtype=dtype) for _ in range(layers)]
     else:
@@ -240,16 +239,8 @@ def measure_attention(
         torch.set_num_threads(threads)
     for way, dtype in (("torch-bf16", torch.bfloat16), ("torch-f32", torch.float32)):
         calls[way] = _torch_call(shape, new_tokens, past_tokens, dtype, layers)
-    best = dict.fromkeys(calls, float("inf"))
     gc.collect()
-    for repetition in range(repetitions):
-        for way, call in calls.items():
-            time.sleep(_PAUSE_SECONDS)
-            if past_tokens or repetition == 0:
-                call()  # to warm up: the way before has taken the caches
-            start = time.perf_counter()
-            call()
-            best[way] = min(best[way], (time.perf_counter() - start) / layers)
+    best = best_seconds(calls, repetitions, warm_up_each=past_tokens > 0)
     pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) / 2
     flops = 4 * pairs * shape.num_attention_heads * shape.head_dim
     numbers = 2 * (past_tokens + new_tokens) * shape.num_key_value_heads * shape.head_dim
@@ -258,9 +249,9 @@ def measure_attention(
             way,
             new_tokens,
             past_tokens,
-            seconds,
-            flops / seconds / 1e9,
-            numbers * _CACHE_BITS[way] / 8 / seconds / 1e9,
+            seconds / layers,
+            flops / (seconds / layers) / 1e9,
+            numbers * _CACHE_BITS[way] / 8 / (seconds / layers) / 1e9,
         )
         for way, seconds in best.items()
     ]

@@ -3,16 +3,15 @@
 
 Weights are random integers in the forms that the export writes. A graph holds as many copies of a layer, each with
 weights of its own, as are not all in the processor's cache. What OpenVINO needs to convert f32 activations, where it
-computes in bf16, counts. Every figure is the best of a few repetitions, the ways taken in turns, so that other load on
-the machine hits them alike.
+computes in bf16, counts. Every figure is the best of a few repetitions.
 """
 
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import openvino as ov
@@ -21,6 +20,7 @@ from openvino import opset13 as ops
 
 from ..native import load
 from ..native.fuse_linear import fuse_linears
+from .turns import best_seconds
 
 
 WEIGHTS = ("int8", "int4")
@@ -32,7 +32,6 @@ _INT4_GROUP = 64
 _STACK_BYTES = 256 << 20  # of weights in one graph, at least; the ways in turns read twice as many
 _FEW_ROWS = 32  # take milliseconds
 _FEW_ROWS_REPETITIONS = 10  # as many more
-_PAUSE_SECONDS = 0.05  # for so long threads of another library may spin where they have just computed
 
 
 @dataclass(frozen=True)
@@ -178,17 +177,11 @@ def measure_linear(
             ways = {way: _Way(stack.model, way, config) for way in WAYS}
             for count in rows:
                 hidden_states = random.standard_normal((1, count, shape.hidden_size), np.float32)
-                best = dict.fromkeys(WAYS, float("inf"))
-                for repetition in range(repetitions * (_FEW_ROWS_REPETITIONS if count < _FEW_ROWS else 1)):
-                    for way, call in ways.items():
-                        time.sleep(_PAUSE_SECONDS)
-                        if repetition == 0:
-                            call(hidden_states)  # to warm up: another number of rows may need other memory
-                        start = time.perf_counter()
-                        call(hidden_states)
-                        best[way] = min(best[way], (time.perf_counter() - start) / len(stack.parameters))
-                for way, seconds in best.items():
+                calls = {way: partial(call, hidden_states) for way, call in ways.items()}
+                best = best_seconds(calls, repetitions * (_FEW_ROWS_REPETITIONS if count < _FEW_ROWS else 1))
+                for way, total in best.items():
+                    seconds = total / len(stack.parameters)
                     teraflops = 2 * count * stack.numbers / seconds / 1e12
                     yield Measurement(layer, weights, count, way, seconds, teraflops, stack.bytes / seconds / 1e9)
-            del stack, ways, call
+            del stack, ways, calls
             gc.collect()

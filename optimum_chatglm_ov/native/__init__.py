@@ -37,32 +37,32 @@ def load(core: ov.Core) -> None:
 
 
 def is_fused(xml: Path) -> bool:
-    """Whether an IR holds `ChatGLMAttention`."""
+    """Tells whether an IR holds `ChatGLMAttention`."""
     return b'type="ChatGLMAttention"' in xml.read_bytes()
 
 
 def is_native(xml: Path) -> bool:
-    """Whether an IR holds native operations: OpenVINO can read it only after `load`."""
+    """Tells whether an IR holds native operations: OpenVINO can read it only after `load`."""
     return b'version="optimum_chatglm_ov"' in xml.read_bytes()
 
 
 def instruction_sets() -> list[str]:
-    """Kernels of attention that this CPU can run, best first; `CHATGLM_OV_ISA` takes one of these names."""
+    """Names the kernels of attention that this CPU can run, best first; `CHATGLM_OV_ISA` takes one of these names."""
     return functions().chatglm_attention_instruction_sets().decode().split(",")
 
 
 def linear_instruction_sets() -> list[str]:
-    """The same of linear layers."""
+    """Names the kernels of linear layers, as `instruction_sets` those of attention."""
     return functions().chatglm_linear_instruction_sets().decode().split(",")
 
 
 def linear_is_fast() -> bool:
-    """Whether the native linear layers are meant for this CPU: it multiplies bytes, with VNNI or AMX."""
+    """Tells whether the native linear layers are meant for this CPU: it multiplies bytes, with VNNI or AMX."""
     return bool(functions().chatglm_linear_is_fast())
 
 
 def peak_operations(kind: str, threads: int) -> float:
-    """Operations a second, 2 for a multiply-add, of products that stay in registers, on so many threads.
+    """Measures operations a second, 2 for a multiply-add, of products that stay in registers, on so many threads.
 
     `kind` is one of `PEAKS`; 0 where this CPU has no such instructions. Raises `ValueError` for another kind or no
     thread, `NativeBuildError` without the native library.

@@ -50,8 +50,12 @@ class AttentionPattern:
 
 
 def match_attention(model: ov.Model) -> AttentionPattern:
-    """The attention of `model`; raises `UnrecognisedError` where it is built otherwise, `RuntimeError` for a node
-    without what was asked of it."""
+    """Finds the attention of `model`.
+
+    Raises:
+        UnrecognisedError: it is built otherwise.
+        RuntimeError: a node has not what was asked of it.
+    """
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "ScaledDotProductAttention"]
     if not nodes:
         raise UnrecognisedError("it has no ScaledDotProductAttention node")
@@ -79,14 +83,14 @@ def _expect(node: Node, *types: str) -> Node:
 
 
 def _constant(node: Node) -> np.ndarray:
-    """The value of a constant, also of one that the IR stores in half precision."""
+    """Reads a constant, also one that the IR stores in half precision."""
     while node.get_type_name() == "Convert":
         node = _source(node)
     return _expect(node, "Constant").data
 
 
 def _match_channels(node: Node) -> tuple[Node, int, int]:
-    """A slice of the last axis: (whole, start, stop)."""
+    """Finds a slice of the last axis: (whole, start, stop)."""
     _expect(node, "Slice")
     start, stop, step, axis = (int(_constant(_source(node, i)).ravel()[0]) for i in range(1, 5))
     if step != 1 or axis not in (-1, 3):
@@ -95,7 +99,7 @@ def _match_channels(node: Node) -> tuple[Node, int, int]:
 
 
 def _match_rotary(node: Node) -> _Rotary:
-    """`x * cos + concat(-x2, x1) * sin` over the first channels of a head, or over all."""
+    """Finds `x * cos + concat(-x2, x1) * sin` over the first channels of a head, or over all."""
     rotated, states = node, None
     if node.get_type_name() == "Concat":  # the rest of the head passes through
         rotated = _source(node, 0)
@@ -121,7 +125,7 @@ def _match_rotary(node: Node) -> _Rotary:
 
 
 def _match_angles(cos: Node, sin: Node) -> list[tuple[Node, np.ndarray]]:
-    """Positions `[B, L]` and the frequencies that turn with them, in the order of the channels."""
+    """Finds positions `[B, L]` and the frequencies that turn with them, in the order of the channels."""
     angles = _source(_expect(cos, "Cos"))
     if _source(_expect(sin, "Sin")) != angles:
         raise UnrecognisedError("cosine and sine are of different angles")
@@ -141,14 +145,14 @@ def _match_angles(cos: Node, sin: Node) -> list[tuple[Node, np.ndarray]]:
 
 
 def _match_heads(node: Node) -> Node:
-    """`[B, H, L, D]` made of `[B, L, H * D]`: the node whose input that is."""
+    """Finds the node of which `[B, L, H * D]` is made `[B, H, L, D]`."""
     if _constant(_source(_expect(node, "Transpose"), 1)).tolist() != [0, 2, 1, 3]:
         raise UnrecognisedError(f"{node.get_friendly_name()} does not split heads")
     return _expect(_source(node), "Reshape")
 
 
 def _match_cache(node: Node) -> tuple[Node, np.ndarray | None]:
-    """State variable with new tokens appended, heads repeated or not.
+    """Finds a state variable with new tokens appended, heads repeated or not.
 
     Returns the new states `[B, G, L, D]` and the prefix `[1, G, P, D]` that the variable starts with, if any.
     """
@@ -215,7 +219,7 @@ def _unwrap(node: Node) -> Node:
 
 
 def _match_causal(node: Node) -> None:
-    """Keys `0 .. total` at or before queries `.. total`, which as the last ones need no beginning."""
+    """Checks that keys `0 .. total` are at or before queries `.. total`, which as the last ones need no beginning."""
     keys, queries = (_expect(_unwrap(_source(_expect(node, "LessEqual"), i)), "Range") for i in (0, 1))
     starts_at_zero = _constant(_unwrap(_source(keys))).ravel().tolist() == [0]
     steps = [_constant(_source(positions, 2)).ravel().tolist() for positions in (keys, queries)]

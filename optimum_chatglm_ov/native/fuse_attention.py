@@ -37,7 +37,7 @@ class CacheLayout:
     """Tokens of a P-Tuning prefix, the first in every row; the operation stores them itself."""
 
     def shape(self, rows: int, blocks: int) -> tuple[int, int, int, int]:
-        """Shape of one cache, u8."""
+        """Returns the shape of one cache, u8."""
         return rows, self.num_key_value_heads, blocks, cache_block_bytes(self.cache_precision, self.head_dim)
 
 
@@ -75,7 +75,7 @@ def fuse_attention(model: ov.Model, cache_precision: str = "bf16") -> None:
 
 
 def cache_layout(model: ov.Model) -> CacheLayout | None:
-    """The caches of a fused model, `None` for any other."""
+    """Reads the caches of a fused model off its inputs; `None` for any other model."""
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "ChatGLMAttention"]
     if not nodes:
         return None

@@ -145,14 +145,14 @@ def _source(node: Node, index: int = 0) -> Node:
 
 
 def _constant(node: Node) -> Node | None:
-    """The constant that `node` is, or converts."""
+    """Finds the constant that `node` is, or converts."""
     while node.get_type_name() == "Convert":
         node = _source(node)
     return node if node.get_type_name() == "Constant" else None
 
 
 def _match_linear(node: Node, activation_group_size: int) -> Iterator[_Linear]:
-    """The layer that ends in this `MatMul`, if it is one that the operations take."""
+    """Finds the layer that ends in this `MatMul`, if it is one that the operations take."""
     attributes = node.get_attributes()
     if node.get_type_name() != "MatMul" or attributes["transpose_a"] or not attributes["transpose_b"]:
         return
@@ -210,7 +210,7 @@ def _is_constant(node: Node, element_type: Type) -> bool:
 
 
 def _match_bias(matmul: Node, rows: int) -> tuple[np.ndarray | None, Output]:
-    """What is added to every token, and the output with it."""
+    """Finds what is added to every token, and the output with it."""
     output, rank = matmul.output(0), matmul.get_output_partial_shape(0).rank.get_length()
     reader = _only_reader(output)
     if reader is None or reader.get_type_name() != "Add":
@@ -226,7 +226,7 @@ def _match_bias(matmul: Node, rows: int) -> tuple[np.ndarray | None, Output]:
 
 
 def _small_integers(zero_points: Node) -> np.ndarray:
-    """Zero points as i16 `[rows, groups]`, or one for all."""
+    """Converts zero points to i16 `[rows, groups]`, or one for all."""
     shape, element_type = list(zero_points.get_output_shape(0)), zero_points.get_output_element_type(0)
     if element_type in (Type.u4, Type.i4):
         stored = zero_points.data.view(np.uint8).ravel()
@@ -238,10 +238,10 @@ def _small_integers(zero_points: Node) -> np.ndarray:
 
 
 def _match_mlp(down: _Linear, by_output: dict[tuple[str, int], _Linear]) -> Iterator[_MLP]:
-    """The MLP that ends in `down`, if all its layers are known."""
+    """Finds the MLP that ends in `down`, if all its layers are known."""
 
     def layer(node: Node, index: int = 0) -> _Linear | None:
-        """The layer whose output is this input and nothing else."""
+        """Finds the layer whose output is this input and nothing else."""
         value = node.input_value(index)
         return by_output.get(_key(value)) if _only_reader(value) is not None else None
 

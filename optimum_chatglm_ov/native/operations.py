@@ -52,7 +52,7 @@ def chatglm_attention(
     scale: float,
     cache_precision: str = "bf16",
 ) -> ov.Node:
-    """The operation on its inputs, in the order of `AttentionInput`:
+    """Makes the operation of its inputs, in the order of `AttentionInput`:
 
     query `[B, L, num_attention_heads * head_dim]`, key and value `[B, L, num_key_value_heads * head_dim]`, f32 or
     bf16; cos and sin f32 `[B or 1, (1,) L, rotary_dim]`; key_cache and value_cache u8, written in place; past_length
@@ -72,7 +72,7 @@ def chatglm_attention(
 
 
 def chatglm_rotary(positions: ov.Output, inv_freq: Sequence[float]) -> ov.Node:
-    """Cosines and sines, f32 `[B, L, 2 * len(inv_freq)]`, of i32 `positions` `[P, B, L]`.
+    """Computes cosines and sines, f32 `[B, L, 2 * len(inv_freq)]`, of i32 `positions` `[P, B, L]`.
 
     `inv_freq` are the frequencies of all pairs of channels, shared evenly by the P positions.
     """
@@ -103,7 +103,7 @@ def _panel_bytes(format: LinearFormat, out_features: int) -> int:
 
 
 def takes_linear(format: LinearFormat, out_features: int) -> bool:
-    """Whether the operations compute layers of this format with so many output features."""
+    """Tells whether the operations compute layers of this format with so many output features."""
     return _panel_bytes(format, out_features) > 0
 
 
@@ -115,7 +115,7 @@ def pack_linear(
     zero_points: np.ndarray,
     bias: np.ndarray | None,
 ) -> ov.Tensor:
-    """Weights in the order that the kernels read them: u8 `[out_features / 32, panel bytes]`.
+    """Packs weights in the order that the kernels read them: u8 `[out_features / 32, panel bytes]`.
 
     Args:
         format: what `takes_linear` takes.
@@ -150,7 +150,7 @@ def _weights(packed: ov.Tensor) -> ov.Output:
 
 
 def chatglm_linear(hidden_states: ov.Output, format: LinearFormat, weights: Sequence[ov.Tensor]) -> ov.Node:
-    """Linear layers of one input f32 `[..., in_features]`: one output f32 `[..., out_features]` for each.
+    """Computes linear layers of one input f32 `[..., in_features]`: one output f32 `[..., out_features]` for each.
 
     `weights` are from `pack_linear`. Activations are rounded to 8 bits, as by OpenVINO's dynamic quantisation.
     """
@@ -165,7 +165,7 @@ def chatglm_mlp(
     down_format: LinearFormat,
     down: ov.Tensor,
 ) -> ov.Node:
-    """`down(silu(gate) * up)`, "silu" with `first` = gate and up, or `down(gelu(up))`, "gelu" with up alone."""
+    """Computes `down(silu(gate) * up)`, "silu" with `first` = gate and up, or `down(gelu(up))`, "gelu" with up."""
     attributes = asdict(format) | {f"down_{name}": value for name, value in asdict(down_format).items()}
     inputs = [hidden_states, *map(_weights, [*first, down])]
     return _factory().create("ChatGLMMLP", inputs, attributes | {"activation": activation})

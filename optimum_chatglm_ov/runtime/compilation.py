@@ -53,7 +53,7 @@ def compile_engine(
     """Compiles a copy of `model`, and gives the engine that runs it.
 
     Args:
-        model: a portable IR, or one that was exported with fused attention.
+        model: a portable IR, or one that was exported with native attention.
         device: OpenVINO device.
         ov_config: OpenVINO properties.
         attention: one of `ATTENTIONS`.
@@ -63,12 +63,12 @@ def compile_engine(
     Raises:
         NativeBuildError: `attention="native"` or `linear="native"`, and the native library is not there and cannot be
             built.
-        ValueError: one of these, or an IR that was exported with fused attention, with another device than CPU;
+        ValueError: one of these, or an IR that was exported with native attention, with another device than CPU;
             `attention="native"` or such an IR, with a `KV_CACHE_PRECISION` or a graph that it does not have;
             `linear="native"` for a model without layers that it takes, or with activations in smaller groups than
             it rounds; a `DYNAMIC_QUANTIZATION_GROUP_SIZE` that is no integer.
     """
-    layout = cache_layout(model)  # of an IR that was exported fused
+    layout = cache_layout(model)  # of an IR that was exported with native attention
     attention = "native" if layout is not None else attention
     group_size = _activation_group_size(model, ov_config)
     rounds = group_size >= DEFAULT_ACTIVATION_GROUP
@@ -91,7 +91,7 @@ def compile_engine(
 
 
 def _loads_native(attention: str, linear: str, device: str, holds_attention: bool) -> bool:
-    """Whether the native operations are wanted, and are there."""
+    """Loads the native operations where they are wanted; tells whether they are there."""
     chosen = {"attention": attention, "linear": linear}
     asked = [f"{name}={value!r}" for name, value in chosen.items() if value.startswith("native")]
     if not asked and "auto" not in (attention, linear):
@@ -143,7 +143,7 @@ def _fuse_linears(model: ov.Model, linear: str, group_size: int) -> bool:
 
 
 def _native_config(ov_config: Mapping[str, Any]) -> dict[str, Any]:
-    """`ov_config` for a model with native operations.
+    """Returns `ov_config` for a model with native operations.
 
     For f16 OpenVINO would turn all numbers of the model to f16, those too that the operations take as f32: rotary
     angles of a long text would be wrong. bf16 is what it takes for f16 on CPUs that have no f16 arithmetic.
@@ -153,7 +153,7 @@ def _native_config(ov_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _activation_group_size(model: ov.Model, ov_config: Mapping[str, Any]) -> int:
-    """What OpenVINO would take: the property, or the execution mode's, or the IR's, or its default."""
+    """Finds the size that OpenVINO would take: the property, or the execution mode's, or the IR's, or its default."""
     if _GROUP_SIZE in ov_config:
         try:
             return int(ov_config[_GROUP_SIZE])
@@ -170,7 +170,7 @@ def _activation_group_size(model: ov.Model, ov_config: Mapping[str, Any]) -> int
 
 
 def _cache_precision(ov_config: Mapping[str, Any], layout: CacheLayout | None) -> str:
-    """Precision of fused caches that the properties choose, or an IR that was exported fused."""
+    """Finds the precision of native caches, which the properties choose, or the export of an IR with such caches."""
     name = _type_name(ov_config.get("KV_CACHE_PRECISION"))
     if name is None:
         return "bf16" if layout is None else layout.cache_precision
@@ -185,14 +185,14 @@ def _cache_precision(ov_config: Mapping[str, Any], layout: CacheLayout | None) -
 
 
 def _type_name(precision: Any) -> str | None:
-    """The name of an element type in a property, which may be an `ov.Type` or a text."""
+    """Names an element type in a property, which may be an `ov.Type` or a text."""
     if precision is None:
         return None
     return precision.get_type_name() if isinstance(precision, Type) else str(precision).lower()
 
 
 def with_logits_to_keep(model: ov.Model) -> ov.Model:
-    """A copy of `model` with an i64 input `logits_to_keep`: the output layer sees only that many last positions.
+    """Copies `model` and adds an i64 input `logits_to_keep`: the output layer sees only that many last positions.
 
     The saved model keeps the inputs that every tool knows; constants are shared between the two.
     """

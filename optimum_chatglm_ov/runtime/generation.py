@@ -16,7 +16,8 @@ from .inputs import check_context
 
 
 def check_custom_generate(custom_generate: Any) -> None:
-    """
+    """Refuses code of others.
+
     Raises:
         ValueError: it names a folder or repository, whose code would be run.
     """
@@ -30,7 +31,7 @@ def check_custom_generate(custom_generate: Any) -> None:
 def longest_output(
     prompt_length: int, asked_length: int, settings: GenerationConfig, config: ChatGLMConfig
 ) -> int | None:
-    """The `max_length` that takes the place of a checkpoint's own, which is beyond the context length; else `None`.
+    """Returns the `max_length` that takes the place of a checkpoint's own beyond the context length; else `None`.
 
     Args:
         prompt_length: tokens of the prompt.
@@ -49,7 +50,8 @@ def longest_output(
 
 
 def check_rollback(engine: Engine | None, name: str) -> None:
-    """
+    """Refuses assisted generation with a model whose cache only grows.
+
     Raises:
         ValueError: the model `name` cannot take drafted tokens back; `None` is the engine of optimum-intel's models.
     """
@@ -64,9 +66,10 @@ def check_rollback(engine: Engine | None, name: str) -> None:
 def check_continuation(
     engine: Engine, past_key_values: Any, input_ids: torch.Tensor | None, settings: GenerationConfig
 ) -> None:
-    """
+    """Checks that the engine holds what `past_key_values` stand for, and that `input_ids` go on from it.
+
     Raises:
-        ValueError: a generation cannot go on from `past_key_values` with `input_ids`.
+        ValueError: the engine does not, or they do not.
     """
     if not isinstance(past_key_values, Cache):
         raise ValueError(

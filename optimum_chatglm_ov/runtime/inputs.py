@@ -37,7 +37,7 @@ class Call:
     prompt_layout: np.ndarray | None = None
 
     def distinct_rows(self) -> tuple[Call, np.ndarray | None]:
-        """The call with equal rows only once, and for each row here the row there; `None` if all differ."""
+        """Takes equal rows only once: the call, and for each row here the row there; `None` if all differ."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         arrays = {name: array for name, array in arrays.items() if array is not None}
         rows = np.concatenate([array.astype(np.int64) for array in arrays.values()], axis=1)
@@ -55,7 +55,7 @@ def prepare_call(
     config: ChatGLMConfig,
     prompt_layout: np.ndarray | None = None,
 ) -> Call:
-    """The arrays of a call, whose new tokens follow `past_length` others.
+    """Prepares the arrays of a call, whose new tokens follow `past_length` others.
 
     Positions that are not given count the tokens that the mask shows; padding has position 1. A `prompt_layout` that
     `position_ids` tell comes before the one given.
@@ -81,7 +81,8 @@ def prepare_call(
 
 
 def check_arguments(function: str, kwargs: dict[str, Any]) -> None:
-    """
+    """Refuses arguments of other models, unless they ask for nothing.
+
     Raises:
         TypeError: `kwargs` ask `function` for what this model does not compute.
     """
@@ -99,7 +100,8 @@ def check_arguments(function: str, kwargs: dict[str, Any]) -> None:
 
 
 def check_context(length: int, config: ChatGLMConfig) -> None:
-    """
+    """Checks that a sequence fits into the context.
+
     Raises:
         ContextLengthError: `length` tokens are more than the context length.
     """
@@ -112,7 +114,8 @@ def check_context(length: int, config: ChatGLMConfig) -> None:
 
 
 def check_input_ids(input_ids: torch.LongTensor, config: ChatGLMConfig) -> None:
-    """
+    """Checks form and values of token ids.
+
     Raises:
         ValueError: no integer tensor `[batch, tokens]`, or an id that is not in the vocabulary.
     """
@@ -129,7 +132,8 @@ def check_input_ids(input_ids: torch.LongTensor, config: ChatGLMConfig) -> None:
 
 
 def check_prompt(input_ids: torch.LongTensor, config: ChatGLMConfig) -> None:
-    """
+    """Checks that a new sequence begins as the architecture needs it.
+
     Raises:
         ValueError: it is no prompt of this model's architecture.
     """
@@ -139,7 +143,7 @@ def check_prompt(input_ids: torch.LongTensor, config: ChatGLMConfig) -> None:
 
 
 def two_dimensional_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    """The mask `[batch, length]`, also of chatglm-6b's own, boolean `[batch, 1, tokens, length]`, True = hidden.
+    """Makes the mask `[batch, length]`, also of chatglm-6b's own, boolean `[batch, 1, tokens, length]`, True = hidden.
 
     Raises:
         ValueError: it has another shape.
@@ -165,7 +169,7 @@ def two_dimensional_positions(
     past_length: int,
     config: ChatGLMConfig,
 ) -> tuple[torch.Tensor | None, np.ndarray | None]:
-    """Positions `[batch, new_tokens or more]`, of which the last count; `None`: as the mask says.
+    """Makes positions `[batch, new_tokens or more]`, of which the last count; `None`: as the mask says.
 
     chatglm-6b's own `[batch, 2, new_tokens]` become what they say of a prompt: i32 `[batch, 2]`, context length and
     position of the mask token, the second of what is returned.

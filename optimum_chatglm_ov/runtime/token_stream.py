@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids of a generation while it runs."""
+"""Token ids of an answer while it is computed."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class TokenStream(BaseStreamer, StoppingCriteria):
             self._arrived.put(token)
 
     def end(self) -> None:
-        """Nothing to do: the thread ends after `generate` has returned."""
+        """Does nothing: the thread ends after `generate` has returned."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        """Whether to stop, bool [batch]."""
+        """Tells whether to stop, bool [batch]."""
         return torch.full((input_ids.shape[0],), self._closed.is_set(), dtype=torch.bool, device=input_ids.device)

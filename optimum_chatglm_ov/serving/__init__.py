@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def batching_process_path() -> Path:
-    """The program that computes for [`engine_batched`]."""
+    """Finds the program that computes for [`engine_batched`]."""
     return Path(__file__).with_name("batching_process.py")

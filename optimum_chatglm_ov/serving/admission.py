@@ -36,7 +36,7 @@ class Admission:
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """The block runs when it is this request's turn.
+        """Lets the block run when it is this request's turn.
 
         Raises:
             QueueFullError, QueueTimeoutError: see there.

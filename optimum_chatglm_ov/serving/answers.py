@@ -47,7 +47,7 @@ class Piece:
 async def answer(
     model: ServedModel, plan: Plan, generation: GenerationRequest, metrics: Metrics
 ) -> AsyncIterator[Piece]:
-    """The pieces of one answer; closing it stops the computation."""
+    """Yields the pieces of one answer; closing it stops the computation."""
     clock = AnswerClock(metrics, len(generation.input_ids))
     reason = "error"
     try:
@@ -69,7 +69,7 @@ async def answer(
 
 
 async def all_answers(model: ServedModel, plan: Plan, metrics: Metrics) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of all answers of a plan, each with the answer's index, as they come.
+    """Yields the pieces of all answers of a plan, each with the answer's index, as they come.
 
     Raises:
         RequestError: they take longer than the server allows.
@@ -126,7 +126,7 @@ class _Reader:
             self._parser = _RulesText(model.rules.process_text)
 
     def read(self, token: GeneratedToken) -> Piece:
-        """What the next token adds."""
+        """Reads what the next token adds."""
         is_turn_end = token.finish_reason == "stop"
         text = "" if is_turn_end else self._text.next(token.token_id)
         reason = token.finish_reason
@@ -165,7 +165,7 @@ class _Reader:
 
 
 def _up_to_first_call(events: list[Event]) -> list[Event]:
-    """`events` without what follows the end of a call."""
+    """Returns `events` without what follows the end of a call."""
     for index, event in enumerate(events):
         if isinstance(event, CallEnd):
             return events[: index + 1]
@@ -185,12 +185,12 @@ class _TextOfTokens(ChatGLMTextStreamer):
         self._pieces.append(text)
 
     def next(self, token_id: int) -> str:
-        """What the next token makes certain."""
+        """Returns what the next token makes certain."""
         self.put(np.array([token_id]))
         return self._taken()
 
     def rest(self) -> str:
-        """What was held back, when no token follows."""
+        """Returns what was held back, when no token follows."""
         self.end()
         return self._taken()
 
@@ -206,7 +206,7 @@ class _Stops:
         self._stops, self._held = tuple(stops), ""
 
     def feed(self, text: str, is_last: bool) -> tuple[str, bool]:
-        """Text that is certain by now, and whether one of `stops` was found."""
+        """Returns the text that is certain by now, and whether one of `stops` was found."""
         if not self._stops:
             return text, False
         text = self._held + text

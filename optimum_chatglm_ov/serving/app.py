@@ -39,7 +39,7 @@ _BODY_SECONDS = 60.0  # in which a body must have come
 def create_app(
     folder: str | Path, options: ServerOptions | None = None, engine_options: EngineOptions | None = None
 ) -> FastAPI:
-    """The application for the model in an exported folder; its engine starts with the server.
+    """Makes the application for the model in an exported folder; its engine starts with the server.
 
     Raises:
         MissingExtraError: a package of the extra `web` is needed and not installed.
@@ -49,7 +49,7 @@ def create_app(
 
 
 def app_of(model: ServedModel) -> FastAPI:
-    """As [`create_app`], of a model that was loaded before."""
+    """Makes the application, as [`create_app`], for a model that was loaded before."""
     options, metrics = model.options, Metrics(model.engine)
 
     @asynccontextmanager
@@ -123,7 +123,7 @@ async def _respond(
 async def _logged(
     model: ServedModel, plan: Plan, pieces: AsyncIterator[tuple[int, Piece]]
 ) -> AsyncIterator[tuple[int, Piece]]:
-    """The same pieces; prompts and answers are written to the log."""
+    """Yields the same pieces, and writes prompts and answers to the log."""
     for generation in plan.generations:
         logger.info("prompt: %r", model.tokenizer.decode(generation.input_ids))
     events: list[list[Event]] = [[] for _ in plan.generations]

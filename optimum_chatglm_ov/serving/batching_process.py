@@ -45,7 +45,7 @@ _ENDED = (
 
 
 def make_pipeline(options: dict[str, Any]) -> openvino_genai.ContinuousBatchingPipeline:
-    """The pipeline of a model, with a cache that keeps the beginnings of earlier prompts."""
+    """Makes the pipeline of a model, with a cache that keeps the beginnings of earlier prompts."""
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.num_kv_blocks = options["blocks"]
     scheduler.max_num_seqs = options["max_running"]
@@ -148,7 +148,7 @@ class Batches:
         self._connection.send(("step", [(number, [], reason, error) for number in numbers], 0.0))
 
     def _recover(self, error: str) -> None:
-        """A step has failed."""
+        """Goes on after a step that has failed."""
         if not self._requests:
             raise RuntimeError(error)
         guilty, others = self._on_trial, [number for number, request in self._requests.items() if request.handle]

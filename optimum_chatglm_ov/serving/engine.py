@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..architectures.registry import architecture_of
 from ..errors import ChatGLMError
 
 
@@ -114,10 +115,10 @@ class Engine(Protocol):
         """
 
     def state(self) -> EngineState:
-        """What it is doing."""
+        """Tells what it is doing."""
 
     def problem(self) -> str | None:
-        """Why it cannot compute now; `None` if it can."""
+        """Tells why it cannot compute now; `None` if it can."""
 
     async def close(self) -> None:
         """Gives the model back."""
@@ -158,12 +159,12 @@ class EngineOptions:
 
 
 def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOptions) -> Engine:
-    """The engine that `options` choose for the model in `folder`, not started yet.
+    """Makes the engine that `options` choose for the model in `folder`, not started yet.
 
     Raises:
         ValueError: "batched" was asked for and cannot be had.
     """
-    reason = _why_not_batched(tokenizer, config, options)
+    reason = _why_not_batched(config, options)
     if options.kind == "batched" and reason:
         raise ValueError(f"{folder}: no batched engine: {reason}. Leave it to auto, or choose queue.")
     if options.kind == "queue" or reason:
@@ -177,14 +178,10 @@ def make_engine(folder: Path, tokenizer: Any, config: Any, options: EngineOption
     return BatchedEngine(folder, tokenizer, config, options)
 
 
-def _why_not_batched(tokenizer: Any, config: Any, options: EngineOptions) -> str | None:
+def _why_not_batched(config: Any, options: EngineOptions) -> str | None:
     if options.prefix_cache is not None or options.prompt_lookup:
         option = "prompt lookup" if options.prefix_cache is None else "a prefix cache in a folder"
         return f"{option} is this package's own"
     if importlib.util.find_spec("openvino_genai") is None:
         return 'openvino-genai is not installed (pip install "optimum-chatglm-ov[serve]")'
-    if tokenizer.chatglm_generation == "chatglm":
-        return "PagedAttention has no prompts that see themselves from both sides, as ChatGLM-6B's do"
-    if getattr(config, "pre_seq_len", None):
-        return "PagedAttention has no prefix of P-Tuning"
-    return None
+    return architecture_of(config).paged_attention_error()

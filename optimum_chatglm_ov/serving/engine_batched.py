@@ -102,12 +102,12 @@ class BatchedEngine:
                     self._outbox.put(("cancel", number))
 
     def state(self) -> EngineState:
-        """What it is doing."""
+        """Tells what it is doing."""
         use = self._cache_use if self._admission.running else 0.0
         return EngineState(self._admission.running, self._admission.waiting, use)
 
     def problem(self) -> str | None:
-        """Why it cannot compute now; `None` if it can."""
+        """Tells why it cannot compute now; `None` if it can."""
         return self._problem
 
     @property
@@ -152,7 +152,7 @@ class BatchedEngine:
             raise EngineError(f"{self._folder}: openvino-genai does not load this model: {facts}")
 
     def _extension(self) -> str | None:
-        """The native library, if the model holds native linear layers."""
+        """Finds the native library, if the model holds native linear layers."""
         return os.fspath(native.extension_path()) if native.is_native(self._folder / MODEL_FILE) else None
 
     def _end_process(self) -> None:
@@ -239,7 +239,7 @@ class BatchedEngine:
 
 
 def _settings(request: GenerationRequest) -> dict[str, Any]:
-    """Attributes of openvino-genai's `GenerationConfig`."""
+    """Makes the attributes of openvino-genai's `GenerationConfig`."""
     settings: dict[str, Any] = {
         "max_new_tokens": request.max_new_tokens,
         "stop_token_ids": set(request.stop_ids),
@@ -260,7 +260,7 @@ def _settings(request: GenerationRequest) -> dict[str, Any]:
 
 
 def _cache_blocks(config: Any, options: EngineOptions) -> int:
-    """Blocks of the key/value cache."""
+    """Counts the blocks of the key/value cache."""
     tokens = options.cache_tokens
     if tokens is None:
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

@@ -37,7 +37,7 @@ class RequestError(Exception):
 
 
 def as_request_error(error: BaseException) -> RequestError:
-    """What a client is told of `error`; what is no fault of a known kind is logged, and said to be internal."""
+    """Makes of `error` what a client is told; what is no fault of a known kind is logged, and said to be internal."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, UnsupportedError):
@@ -53,14 +53,14 @@ def as_request_error(error: BaseException) -> RequestError:
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """The body of the response, or of the event that ends a stream."""
+    """Makes the body of the response, or of the event that ends a stream."""
     kind = _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     message = whole_characters(str(error))
     return {"error": {"message": message, "type": kind, "param": error.parameter, "code": error.code}}
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """The response to a request that is refused."""
+    """Makes the response to a request that is refused."""
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -16,7 +16,8 @@ class MissingExtraError(ChatGLMError, ImportError):
 
 
 def require(extra: str) -> None:
-    """
+    """Checks that the packages of `extra` are installed.
+
     Raises:
         MissingExtraError: a package of `extra` is not installed; the message has the line that installs it.
     """

@@ -62,7 +62,7 @@ class Gate:
         await self._app(scope, receive_whole, send)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
-        """The whole body; `None` if the client has left.
+        """Reads the whole body; `None` if the client has left.
 
         Raises:
             RequestError: it is too large.

@@ -48,12 +48,12 @@ class AnswerClock:
         metrics.prompt_tokens.inc(prompt_tokens)
 
     def token(self) -> None:
-        """A token has arrived."""
+        """Counts a token that has arrived."""
         now = time.perf_counter()
         (self._metrics.next_token if self._has_begun else self._metrics.first_token).observe(now - self._last)
         self._last, self._has_begun = now, True
         self._metrics.generated_tokens.inc()
 
     def end(self, reason: str) -> None:
-        """The answer has ended: "stop", "length", "tool_calls", "cancelled" or "error"."""
+        """Counts an answer that has ended: "stop", "length", "tool_calls", "cancelled" or "error"."""
         self._metrics.requests.labels(reason).inc()

@@ -59,7 +59,7 @@ class ServedModel:
 
 
 def load_served_model(folder: Path, options: ServerOptions, engine_options: EngineOptions) -> ServedModel:
-    """The model of an exported folder, whose engine is not started yet.
+    """Loads the model of an exported folder; its engine is not started yet.
 
     Raises:
         ValueError, OSError: the folder cannot be read, or has not the engine that was asked for.

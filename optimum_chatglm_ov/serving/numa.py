@@ -19,7 +19,7 @@ _taken: list[FileLock] = []  # held until the process ends
 
 
 def numa_nodes(folder: Path = _NODES) -> dict[int, set[int]]:
-    """Number of each NUMA node that has CPUs -> their numbers."""
+    """Finds the CPUs of each NUMA node that has some: number of the node -> their numbers."""
     nodes = {}
     for node in folder.glob("node[0-9]*"):
         cpus: set[int] = set()
@@ -32,7 +32,7 @@ def numa_nodes(folder: Path = _NODES) -> dict[int, set[int]]:
 
 
 def nodes_of_cpus(cpus: set[int], nodes: dict[int, set[int]]) -> list[int]:
-    """The nodes to which some of `cpus` belong."""
+    """Finds the nodes to which some of `cpus` belong."""
     return [node for node, its_cpus in nodes.items() if its_cpus & cpus]
 
 

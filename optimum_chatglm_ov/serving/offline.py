@@ -42,7 +42,7 @@ class OfflineModel:
         self._loop.run_until_complete(self._model.engine.start())
 
     def answer(self, conversations: list[list[dict[str, Any]]], **settings: Any) -> list[dict[str, Any]]:
-        """The answer to each conversation.
+        """Answers each conversation.
 
         Args:
             conversations: lists of messages as OpenAI has them.

@@ -50,7 +50,7 @@ class Plan:
 
 
 def plan_chat(model: ServedModel, request: ChatCompletionRequest, client: str) -> Plan:
-    """What to compute for a conversation.
+    """Plans what to compute for a conversation.
 
     Raises:
         RequestError: something in it is unsupported, contradictory or too long.
@@ -78,7 +78,7 @@ def plan_chat(model: ServedModel, request: ChatCompletionRequest, client: str) -
 
 
 def plan_completion(model: ServedModel, request: CompletionRequest, client: str) -> Plan:
-    """What to compute for bare texts; raises as [`plan_chat`]."""
+    """Plans what to compute for bare texts; raises as [`plan_chat`]."""
     _refuse(
         request,
         {
@@ -100,7 +100,7 @@ def plan_completion(model: ServedModel, request: CompletionRequest, client: str)
 
 
 def tokenize(model: ServedModel, request: TokenizeRequest) -> list[int]:
-    """Ids of a text or a conversation."""
+    """Encodes a text or a conversation."""
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("Give one of `prompt` and `messages`.", parameter="prompt")
     if request.messages is not None:
@@ -116,7 +116,7 @@ def conversation_ids(
     forced: str | None,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """The prompt of a conversation, by the generation's own rules; with `forced`, it begins a call of that tool.
+    """Encodes the prompt of a conversation, by the generation's rules; with `forced`, it begins a call of that tool.
 
     Raises:
         RequestError: it has no form.

@@ -28,7 +28,7 @@ class ClientGoneError(Exception):
 
 
 async def unless_gone(receive: Callable[[], Awaitable[dict[str, Any]]], work: Awaitable[_T]) -> _T:
-    """The result of `work`, which is cancelled when the client leaves.
+    """Waits for `work`, which is cancelled when the client leaves.
 
     Raises:
         ClientGoneError: the client has left.
@@ -96,7 +96,7 @@ class Answers:
         self.tokens = 0
 
     def usage(self) -> dict[str, int]:
-        """Tokens of prompts, which count once for all answers of one, and of answers."""
+        """Counts tokens of prompts, once for all answers of one, and of answers."""
         prompts = {id(generation.input_ids): len(generation.input_ids) for generation in self._plan.generations}
         prompt_tokens = sum(prompts.values())
         return {
@@ -106,7 +106,7 @@ class Answers:
         }
 
     async def whole(self, pieces: AsyncIterator[tuple[int, Piece]]) -> dict[str, Any]:
-        """The response that has everything."""
+        """Makes the response that has everything."""
         events: list[list[Event]] = [[] for _ in self._plan.generations]
         logprobs: list[list[dict[str, Any]]] = [[] for _ in self._plan.generations]
         reasons = [""] * len(events)
@@ -150,7 +150,7 @@ class Answers:
     async def chunks(
         self, pieces: AsyncIterator[tuple[int, Piece]], first: tuple[int, Piece], include_usage: bool
     ) -> AsyncIterator[dict[str, Any]]:
-        """The response in parts; `first` was taken from `pieces` before."""
+        """Yields the response in parts; `first` was taken from `pieces` before."""
         kind = "chat.completion.chunk" if self._plan.is_chat else "text_completion"
         common = {**self._common, "object": kind, **({"usage": None} if include_usage else {})}
         begun: set[int] = set()

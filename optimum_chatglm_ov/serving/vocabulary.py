@@ -20,11 +20,10 @@ class TokenBytes:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._silent = {*tokenizer.all_special_ids, *tokenizer.turn_end_ids, *tokenizer.added_tokens_decoder}
-        if tokenizer.chatglm_generation in ("chatglm2", "chatglm3"):
-            self._silent |= tokenizer.tokenizer.index_special_tokens.keys()
+        self._silent |= {tokenizer.get_command(token) for token in getattr(tokenizer, "control_tokens", ())}
 
     def __call__(self, token_id: int) -> bytes:
-        """Bytes of a token; none for control tokens, and for ids beyond the vocabulary."""
+        """Returns the bytes of a token; none for control tokens, and for ids beyond the vocabulary."""
         if token_id in self._silent:
             return b""
         token = self._tokenizer.convert_ids_to_tokens(token_id)

@@ -113,12 +113,12 @@ def _page(gradio: Any, words: Any, model: ServedModel, metrics: Metrics) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What the page says of `error`."""
+    """Says what the page shows of `error`."""
     return str(error if isinstance(error, (json.JSONDecodeError, ValidationError)) else as_request_error(error))
 
 
 def _settings(gradio: Any, words: Any, model: ServedModel) -> list[Any]:
-    """Parts of the page for what `_request` takes after the history, in its order."""
+    """Makes the parts of the page for what `_request` takes after the history, in its order."""
     family = model.rules.family
     return [
         gradio.Textbox(label=words("system"), lines=2, elem_id="system", render=False),
@@ -190,7 +190,7 @@ class _Shown:
         self.messages: list[dict[str, Any]] = []
 
     def add(self, piece: Any) -> None:
-        """The answer goes on."""
+        """Adds what the answer goes on with."""
         self._tokens += piece.tokens
         self._first = self._first or time.perf_counter()
         for event in piece.events:
@@ -207,7 +207,7 @@ class _Shown:
                 self.messages[-1]["content"] += event.text
 
     def speed(self) -> str:
-        """For example "24 tokens · first after 0.31 s · 18.2 tokens/s"."""
+        """Says how fast, for example "24 tokens · first after 0.31 s · 18.2 tokens/s"."""
         text = f"{self._tokens} tokens · {self._first - self._start:.2f} s"
         if self._tokens > 1:
             text += f" · {(self._tokens - 1) / (time.perf_counter() - self._first):.1f} tokens/s"

@@ -56,6 +56,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "ice_text_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
+    vocabulary_argument = "vocab_file"  # whose file it is
     padding_side = "left"
     chatglm_generation: str
     generation_is_assumed = False  # nothing told it
@@ -117,21 +118,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Changes the arguments that transformers gets, once the vocabulary is known."""
 
     def _has_in_vocabulary(self, token: str) -> bool:
-        """Whether the vocabulary has `token`, for which no special token must be added that is matched in text."""
+        """Tells whether the vocabulary has `token`: an added token of that text would be matched in text."""
         return False
 
     def _decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        """Text of `token_ids`, before blanks are cleaned up."""
+        """Decodes `token_ids`, before blanks are cleaned up."""
         raise NotImplementedError
 
     def _conversation_ids(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, continue_final_message: bool
     ) -> list[int]:
-        """Token ids of a conversation by the generation's own rules, the basis of `apply_chat_template`."""
+        """Encodes a conversation by the generation's own rules, the basis of `apply_chat_template`."""
         raise NotImplementedError
 
     def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """The prompt of one more turn, as the original `chat()` gives it to the model.
+        """Encodes the prompt of one more turn, as the original `chat()` gives it to the model.
 
         Args:
             query: what is said now.
@@ -152,7 +153,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Special tokens ------------------------------------------------------------------------------------------------
 
     def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
-        """As in transformers; a token that the vocabulary has is chosen, and stays text where a text holds it."""
+        """Adds special tokens, as in transformers; one that the vocabulary has is chosen, and stays text in a text."""
         chosen = {
             name: str(token)
             for name, token in special_tokens_dict.items()
@@ -166,7 +167,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Encoding ------------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, **kwargs: Any) -> list[Any]:
-        """Tokens of `text`. Added tokens are matched in it; special tokens that are none of those are text."""
+        """Splits `text` into tokens. Added tokens are matched in it; other special tokens are text."""
         tokens = super().tokenize(text, **kwargs)
         # transformers 5 takes a text for a special token that is the same as one
         as_text = set(self.all_special_tokens) - self.added_tokens_encoder.keys()
@@ -178,7 +179,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         token_ids_1: list[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """1 for each id that `build_inputs_with_special_tokens` adds, 0 for each that it was given."""
+        """Marks by 1 each id that `build_inputs_with_special_tokens` adds, by 0 each that it was given."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
         text = self.build_inputs_with_special_tokens(
@@ -216,7 +217,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str | list[str]:
-        """Text of one id, of a list or tensor of ids, or (a list of texts) of a batch of them.
+        """Decodes one id, a list or tensor of ids, or (to a list of texts) a batch of them.
 
         Raises:
             ValueError: an id is negative, as the labels of a training are where nothing is learned.
@@ -227,7 +228,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
 
     def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> Any:
-        """The token of one id, or those of a list.
+        """Returns the token of one id, or those of a list.
 
         Raises:
             ValueError: an id is negative.
@@ -243,7 +244,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         skip_incomplete_tail: bool = False,
         **kwargs: Any,
     ) -> str:
-        """`skip_incomplete_tail` leaves out the U+FFFD of a last character whose bytes are not all there yet."""
+        """Decodes a row; `skip_incomplete_tail` leaves out a last character whose bytes are not all there yet."""
         _check_ids(token_ids)
         text = self._decode_ids(token_ids, skip_special_tokens)
         if clean_up_tokenization_spaces is None:
@@ -271,7 +272,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> str | list[str] | list[int] | list[list[int]] | BatchEncoding:
-        """A conversation as text or token ids; arguments and results as in transformers.
+        """Makes of a conversation text or token ids; arguments and results as in transformers.
 
         Without a template in the checkpoint or in `chat_template`, token ids are those of the original prompt
         building. A template that the checkpoint or the caller brings is rendered and tokenized. Except for GLM-4,
@@ -335,7 +336,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return super().apply_chat_template(messages, tokenize=False, **rendering)
 
     def _rendered_ids(self, messages: list[dict[str, Any]], **rendering: Any) -> list[int]:
-        """Token ids by a template that is not this package's."""
+        """Encodes by a template that is not this package's."""
         return self.encode(self._render(messages, **rendering), add_special_tokens=False)
 
     def _prepare_messages(
@@ -345,19 +346,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._with_tools(messages, tools) if tools else messages
 
     def _with_tools(self, messages: list[dict[str, Any]], tools: Sequence[dict | Callable]) -> list[dict[str, Any]]:
-        """`messages`, with `tools` where this generation looks for them."""
+        """Returns `messages` with `tools` where this generation looks for them."""
         raise ValueError(f"{type(self).__qualname__} has no form for `tools`; use ChatGLM3 or GLM-4.")
 
     def _call_messages(self, calls: list[ToolCall], where: str) -> list[dict[str, Any]]:
-        """How this generation writes the calls in one message of the assistant; `where` names it in errors."""
+        """Writes the calls in one message of the assistant as this generation does; `where` names it in errors."""
         raise ValueError(f"{where}: {type(self).__qualname__} has no form for `tool_calls`; use ChatGLM3 or GLM-4.")
 
     # Files ---------------------------------------------------------------------------------------------------------
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copies the vocabulary file into `save_directory` under its original name."""
-        file_id = "ice_text_file" if self.chatglm_generation == "chatglm" else "vocab_file"
-        name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_files_names[file_id]
+        name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_files_names[self.vocabulary_argument]
         target = os.path.join(save_directory, name)
         if os.path.abspath(target) != os.path.abspath(self.vocab_file):
             shutil.copyfile(self.vocab_file, target)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import json
 import re
@@ -15,6 +14,7 @@ from ..architectures.families import Family, family_of_generation
 from ..errors import ChatGLMError
 from .codegeex4 import defined_functions
 from .messages import BETWEEN_MESSAGES, PLACEHOLDER, YEAR, as_messages
+from .tool_calls.arguments import read_python_call
 
 
 # One turn is `(query, response)` with ChatGLM and ChatGLM2, `{"role", "content", "metadata"}` afterwards; all read
@@ -50,7 +50,7 @@ _UNSETTLED = ",!:;? \n\ufffd"
 
 
 def settled(response: str) -> str:
-    """The part of an unfinished response that later tokens cannot change."""
+    """Returns the part of an unfinished response that later tokens cannot change."""
     for length in range(min(len(PLACEHOLDER) - 1, len(response)), 0, -1):
         if response.endswith(PLACEHOLDER[:length]):
             response = response[:-length]
@@ -61,7 +61,7 @@ def settled(response: str) -> str:
 def _process_messages(
     text: str, history: History, read_parameters: Callable[[str], dict[str, Any]]
 ) -> tuple[Response, History]:
-    """The last message of `text` (each is metadata, a line break and content), and `history` with all of them."""
+    """Reads messages in `text`, each metadata, a line break and content; returns the last, and `history` with all."""
     history = copy.deepcopy(history)
     response: Response = ""
     for message in text.split(BETWEEN_MESSAGES):
@@ -82,23 +82,14 @@ def _process_messages(
 
 
 def _parameters_of_python(content: str) -> dict[str, Any]:
-    """Keyword arguments of `tool_call(city='北京', days=3)` inside a code block; only literals, never evaluated.
+    """Reads the arguments of a call in Python inside a code block.
 
     Raises:
         ToolCallError: the block holds anything else.
     """
-    code = "\n".join(content.split("\n")[1:-1])
     try:
-        call = ast.parse(code.strip(), mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call"):
-            raise ValueError("it is not a call of `tool_call`")
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError("an argument has no name")
-        parameters = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if len(parameters) != len(call.keywords):
-            raise ValueError("a name occurs twice")
-        return parameters
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        return read_python_call("\n".join(content.split("\n")[1:-1]))
+    except ValueError as error:
         raise ToolCallError(
             f"The model's call cannot be read: {error}. Found {content!r}; expected a code block with "
             "`tool_call(name=value, ...)` of literal values. Ask again, or lower `temperature`."
@@ -120,7 +111,7 @@ def _unreadable_json(content: str, error: Exception) -> ToolCallError:
 
 
 def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[Response, History]:
-    """As `_process_messages`, of messages without metadata, where blocks of JSON are calls if there are functions."""
+    """Reads messages without metadata; blocks of JSON are calls if there are functions. See `_process_messages`."""
     can_call = any(defined_functions(history))
     history = copy.deepcopy(history)
     content = ""
@@ -131,7 +122,7 @@ def _process_codegeex4(text: str, history: History, incomplete: bool) -> tuple[R
 
 
 def _calls_of_blocks(content: str, incomplete: bool) -> list[dict[str, Any]]:
-    """The calls in blocks of JSON with `name` and `arguments`; none where a block is something else.
+    """Reads the calls in blocks of JSON with `name` and `arguments`; none where a block is something else.
 
     Raises:
         ToolCallError: a block that looks like a call is no JSON, and it is complete.
@@ -172,6 +163,7 @@ class ChatRules:
         stream_withholds_last_token: each streamed text leaves out the newest token, which may be a stop token.
         stream_shows_empty_texts: as long as an answer has no text, that is yielded, too.
         has_past_key_values: `stream_chat()` can go on from `past_key_values`.
+        continues_text: rounds are one text; a round that goes on in it begins without the `▁` of a text.
     """
 
     family: Family | None = None
@@ -182,6 +174,7 @@ class ChatRules:
     stream_withholds_last_token: bool = False
     stream_shows_empty_texts: bool = False
     has_past_key_values: bool = True
+    continues_text: bool = False
 
     @property
     def has_messages(self) -> bool:
@@ -191,7 +184,7 @@ class ChatRules:
     def process_response(
         self, text: str, query: str, history: History, role: str = "user", incomplete: bool = False
     ) -> tuple[Response, History]:
-        """The response in `text`, and the conversation with this turn.
+        """Returns the response in `text`, and the conversation with this turn.
 
         Args:
             text: what the model generated.
@@ -211,7 +204,7 @@ class ChatRules:
         return self.read_answer(text, [*as_messages(history), {"role": role, "content": query}], incomplete)
 
     def read_answer(self, text: str, history: History, incomplete: bool = False) -> tuple[Response, History]:
-        """As `process_response`, of messages that end with what is answered."""
+        """Reads a response as `process_response`, of messages that end with what is answered."""
         if self.calls_in_blocks:
             return _process_codegeex4(text, history, incomplete)
         try:
@@ -232,7 +225,7 @@ RULES = {
         stream_shows_empty_texts=True,
         has_past_key_values=False,
     ),
-    "chatglm2": ChatRules(process_text=_process_chatglm2),
+    "chatglm2": ChatRules(process_text=_process_chatglm2, continues_text=True),
     "chatglm3": ChatRules(
         read_parameters=_parameters_of_python,
         stream_withholds_last_token=True,
@@ -247,7 +240,7 @@ RULES["codegeex4"] = replace(RULES["glm4"], calls_in_blocks=True)
 
 
 def chat_rules(tokenizer: Any, config: Any) -> ChatRules:
-    """Rules for the tokenizer's generation, and the family that the model's configuration makes it.
+    """Finds the rules of the tokenizer's generation, and the family that the model's configuration makes it.
 
     Raises:
         ValueError: `tokenizer` is not one of this package's.

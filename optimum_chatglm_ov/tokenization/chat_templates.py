@@ -157,5 +157,5 @@ CODEGEEX4_TEMPLATE = (
 
 
 def is_own_template(chat_template: Any) -> bool:
-    """Whether a chat template is one of this module's, of this or another version of the package."""
+    """Tells whether a chat template is one of this module's, of this or another version of the package."""
     return isinstance(chat_template, str) and chat_template.startswith(TEMPLATE_MARK.strip())

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AddedToken, BatchEncoding
+from transformers import AddedToken
 from transformers.utils import PaddingStrategy
 
 from .base import ChatGLMTokenizer
 from .chat_templates import CHATGLM_TEMPLATE
-from .messages import as_messages, check_roles
+from .rounds import RoundsTokenizer
 from .special_tokens import read_special_tokens
 from .vocabulary import TokenizerError, load_sentencepiece, whole_characters
 
@@ -30,7 +29,7 @@ _DEFAULT_TOKENS = {
 _IMAGE_TOKEN = re.compile(r"<image_(\d+)>")
 
 
-class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
+class ChatGLM1Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
     r"""SentencePiece (unigram, NFKC) with pieces of its own for line breaks, tabs and runs of 2 to 80 blanks.
 
     A prompt ends in `[gMASK] <sop>`. Token ids alone are returned unless padding is asked for; then also
@@ -45,8 +44,8 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
     """
 
     chatglm_generation = "chatglm"
+    vocabulary_argument = "ice_text_file"
     default_chat_template = CHATGLM_TEMPLATE
-    roles = ("system", "user", "assistant")
 
     def __init__(
         self,
@@ -122,7 +121,7 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return self._convert_token_to_id(self.end_token)
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id, added tokens included."""
+        """Returns token -> id, added tokens included."""
         vocab = {self._convert_id_to_token(index): index for index in range(self.vocab_size)}
         return {**vocab, **self.added_tokens_encoder}
 
@@ -155,7 +154,7 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`first [gMASK] <sop>`, or `first [gMASK] <sop> second <eop>`."""
+        """Makes `first [gMASK] <sop>`, or `first [gMASK] <sop> second <eop>`."""
         ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
@@ -222,22 +221,6 @@ class ChatGLM1Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return _BLANK_PIECE.sub(lambda piece: " " * int(piece[1]), text)
 
     # Conversations -------------------------------------------------------------------------------------------------
-
-    def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
-        """Builds the original's prompt: the query alone, or rounds from 0 when there is a history."""
-        messages = [*as_messages(history), {"role": "user", "content": query}]
-        check_roles(messages, self.roles, type(self).__qualname__)
-        return self._render(
-            self._prepare_messages(messages, None),
-            chat_template=self.default_chat_template,
-            add_generation_prompt=True,
-        )
-
-    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """Builds `input_ids` [1, L] alone, as the original tokenizer does."""
-        if role != "user":
-            raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")
-        return self([self.build_prompt(query, history)], return_tensors="pt")
 
     def _conversation_ids(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, continue_final_message: bool

@@ -7,11 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AddedToken, BatchEncoding
+from transformers import AddedToken
 
-from .base import ChatGLMTokenizer
 from .chat_templates import CHATGLM2_TEMPLATE
-from .messages import as_messages, check_roles
+from .rounds import RoundsTokenizer
 from .vocabulary import TokenizerError, load_sentencepiece, whole_characters
 
 
@@ -46,11 +45,11 @@ class SentencePieceVocabulary:
         return text + self.sp_model.decode(stretch)
 
     def token_to_id(self, token: str) -> int:
-        """Id of a control token or a piece; that of `<unk>` for anything else."""
+        """Finds the id of a control token or a piece; that of `<unk>` for anything else."""
         return self.special_tokens.get(token, self.sp_model.piece_to_id(token))
 
     def id_to_token(self, index: int) -> str:
-        """Control token or piece.
+        """Finds a control token or a piece.
 
         Raises:
             IndexError: there is no such id.
@@ -62,7 +61,7 @@ class SentencePieceVocabulary:
 _DEFAULT_TOKENS = {"eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
 
 
-class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
+class ChatGLM2Tokenizer(RoundsTokenizer, saved_as="ChatGLMTokenizer"):
     """SentencePiece BPE with byte fallback; a prompt begins with `[gMASK] sop`.
 
     Control tokens are never recognised in text, and `decode` leaves them out.
@@ -70,7 +69,6 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
 
     chatglm_generation = "chatglm2"
     default_chat_template = CHATGLM2_TEMPLATE
-    roles = ("system", "user", "assistant")
     control_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
     def _load_vocabulary(self) -> None:
@@ -140,7 +138,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return self.convert_tokens_to_ids(self.eos_token)
 
     def get_command(self, token: str) -> int:
-        """Id of a control token, or of `<bos>`, `<eos>`, `<pad>`.
+        """Finds the id of a control token, or of `<bos>`, `<eos>`, `<pad>`.
 
         Raises:
             ValueError: there is no such control token.
@@ -151,7 +149,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return commands[token]
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id, added tokens included."""
+        """Returns token -> id, added tokens included."""
         vocab = {self.tokenizer.id_to_token(index): index for index in range(self.vocab_size)}
         return {**vocab, **self.added_tokens_encoder}
 
@@ -159,8 +157,11 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return self.tokenizer.token_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        """What the token contributes to a text: nothing for `<unk>`, `<s>`, `</s>`, the control tokens and ids after
-        the vocabulary, which belong to the rows that fill up the embedding."""
+        """Returns what the token contributes to a text.
+
+        That is nothing for `<unk>`, `<s>`, `</s>`, control tokens, and ids after the vocabulary, whose
+        rows fill up the embedding.
+        """
         hidden = (self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)
         if index in hidden or index in self.tokenizer.index_special_tokens or index >= self.vocab_size:
             return ""
@@ -172,13 +173,13 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return self.tokenizer.sp_model.encode(whole_characters(text), out_type=str)
 
     def get_prefix_tokens(self) -> list[int]:
-        """Ids of `[gMASK] sop`."""
+        """Returns the ids of `[gMASK] sop`."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`[gMASK] sop first`, or `[gMASK] sop first second </s>`."""
+        """Makes `[gMASK] sop first`, or `[gMASK] sop first second </s>`."""
         ids = [*self.get_prefix_tokens(), *token_ids_0]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.get_command("<eos>")]
 
@@ -195,22 +196,6 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer, saved_as="ChatGLMTokenizer"):
         return self.tokenizer.sp_model.decode_pieces(tokens)
 
     # Conversations -------------------------------------------------------------------------------------------------
-
-    def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
-        """Builds the original's prompt: rounds from 1, ending in `答：`."""
-        messages = [*as_messages(history), {"role": "user", "content": query}]
-        check_roles(messages, self.roles, type(self).__qualname__)
-        return self._render(
-            self._prepare_messages(messages, None),
-            chat_template=self.default_chat_template,
-            add_generation_prompt=True,
-        )
-
-    def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """Builds `input_ids`, `attention_mask` and `position_ids` [1, L] of `build_prompt`."""
-        if role != "user":
-            raise ValueError(f"{type(self).__qualname__} takes a query of role 'user' only; found {role!r}.")
-        return self([self.build_prompt(query, history)], return_tensors="pt")
 
     def _conversation_ids(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, continue_final_message: bool

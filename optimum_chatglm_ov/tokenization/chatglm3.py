@@ -59,7 +59,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         return super()._decode_ids(token_ids, skip_special_tokens)
 
     def _without_turn_ends(self, token_ids: int | list[int]) -> int | list[int]:
-        """`token_ids` without the tokens at their end that end an answer or fill up its row of a batch.
+        """Returns `token_ids` without the tokens at their end that end an answer or fill up its row of a batch.
 
         The original shows control tokens whatever is asked for; so does this where nothing but others are left.
         """
@@ -84,7 +84,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
     # Conversations -------------------------------------------------------------------------------------------------
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """`<|role|>`, then metadata and a line break, then the message; role tokens in these two are text.
+        """Encodes `<|role|>`, metadata and a line break, and the message; control tokens in these two are text.
 
         Raises:
             ValueError: `role` is not system, user, assistant or observation.
@@ -98,7 +98,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         ]
 
     def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """`input_ids`, `attention_mask` and `position_ids` [1, L]; see [`ChatGLMTokenizer.build_chat_input`]."""
+        """Makes `input_ids`, `attention_mask` and `position_ids` [1, L]; see [`ChatGLMTokenizer.build_chat_input`]."""
         messages = [*as_messages(history), {"role": role, "content": query}]
         check_roles(messages, self.roles, type(self).__qualname__)
         messages = self._prepare_messages(messages, None)
@@ -129,7 +129,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         ]
 
     def _rendered_ids(self, messages: list[dict[str, Any]], **rendering: Any) -> list[int]:
-        """By a checkpoint's template; only control tokens of the template itself become control tokens.
+        """Encodes by a checkpoint's template; only control tokens of the template itself become control tokens.
 
         Revisions of ChatGLM3 whose tokenizer_config.json lists the control tokens as added tokens recognise them in
         text; those without the list spell them, which is not the prompt that the model was trained on.

@@ -102,7 +102,7 @@ def _is_codegeex4(names: Iterable[str]) -> bool:
 
 
 def _stored_names(folder: str) -> dict[str, str]:
-    """Key and file -> the name that is there; transformers overwrites `_name_or_path`, and an export keeps it."""
+    """Finds stored names: key and file -> name. transformers overwrites `_name_or_path`, an export keeps it."""
     names = {
         "`name_or_path` of tokenizer_config.json": _read_key(folder, "tokenizer_config.json", "name_or_path"),
         "`original_name_or_path` of config.json": _read_key(folder, "config.json", "original_name_or_path"),

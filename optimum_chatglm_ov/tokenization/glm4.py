@@ -93,7 +93,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         return self.tokenizer.n_vocab
 
     def get_vocab(self) -> dict[bytes | str, int]:
-        """Token -> id, special tokens included."""
+        """Returns token -> id, special tokens included."""
         return {**self.mergeable_ranks, **self.added_tokens_encoder}
 
     def _convert_token_to_id(self, token: bytes | str) -> int:
@@ -112,13 +112,13 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         return [self.tokenizer.decode_single_token_bytes(index) for index in self.tokenizer.encode_ordinary(text)]
 
     def get_prefix_tokens(self) -> list[int]:
-        """Ids of `[gMASK] <sop>`."""
+        """Returns the ids of `[gMASK] <sop>`."""
         return self.convert_tokens_to_ids(["[gMASK]", "<sop>"])
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`[gMASK] <sop> text`.
+        """Makes `[gMASK] <sop> text`.
 
         Raises:
             ValueError: there is a second text; GLM-4 has no token that ends one.
@@ -130,7 +130,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
     # Decoding ------------------------------------------------------------------------------------------------------
 
     def _decode_ids(self, token_ids: int | list[int], skip_special_tokens: bool) -> str:
-        """Special tokens stand apart, with a blank between them and their neighbours, as in the original."""
+        """Decodes with special tokens apart, a blank between them and their neighbours, as in the original."""
         parts, stretch = [], []
         # also of one id alone, for which the original has no text
         for index in [token_ids] if isinstance(token_ids, int) else token_ids:
@@ -144,14 +144,14 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         return " ".join(part for part in parts if part)
 
     def convert_tokens_to_string(self, tokens: list[bytes | str]) -> str:
-        """Text of `tokens`; incomplete UTF-8 becomes U+FFFD."""
+        """Joins `tokens` to a text; incomplete UTF-8 becomes U+FFFD."""
         text = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
         return text.decode("utf-8", errors="replace")
 
     # Conversations -------------------------------------------------------------------------------------------------
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """`<|role|>`, then metadata and a line break, then the message; special tokens in these two are text.
+        """Encodes `<|role|>`, metadata and a line break, and the message; control tokens in these two are text.
 
         Raises:
             ValueError: `role` is not system, user, assistant or observation.
@@ -165,7 +165,7 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         ]
 
     def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """`input_ids`, `attention_mask` and `position_ids` [1, L], by the chat template."""
+        """Makes `input_ids`, `attention_mask` and `position_ids` [1, L], by the chat template."""
         messages = [*as_messages(history), {"role": role, "content": query}]
         return self.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 

@@ -17,13 +17,13 @@ _FAST_TOKENIZER_FILE = "tokenizer.json"
 
 
 def has_vocabulary(folder: str | Path) -> bool:
-    """Whether a folder holds the vocabulary of a tokenizer."""
+    """Tells whether a folder holds the vocabulary of a tokenizer."""
     names = [_FAST_TOKENIZER_FILE] if _is_fast(folder) else ChatGLMTokenizer.vocab_files_names.values()
     return any((Path(folder) / name).is_file() for name in names)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, whatever class its files name.
+    """Loads the tokenizer in `folder`, whatever class its files name.
 
     A `ChatGLMTokenizer` is of the generation that its vocabulary belongs to.
 

@@ -25,7 +25,7 @@ PLACEHOLDER, YEAR = "[[训练时间]]", "2023年"
 
 
 def as_messages(history: Sequence[Any] | None) -> list[dict[str, Any]]:
-    """`(query, response)` pairs, messages, or both -> messages; `None` in a pair is what was not said.
+    """Makes messages of `(query, response)` pairs, messages, or both; `None` in a pair is what was not said.
 
     Raises:
         ValueError: an item is neither.
@@ -48,7 +48,7 @@ def as_messages(history: Sequence[Any] | None) -> list[dict[str, Any]]:
 def plain_messages(
     conversation: Sequence[Mapping[str, Any]], write_calls: Callable[[list[ToolCall], str], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Messages in the ecosystem's form -> messages as ChatGLM knows them, without keys that hold `None`.
+    """Converts messages in the ecosystem's form to those that ChatGLM knows, without keys that hold `None`.
 
     The roles `tool` and `function` become `observation`; a list of text parts becomes one text; `tool_calls`, or the
     older `function_call`, become the messages that `write_calls` makes of them and of the place to name in an error.
@@ -76,7 +76,8 @@ def plain_messages(
 
 
 def check_roles(conversation: Sequence[Any], roles: Sequence[str] | None, tokenizer_name: str) -> None:
-    """
+    """Checks the role of each message.
+
     Raises:
         ValueError: a message is no dictionary, or has no role or one that is not in `roles` (`None`: any).
     """
@@ -91,7 +92,7 @@ def check_roles(conversation: Sequence[Any], roles: Sequence[str] | None, tokeni
 
 
 def tool_schemas(tools: Any, where: str = "`tools") -> list[dict[str, Any]]:
-    """`tools` as JSON schemas; that of a Python function comes from its signature and docstring.
+    """Makes JSON schemas of `tools`; that of a Python function comes from its signature and docstring.
 
     Args:
         tools: a list of schemas and functions.
@@ -120,7 +121,7 @@ def tool_schemas(tools: Any, where: str = "`tools") -> list[dict[str, Any]]:
 def with_tools(
     messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any] | Callable], introduction: str = ""
 ) -> list[dict[str, Any]]:
-    """`messages` with `tools` in the leading system message, which is made of `introduction` when there is none."""
+    """Returns `messages` with `tools` in the leading system message; without one it is made of `introduction`."""
     schemas = tool_schemas(tools)
     if messages and messages[0]["role"] == "system":
         return [{**messages[0], "tools": schemas}, *messages[1:]]
@@ -128,12 +129,12 @@ def with_tools(
 
 
 def bare_functions(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Functions without the ecosystem's `{"type": "function", "function": ...}` around them."""
+    """Returns functions without the ecosystem's `{"type": "function", "function": ...}` around them."""
     return [tool["function"] if tool.get("type") == "function" and "function" in tool else tool for tool in tools]
 
 
 def wrapped_functions(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Functions with `{"type": "function", "function": ...}` around them; tools that have a type stay as they are."""
+    """Returns functions with `{"type": "function", "function": ...}` around them; tools with a type stay."""
     return [
         tool
         if tool.get("type", "function") != "function" or {"type", "function"} <= tool.keys()
@@ -181,7 +182,7 @@ def _calls(message: dict[str, Any], where: str) -> list[ToolCall]:
 
 
 def _call(entry: Any, where: str) -> ToolCall:
-    """`where` ends in the key, without the closing mark."""
+    """Reads a call; `where` ends in the key, without the closing mark."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where}` is a {type(entry).__name__}; expected a dictionary with `name` and `arguments`.")
     if entry.get("type", "function") != "function":

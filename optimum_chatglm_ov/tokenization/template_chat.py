@@ -24,12 +24,12 @@ _BYTES = {byte_level_name(bytes([byte])): byte for byte in range(256)}
 
 
 def has_template(config: PretrainedConfig) -> bool:
-    """Whether models of this configuration have a tokenizer of transformers."""
+    """Tells whether models of this configuration have a tokenizer of transformers."""
     return config.model_type in MODEL_TYPES_OF_TRANSFORMERS
 
 
 def chat_tokenizer(tokenizer: Any, model: Any) -> Any:
-    """`tokenizer` as `chat()` of `model` uses it: wrapped where the model's is one of transformers."""
+    """Returns `tokenizer` as `chat()` of `model` uses it: wrapped where the model's is one of transformers."""
     return TemplateChat(tokenizer, model.generation_config) if has_template(model.config) else tokenizer
 
 
@@ -65,7 +65,7 @@ class TemplateTokenizer:
         return len(self.tokenizer)
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = True) -> str:
-        """The text that the template makes of messages in any form that this package's tokenizers take.
+        """Renders messages in any form that this package's tokenizers take.
 
         Raises:
             ValueError: something has no form; jinja2.TemplateError: the template refuses it.
@@ -81,23 +81,23 @@ class TemplateTokenizer:
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False, **_: Any
     ) -> BatchEncoding:
-        """`prompt` as `input_ids` and `attention_mask`, lists of numbers."""
+        """Encodes `prompt`: `input_ids` and `attention_mask`, lists of numbers."""
         text = self.prompt(messages, tools, add_generation_prompt)
         return self.tokenizer(text, add_special_tokens=False, return_token_type_ids=False)
 
     def build_single_message(self, role: str, metadata: str, content: str) -> list[int]:
-        """Ids of a message, whose turn may go on."""
+        """Encodes a message, whose turn may go on."""
         return self.tokenizer.encode(f"<|{role}|>{metadata}\n{content}", add_special_tokens=False)
 
     def convert_ids_to_tokens(self, token_id: int) -> bytes:
-        """The bytes of a token; none of an id beyond the vocabulary."""
+        """Returns the bytes of a token; none of an id beyond the vocabulary."""
         name = self.tokenizer.convert_ids_to_tokens(token_id) or ""
         return bytes(_BYTES[letter] for letter in name) if _BYTES.keys() >= set(name) else name.encode()
 
     def decode(
         self, token_ids: Sequence[int] | torch.Tensor, skip_incomplete_tail: bool = False, **kwargs: Any
     ) -> str:
-        """The text of ids; with `skip_incomplete_tail`, without the bytes of an unfinished character."""
+        """Decodes ids; with `skip_incomplete_tail`, without the bytes of an unfinished character."""
         text = self.tokenizer.decode(token_ids, **kwargs)
         return text.rstrip("\ufffd") if skip_incomplete_tail else text
 
@@ -110,7 +110,7 @@ class TemplateChat(TemplateTokenizer):
         self._begun = ""
 
     def build_chat_input(self, query: str, history: list[Any] | None = None, role: str = "user") -> BatchEncoding:
-        """The prompt of one more turn, int64 tensors `[1, L]`; functions are `tools` of a leading system message."""
+        """Encodes one more turn, int64 tensors `[1, L]`; functions are `tools` of a leading system message."""
         messages = [*as_messages(history or []), {"role": role, "content": query}]
         tools = messages[0].get("tools") if messages[0]["role"] == "system" else None
         if tools and not messages[0].get("content"):
@@ -122,7 +122,7 @@ class TemplateChat(TemplateTokenizer):
     def decode(
         self, token_ids: Sequence[int] | torch.Tensor, skip_incomplete_tail: bool = False, **kwargs: Any
     ) -> str:
-        """The text of an answer, with what the template begins it with, and without a thought that has ended."""
+        """Decodes an answer, with what the template begins it with, and without a thought that has ended."""
         return without_thought(self._begun + super().decode(token_ids, skip_incomplete_tail, **kwargs))
 
 

@@ -10,7 +10,7 @@ BEGIN_OF_THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 
 
 def without_thought(text: str) -> str:
-    """The text of an answer without a thought that has ended."""
+    """Returns the text of an answer without a thought that has ended."""
     _, ended, answer = text.partition(END_OF_THOUGHT)
     return "\n" + answer.lstrip("\n") if ended else text
 
@@ -27,7 +27,7 @@ class ThoughtReader:
         self._may_begin, self._held = not self._is_thinking, ""
 
     def feed(self, text: str, is_last: bool = False) -> tuple[str, str]:
-        """The thought and the answer in what is certain by now."""
+        """Returns the thought and the answer in what is certain by now."""
         text = self._held + text
         self._held = ""
         if self._may_begin:

@@ -8,10 +8,15 @@ import pytest
 import transformers
 from conftest import unpatched
 from tokenization_cases import folder
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from optimum_chatglm_ov import ChatGLM3Tokenizer, ChatGLM4Tokenizer
-from optimum_chatglm_ov.integrations.transformers import SKIPS_REGISTERED_TOKENIZERS, patch, register_tokenizers
+from optimum_chatglm_ov import ChatGLM3Tokenizer, ChatGLM4Tokenizer, OVChatGLMForCausalLM
+from optimum_chatglm_ov.integrations.transformers import (
+    LOADS_TORCH_WEIGHTS_ALONE,
+    SKIPS_REGISTERED_TOKENIZERS,
+    patch,
+    register_tokenizers,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +32,17 @@ def test_transformers_itself_skips_registered_tokenizers(name, expected, tmp_pat
     found = type(unpatched(AutoTokenizer)(AutoTokenizer, copy))
     assert (found is not expected) == SKIPS_REGISTERED_TOKENIZERS.contains(transformers.__version__, prereleases=True)
     assert type(AutoTokenizer.from_pretrained(copy)) is expected
+
+
+def test_transformers_itself_looks_for_weights_of_torch(exported):
+    """If this fails, `LOADS_TORCH_WEIGHTS_ALONE` does not name this version of transformers rightly."""
+    try:
+        found = type(unpatched(AutoModelForCausalLM)(AutoModelForCausalLM, exported("glm4-yarn-one-group")))
+    except (OSError, AttributeError):
+        found = None
+    is_needed = LOADS_TORCH_WEIGHTS_ALONE.contains(transformers.__version__, prereleases=True)
+    assert (found is not OVChatGLMForCausalLM) == is_needed
+    assert type(AutoModelForCausalLM.from_pretrained(exported("glm4-yarn-one-group"))) is OVChatGLMForCausalLM
 
 
 def test_registering_and_changing_twice_changes_nothing():

@@ -16,6 +16,7 @@ from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli.main import main
 from optimum_chatglm_ov.ir import load_config
 from optimum_chatglm_ov.measure import linear as bench_linear
+from optimum_chatglm_ov.measure import turns
 from optimum_chatglm_ov.measure.speed import WAYS, measure
 
 
@@ -67,7 +68,7 @@ def test_prompts_differ_and_end_as_the_model_needs(exported):
     assert [(m.way, m.prompt_tokens) for m in found] == [("openvino", 12), ("native", 12)]
 
 
-@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm3-6b-128k", "chatglm2-6b-ptuning-v2"])
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm2-6b-ptuning-v2"])
 def test_a_graph_that_paged_attention_does_not_take(name, exported):
     """openvino-genai runs it, but with its stateful back end."""
     with pytest.raises(ValueError, match=f"{name}: .* the way 'paged'. Leave 'paged' out"):
@@ -167,7 +168,7 @@ def test_linear_layers_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_linear, "CHATGLM3", bench_linear.LinearShape(128, 160, 192, 320))
     arguments = ["--rows", "1", "40", "--repetitions", "1", "--json", str(tmp_path / "out.json")]
     monkeypatch.setattr(bench_linear, "_STACK_BYTES", 1 << 16)
-    monkeypatch.setattr(bench_linear, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 0)
     assert main(["bench", "--linear-only", "chatglm3", *arguments]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert re.search(r", stream [\d.]+ GB/s, .*f32 [\d.]+ TFLOP/s$", printed[0])

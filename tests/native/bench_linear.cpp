@@ -54,7 +54,7 @@ int main(int argc, char** argv) {
             const double seconds = best_seconds(0.4, [&] {
                 const LinearWeights weights{out, memory + layer++ % layers * bytes};
                 float* target = output.data();
-                linear(format, &weights, 1, rows, input.data(), &target, pool, name.c_str());
+                linear({format, &weights, 1}, {input.data(), in, rows}, &target, pool, name.c_str());
             });
             const double flops = 2.0 * double(rows * in * out) / seconds;
             std::printf("%6ld rows  %-12s %9.3f ms  %6.2f TFLOP/s (%3.0f %% of %.2f)  %6.1f GB/s (%3.0f %% of %.1f)\n",

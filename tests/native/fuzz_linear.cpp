@@ -193,6 +193,12 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints) {
 
     std::vector<LinearWeights> weights;
     for (const Layer& layer : layers) weights.push_back(layer.view());
+    const LinearWeights down_weights = down.view();
+    const LinearLayers first_layers{format, weights.data(), count};
+    const RowsView<const float> input_rows{input.data(), in_features, rows};
+    const MLPLayers layers_of_mlp{{format, weights.data(), std::min<int64_t>(count, 2)},
+                                  count > 1 ? Activation::silu : Activation::gelu,
+                                  {down.format, &down_weights, 1}};
 
     // Each made when an instruction set asks for it.
     constexpr int kCount = static_cast<int>(Rounding::count);
@@ -226,7 +232,7 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints) {
         for (const Layer& layer : layers)
             outputs.emplace_back(rows * layer.out_features, std::numeric_limits<float>::quiet_NaN());
         for (auto& output : outputs) pointers.push_back(output.data());
-        linear(format, weights.data(), count, rows, input.data(), pointers.data(), threads, name.c_str());
+        linear(first_layers, input_rows, pointers.data(), threads, name.c_str());
         const Rounding kind = rounding(name, format, rows);
         // An activation that is nearly half way between two integers may become either. Tiles round weights of many
         // rows to bf16 if they have several scales.
@@ -236,8 +242,7 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints) {
         for (int64_t i = 0; i < count; i++)
             passed &= check("linear", name, format, rows, error(outputs[i], expected(kind)[i]), tolerance);
         std::vector<float> output(rows * down.out_features, std::numeric_limits<float>::quiet_NaN());
-        mlp(format, weights.data(), count > 1 ? Activation::silu : Activation::gelu, down.format, down.view(), rows,
-            input.data(), output.data(), threads, name.c_str());
+        mlp(layers_of_mlp, input_rows, output.data(), threads, name.c_str());
         // An MLP is on tiles as a whole, or on byte products.
         const bool is_bytes = !has_tiles(name) || (is_wide(name, rows) && !has_byte_tiles(down.format));
         const std::string set = is_bytes && has_tiles(name) ? "portable" : name;

@@ -7,6 +7,7 @@ import pytest
 
 from optimum_chatglm_ov import native
 from optimum_chatglm_ov.measure import linear as bench_linear
+from optimum_chatglm_ov.measure import turns
 from optimum_chatglm_ov.measure.attention import AttentionShape, _Paged, _Stateful, measure_attention
 from optimum_chatglm_ov.measure.speed import machine_peaks
 from optimum_chatglm_ov.native import instruction_sets, linear_instruction_sets
@@ -44,7 +45,7 @@ PLAIN = bench_linear.LinearShape(128, 384, 192, 320, False)
 
 @pytest.mark.parametrize("shape", [GATED, PLAIN])
 def test_every_linear_layer_is_measured(shape, monkeypatch):
-    monkeypatch.setattr(bench_linear, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 0)
     found = list(bench_linear.measure_linear(shape, (1, 40), copies=2, repetitions=1, threads=1))
     assert [(m.layer, m.weights, m.rows, m.way) for m in found] == [
         (layer, weights, rows, way)

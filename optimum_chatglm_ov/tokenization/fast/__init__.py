@@ -30,7 +30,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token"
 
 
 def build_backend(tokenizer: ChatGLMTokenizer) -> Tokenizer:
-    """The tokenizer in the library `tokenizers`: the same ids, and the same text of ids.
+    """Builds the tokenizer in the library `tokenizers`: the same ids, and the same text of ids.
 
     What it cannot express, and so does otherwise, is listed in README.md, "Limits".
 
@@ -77,7 +77,7 @@ def save_fast(tokenizer: ChatGLMTokenizer, folder: str | Path) -> None:
 
 
 def chat_template_of(tokenizer: ChatGLMTokenizer) -> str:
-    """The template that makes the prompts of `tokenizer` with tokenizer.json: the checkpoint's, or this package's."""
+    """Finds the template for tokenizer.json: the checkpoint's, or this package's."""
     if is_own_template(tokenizer.chat_template):
         return TEMPLATES[tokenizer.chatglm_generation]
     return tokenizer.chat_template

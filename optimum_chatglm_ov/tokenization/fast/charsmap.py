@@ -23,7 +23,7 @@ _END_OF_KEY, _LABEL, _LEAF = (1 << 31) - 1, (1 << 31) | 0xFF, 1 << 8
 def charsmap_normalizers(
     charsmap: bytes, line_breaks: Sequence[normalizers.Normalizer]
 ) -> list[normalizers.Normalizer]:
-    """Normalisers that replace characters as the table `charsmap` says.
+    """Makes normalisers that replace characters as the table `charsmap` says.
 
     Args:
         charsmap: of the SentencePiece model.
@@ -47,13 +47,13 @@ def charsmap_normalizers(
 
 
 def one_of(characters: Sequence[str]) -> Regex:
-    """A pattern that matches each of these characters."""
+    """Makes a pattern that matches each of these characters."""
     return Regex("[" + "".join(f"\\x{{{ord(character):04X}}}" for character in characters) + "]")
 
 
 @functools.lru_cache(maxsize=2)
 def _exceptions(charsmap: bytes) -> tuple[tuple[str, str], ...]:
-    """Single characters that NFKC treats otherwise, and what becomes of them."""
+    """Finds the single characters that NFKC treats otherwise, and what becomes of them."""
     table = dict(_single_characters(charsmap))
     nfkc = normalizers.NFKC()
     codes = [code for code in range(1, 0x110000) if not 0xD800 <= code < 0xE000 and code != ord("\n")]
@@ -68,8 +68,10 @@ def _exceptions(charsmap: bytes) -> tuple[tuple[str, str], ...]:
 
 
 def _single_characters(charsmap: bytes) -> Iterator[tuple[str, str]]:
-    """The entries of the table whose key is one character; the table is a double-array trie of UTF-8 and a pool of
-    texts, each ended by a zero byte."""
+    """Yields the entries of the table whose key is one character.
+
+    The table is a double-array trie of UTF-8 and a pool of texts, each ended by a zero byte.
+    """
     if not charsmap:
         return
     (size,) = struct.unpack_from("<I", charsmap)

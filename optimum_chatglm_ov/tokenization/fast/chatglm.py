@@ -22,7 +22,7 @@ _LITERAL_BYTE = "<0x", "0123456789ABCDEF", ">"
 
 
 def build(tokenizer: ChatGLM1Tokenizer) -> Tokenizer:
-    """A tokenizer of `tokenizers` with the ids and texts of `tokenizer`.
+    """Builds a tokenizer of `tokenizers` with the ids and texts of `tokenizer`.
 
     Raises:
         TokenizerError: the tokenizer was made with an option that it has no form for.

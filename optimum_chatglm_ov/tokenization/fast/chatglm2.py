@@ -13,7 +13,7 @@ from .pieces import BYTE, NORMAL, PieceModel, read_pieces
 
 
 def build(tokenizer: ChatGLM2Tokenizer) -> Tokenizer:
-    """A tokenizer of `tokenizers` with the ids and texts of `tokenizer`.
+    """Builds a tokenizer of `tokenizers` with the ids and texts of `tokenizer`.
 
     Raises:
         TokenizerError: the tokenizer was made with an option that it has no form for.
@@ -54,7 +54,7 @@ def build(tokenizer: ChatGLM2Tokenizer) -> Tokenizer:
 
 
 def is_special(tokenizer: ChatGLM2Tokenizer, token: str) -> bool:
-    """Whether `skip_special_tokens` leaves a control token out.
+    """Tells whether `skip_special_tokens` leaves a control token out.
 
     With ChatGLM3 these are the ones that end an answer, since its original shows the others whatever is asked for.
     """
@@ -62,7 +62,7 @@ def is_special(tokenizer: ChatGLM2Tokenizer, token: str) -> bool:
 
 
 def control_tokens(tokenizer: ChatGLM2Tokenizer, model: PieceModel) -> list[str]:
-    """Names of all control tokens, in the order of their ids."""
+    """Names all control tokens, in the order of their ids."""
     names = [MARK + piece.text for piece in model.pieces if piece.kind not in (NORMAL, BYTE)]
     recognized = tokenizer.added_tokens_encoder
     return names + [token if token in recognized else MARK + token for token in tokenizer.tokenizer.special_tokens]
@@ -89,7 +89,7 @@ def _vocabulary(tokenizer: ChatGLM2Tokenizer, model: PieceModel) -> dict[str, in
 
 
 def _merges(model: PieceModel) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, those of the best score first, as SentencePiece chooses them."""
+    """Lists every pair of pieces that makes a piece, those of the best score first, as SentencePiece chooses them."""
     normal = model.normal_pieces()
     by_score = sorted(normal, key=normal.__getitem__, reverse=True)
     return [

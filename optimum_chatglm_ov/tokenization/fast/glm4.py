@@ -11,7 +11,7 @@ from ..glm4 import PATTERN, ChatGLM4Tokenizer
 
 
 def build(tokenizer: ChatGLM4Tokenizer) -> Tokenizer:
-    """A tokenizer of `tokenizers` with the ids and texts of `tokenizer`."""
+    """Builds a tokenizer of `tokenizers` with the ids and texts of `tokenizer`."""
     ranks = tokenizer.mergeable_ranks
     names = {token: byte_level_name(token) for token in ranks}
     merges = [
@@ -45,7 +45,7 @@ def build(tokenizer: ChatGLM4Tokenizer) -> Tokenizer:
 
 
 def _alphabet() -> list[str]:
-    """The character that stands for each byte, in the order of the bytes: the byte's own where that can be seen."""
+    """Lists the character that stands for each byte, in their order: the byte's own where that can be seen."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
@@ -55,5 +55,5 @@ _ALPHABET = _alphabet()
 
 
 def byte_level_name(token: bytes) -> str:
-    """The name of a token of bytes: each byte as one character, the form of byte-level tokenizers."""
+    """Names a token of bytes: each byte as one character, the form of byte-level tokenizers."""
     return "".join(_ALPHABET[byte] for byte in token)

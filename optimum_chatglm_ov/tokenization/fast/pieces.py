@@ -45,12 +45,12 @@ class PieceModel:
     remove_extra_whitespaces: bool = True
 
     def normal_pieces(self) -> dict[str, float]:
-        """Text of the pieces that text is cut into -> score."""
+        """Lists the pieces that text is cut into: their text -> score."""
         return {piece.text: piece.score for piece in self.pieces if piece.kind == NORMAL}
 
 
 def read_pieces(vocab_file: str | Path) -> PieceModel:
-    """The content of a SentencePiece model that `load_sentencepiece` takes."""
+    """Reads a SentencePiece model that `load_sentencepiece` takes."""
     model = PieceModel()
     for number, value in _fields(Path(vocab_file).read_bytes()):
         if number == _PIECES:
@@ -66,7 +66,7 @@ def read_pieces(vocab_file: str | Path) -> PieceModel:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of the fields of a protobuf message: integers and bytes."""
+    """Yields numbers and values of the fields of a protobuf message: integers and bytes."""
     place = 0
 
     def varint() -> int:

@@ -2,8 +2,8 @@
 """Chat templates for tokenizer.json, whose text alone makes the prompt: for Jinja and for minja, GenAI's engine.
 
 What this package's classes do in Python stands in the template here: tools, lists of text parts, the roles `tool` and
-`function`. minja has no
-filter `replace`. Control tokens that tokenizer.json does not recognise in text bear `MARK`, and messages lose it.
+`function`. minja has no filter `replace`. Control tokens that tokenizer.json does not recognise in text bear `MARK`,
+and messages lose it.
 """
 
 from __future__ import annotations

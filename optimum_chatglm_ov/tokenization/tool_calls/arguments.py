@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of a call while they are written: as JSON (GLM-4, CodeGeeX4) or as Python (ChatGLM3)."""
+"""Arguments of a call, also while they are written: as JSON (GLM-4, CodeGeeX4) or as Python (ChatGLM3)."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from ..vocabulary import whole_characters
 
 
 MORE, DONE, BROKEN = "more", "done", "broken"
+PYTHON_CALL = r"\s*tool_call\s*\("  # what stands before keyword arguments
 _DEEPEST = 64  # json.loads of whoever reads the arguments must not run out of stack
 _LONGEST_SCALAR = 400
 _SCALAR = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null", re.ASCII)
@@ -127,39 +130,62 @@ class JsonArguments:
         return True
 
 
-class PythonArguments:
-    """Keyword arguments in Python, after the opening bracket, up to the closing one; only literals.
+class KeywordArguments:
+    """Reads keyword arguments in Python, after the opening bracket, up to the closing one; only literals.
 
-    They are given as JSON, each argument when it is complete. Attributes as in [`JsonArguments`].
+    Nothing is evaluated, and a name may be a word of Python's own: tools have arguments called `from`.
+
+    Attributes:
+        used: characters of the arguments that were read.
+        is_closed: whether the closing bracket was among them.
     """
 
     def __init__(self) -> None:
         self.used = 0
+        self.is_closed = False
         self._source = ""
         self._scanned = 0  # of `_source`, which is the argument that is being written
         self._open: list[str] = []
         self._quote = ""
         self._names: set[str] = set()
-        self._ended = False
 
-    def feed(self, text: str) -> tuple[str, str]:
-        """As [`JsonArguments.feed`]."""
+    def feed(self, text: str) -> Iterator[tuple[str, Any]]:
+        """Yields name and value of each argument that `text` completes.
+
+        Raises:
+            ValueError: something else is written.
+        """
         self._source += text
-        given: list[str] = []
-        while (end := self._end_of_argument()) is not None:
-            mark = self._source[end : end + 1]
-            written = self._as_json(self._source[:end], last=mark == ")") if end >= 0 else None
-            if written is None:
-                return "".join(given), BROKEN
-            given.append(written)
+        while not self.is_closed and (end := self._end_of_argument()) is not None:
+            is_last = self._source[end] == ")"
+            if self._source[:end].strip():
+                yield self._argument(self._source[:end])
+            elif not is_last:
+                raise ValueError("an argument is empty")
             self.used += end + 1
             self._source, self._scanned = self._source[end + 1 :], 0
-            if mark == ")":
-                return "".join(given), DONE
-        return "".join(given), MORE
+            self.is_closed = is_last
+
+    def _argument(self, source: str) -> tuple[str, Any]:
+        keyword = _KEYWORD.fullmatch(source)
+        if keyword is None:
+            raise ValueError("an argument has no name")
+        name, value = keyword.groups()
+        if name in self._names:
+            raise ValueError(f"`{name}` occurs twice")
+        self._names.add(name)
+        try:
+            if value.strip():  # without this, `()`
+                return name, ast.literal_eval(f"({value}\n)")
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+            raise ValueError(f"`{name}` has no literal value") from error
+        raise ValueError(f"`{name}` has no value")
 
     def _end_of_argument(self) -> int | None:
-        """Index of the comma or bracket that ends the argument, -1 where nothing can, `None` if it is not there."""
+        """Finds the comma or bracket that ends the argument; `None` if it is not there.
+
+        Raises `ValueError` where nothing can end it.
+        """
         source = self._source
         while self._scanned < len(source):
             character = source[self._scanned]
@@ -188,24 +214,55 @@ class PythonArguments:
             if character in "([{":
                 self._open.append({"(": ")", "[": "]", "{": "}"}[character])
             elif character in ")]}" and (not self._open or self._open.pop() != character):
-                return -1
+                raise ValueError("its brackets do not match")
             if character == "#" or len(self._open) > _DEEPEST:
-                return -1
+                raise ValueError("it has a comment, or brackets too deep")
             self._scanned += 1
         return None
 
-    def _as_json(self, source: str, last: bool) -> str | None:
-        """The argument as a member of a JSON object, with what stands around it; `None` if it is none."""
-        begin = ", " if self._names else "{"
-        if not source.strip():
-            return ("}" if self._names else "{}") if last else None
-        keyword = _KEYWORD.fullmatch(source)
-        if keyword is None or keyword[1] in self._names or not keyword[2].strip():
-            return None
+
+class PythonArguments:
+    """Keyword arguments in Python ([`KeywordArguments`]), given as JSON, each when it is complete.
+
+    Attributes as in [`JsonArguments`].
+    """
+
+    def __init__(self) -> None:
+        self._reader = KeywordArguments()
+        self._count = 0
+
+    @property
+    def used(self) -> int:
+        return self._reader.used
+
+    def feed(self, text: str) -> tuple[str, str]:
+        """Reads `text`, as [`JsonArguments.feed`]."""
+        given: list[str] = []
         try:
-            value = ast.literal_eval(f"({keyword[2]}\n)")
-            written = whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
-        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-            return None
-        self._names.add(keyword[1])
-        return f"{begin}{json.dumps(keyword[1], ensure_ascii=False)}: {written}" + ("}" if last else "")
+            for name, value in self._reader.feed(text):
+                written = whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
+                given += [", " if self._count else "{", json.dumps(name, ensure_ascii=False), ": ", written]
+                self._count += 1
+        except (ValueError, TypeError, RecursionError):  # also of values that JSON lacks
+            return "".join(given), BROKEN
+        if not self._reader.is_closed:
+            return "".join(given), MORE
+        return "".join([*given, "}" if self._count else "{}"]), DONE
+
+
+def read_python_call(code: str) -> dict[str, Any]:
+    """Reads the arguments of a whole `tool_call(name=value, ...)`; see [`KeywordArguments`].
+
+    Raises:
+        ValueError: `code` is something else.
+    """
+    head = re.match(PYTHON_CALL, code)
+    if head is None:
+        raise ValueError("it is not a call of `tool_call`")
+    source, reader = code[head.end() :], KeywordArguments()
+    arguments = dict(reader.feed(source))
+    if not reader.is_closed:
+        raise ValueError("it has no end")
+    if source[reader.used :].strip():
+        raise ValueError("something follows the call")
+    return arguments

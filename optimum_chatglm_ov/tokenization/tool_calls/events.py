@@ -76,7 +76,7 @@ class ParsedAnswer:
 
 
 def fold(events: Iterable[Event]) -> ParsedAnswer:
-    """The answer that all its events make; a call that broke is text."""
+    """Puts together the answer that events make; a call that broke is text."""
     texts: list[str] = []
     calls: dict[int, list[str]] = {}
     for event in events:

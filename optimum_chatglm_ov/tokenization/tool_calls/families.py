@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from ..messages import BETWEEN_MESSAGES, bare_functions
-from .arguments import BROKEN, DONE, JsonArguments, PythonArguments
+from .arguments import BROKEN, DONE, PYTHON_CALL, JsonArguments, PythonArguments
 from .events import CallArguments, CallBegin, CallBroken, CallEnd, Event, ParsedAnswer, Text, fold
 from .text import MessageText, unfinished_mark
 
@@ -49,12 +49,12 @@ class MessageParser:
             self._begin_call(forced, "")
 
     def feed(self, text: str) -> list[Event]:
-        """What the next piece of the answer makes certain."""
+        """Reads the next piece of the answer; returns what it makes certain."""
         self._buffer += text
         return self._advance(is_last=False)
 
     def finish(self) -> list[Event]:
-        """What is certain once nothing follows."""
+        """Returns what is certain once nothing follows."""
         return [*self._advance(is_last=True), *self._given(self._text.end())]
 
     def _advance(self, is_last: bool) -> list[Event]:
@@ -66,7 +66,7 @@ class MessageParser:
     # States: each reads from `_buffer`, and returns whether another is to go on
 
     def _at_beginning(self, events: list[Event], is_last: bool) -> bool:
-        """A message begins."""
+        """Reads where a message begins."""
         found, match = self._compare(self._head)
         if found == _YES:
             self._begin_call(match["name"], match[0])
@@ -91,7 +91,7 @@ class MessageParser:
         return bool(mark)
 
     def _at_mark(self, mark: str, events: list[Event]) -> None:
-        """`_buffer` begins with `mark`."""
+        """Goes on behind `mark`, with which `_buffer` begins."""
         events += self._given(self._text.end())
         self._buffer = self._buffer[len(mark) :]
         self._state = self._at_beginning
@@ -126,7 +126,7 @@ class MessageParser:
         return False
 
     def _break_call(self, events: list[Event], used: int) -> None:
-        """The call is none; of what was read after its head, `used` characters are in what was given."""
+        """Gives up the call; of what was read after its head, `used` characters are in what was given."""
         self._state = self._in_text
         if not self._is_given:
             self._buffer = self._source + self._read
@@ -169,7 +169,7 @@ class ChatGLM3Parser(MessageParser):
     """`get_weather\\n```python\\ntool_call(city='北京')\\n```, of which each argument is given when it is complete."""
 
     arguments = PythonArguments
-    head = MessageParser.head + r"[ \t]*```\w*[ \t\r]*\n\s*tool_call\("
+    head = MessageParser.head + r"[ \t]*```\w*[ \t\r]*\n" + PYTHON_CALL
     tail = r"\s*```"
 
 
@@ -217,14 +217,14 @@ PARSERS: dict[str, type[MessageParser]] = {
 
 
 def tool_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the functions among `tools`, as JSON schemas with or without `{"type": "function", ...}` around."""
+    """Names the functions among `tools`, JSON schemas with or without `{"type": "function", ...}` around."""
     return [tool["name"] for tool in bare_functions(tools) if isinstance(tool.get("name"), str)]
 
 
 def answer_parser(
     generation: str, tools: Sequence[Mapping[str, Any]] = (), forced: str | None = None
 ) -> MessageParser:
-    """The parser of answers of a generation (`tokenizer.chatglm_generation`) to which `tools` were declared.
+    """Makes the parser of answers of a generation (`tokenizer.chatglm_generation`) to which `tools` were declared.
 
     Raises:
         ValueError: the generation knows no tools.
@@ -237,6 +237,6 @@ def answer_parser(
 def read_answer(
     generation: str, text: str, tools: Sequence[Mapping[str, Any]] = (), forced: str | None = None
 ) -> ParsedAnswer:
-    """The text and the calls of a whole answer; see [`answer_parser`]."""
+    """Reads the text and the calls of a whole answer; see [`answer_parser`]."""
     parser = answer_parser(generation, tools, forced)
     return fold([*parser.feed(text), *parser.finish()])

@@ -9,7 +9,7 @@ from ..messages import PLACEHOLDER, YEAR
 
 
 def unfinished_mark(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of `text` with which one of `marks` begins, and which is not all of it."""
+    """Measures the longest end of `text` with which one of `marks` begins, and which is not all of it."""
     return next(
         (
             length
@@ -29,7 +29,7 @@ class MessageText:
         self._has_text = False  # one of the messages has
 
     def feed(self, text: str) -> str:
-        """More of the message; returns what is certain by now."""
+        """Reads more of the message; returns what is certain by now."""
         text = (self._held + text).replace(PLACEHOLDER, YEAR)
         if not self._has_begun:
             text = text.lstrip()
@@ -38,14 +38,14 @@ class MessageText:
         return self._begun(certain)
 
     def end(self) -> str:
-        """The message ends; returns what was held back of it."""
+        """Ends the message; returns what was held back of it."""
         text, self._held = self._held.rstrip(), ""
         text = self._begun(text)
         self._has_begun = False
         return text
 
     def go_on(self) -> None:
-        """What comes next is not the beginning of a message."""
+        """Notes that what comes next is not the beginning of a message."""
         self._has_begun = self._has_text = True
 
     def _begun(self, text: str) -> str:

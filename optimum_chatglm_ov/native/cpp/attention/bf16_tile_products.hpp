@@ -4,6 +4,7 @@
 // call of `between`, whose vector instructions run beside them.
 #pragma once
 
+#include "attention/products.hpp"
 #include "attention/tile_memory.hpp"
 #include "simd/tiles.hpp"
 
@@ -44,9 +45,10 @@ inline __attribute__((always_inline)) void score_tiles(Tiles& tiles, const bf16*
 // Adds weights [blocks][2] tiles times values of 32 channels from `channel` on to output [kRowTiles][head_dim / 16]
 // tiles, of which it begins at those channels.
 template <int kRowTiles, class Tiles, class Between>
-inline __attribute__((always_inline)) void value_tiles(Tiles& tiles, const bf16* weights, const bf16* const* blocks,
-                                                       int64_t count, int64_t channel, int64_t head_dim, float* output,
+inline __attribute__((always_inline)) void value_tiles(Tiles& tiles, const bf16* weights,
+                                                       const BlocksView<bf16>& values, int64_t channel, float* output,
                                                        const Between& between) {
+    const int64_t head_dim = values.head_dim;
     float* second = output + head_dim * kTileRows;
     tiles.template load<0>(output, 64);
     tiles.template load<1>(output + kTileFloats, 64);
@@ -54,12 +56,12 @@ inline __attribute__((always_inline)) void value_tiles(Tiles& tiles, const bf16*
         tiles.template load<2>(second, 64);
         tiles.template load<3>(second + kTileFloats, 64);
     }
-    for (int64_t b = 0; b < count; b++, weights += kBlockScores) {
-        const bf16* values = blocks[b] + channel * 2;
+    for (int64_t b = 0; b < values.count; b++, weights += kBlockScores) {
+        const bf16* block = values.blocks[b] + channel * 2;
         tiles.template load<4>(weights, 64);
-        tiles.template load_streamed<6>(values, head_dim * 4);
+        tiles.template load_streamed<6>(block, head_dim * 4);
         tiles.template dot<0, 4, 6>();
-        tiles.template load_streamed<7>(values + 32, head_dim * 4);
+        tiles.template load_streamed<7>(block + 32, head_dim * 4);
         tiles.template dot<1, 4, 7>();
         if constexpr (kRowTiles == 2) {
             tiles.template load<5>(weights + kTileElements, 64);

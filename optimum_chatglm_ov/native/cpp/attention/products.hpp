@@ -6,15 +6,9 @@
 #include <utility>
 
 #include "attention/cache_layout.hpp"
+#include "common/views.hpp"
 
 namespace optimum_chatglm_ov {
-
-// `count` rows of numbers, `stride` elements apart.
-template <class Element>
-struct RowsView {
-    Element* data;
-    int64_t stride, count;
-};
 
 // Blocks of the keys or of the values of one head, in the layout of the cache.
 template <class Element>

@@ -284,12 +284,13 @@ private:
     void accumulate_channels() {
         const TileItem& item = items_[valued_items_ % kItems];
         const bf16* weights = memory_.weights_of(item, 0);
+        const BlocksView<bf16> values{item.panel->values, item.count, head_dim_};
         float* output = memory_.output_at(item.group * kGroupRows, channel_);
         const auto between = [&]() __attribute__((always_inline)) { weigh_slice(); };
         if (item.rows > kTileRows)
-            value_tiles<2>(tiles_, weights, item.panel->values, item.count, channel_, head_dim_, output, between);
+            value_tiles<2>(tiles_, weights, values, channel_, output, between);
         else
-            value_tiles<1>(tiles_, weights, item.panel->values, item.count, channel_, head_dim_, output, between);
+            value_tiles<1>(tiles_, weights, values, channel_, output, between);
         channel_ += 32;
         if (channel_ < head_dim_) return;
         channel_ = 0;

@@ -5,23 +5,12 @@
 #include <vector>
 
 #include "common/cpu_features.hpp"
-#include "common/parallel.hpp"
-#include "linear/linear_kernel.hpp"
+#include "linear/driver.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
 
 constexpr int64_t kPanelsTogether = 4;  // panels of weights that meet the same activations in one task
-
-// Of each thread that runs inferences: fresh memory would be cleared by the system, again for each layer.
-struct Scratch {
-    Buffer hidden, between, activated;
-};
-
-Scratch& thread_scratch() {
-    thread_local Scratch scratch;
-    return scratch;
-}
 
 // Fewer rows than the kernels hold cost no more as 16 bits, high and low bytes apart, than as 8.
 int64_t choose_digits(const ByteKernels& kernels, int64_t rows) {
@@ -51,6 +40,10 @@ public:
         integers_ = reinterpret_cast<int8_t*>(sums_ + sums);
     }
 
+    void quantize(const RowsView<const float>& input, const Executor& executor) {
+        quantize({Activation::none, input.data, nullptr, input.stride}, input.count, executor);
+    }
+
     void quantize(const ActivationSource& source, int64_t rows, const Executor& executor) {
         rows_ = rows * digits_;
         const int64_t workers = rows * format_.in_features < 16384 ? 1 : executor.concurrency();
@@ -73,10 +66,8 @@ public:
     }
 
     // outputs[i] [rows, out_features]
-    void multiply(const LinearWeights* weights, int64_t count, float* const* outputs, const Executor& executor) const {
-        const int64_t height = std::min(cached_panels(format_, kernels_), panels());
-        int64_t columns = 0;
-        for (int64_t i = 0; i < count; i++) columns += weights[i].out_features / kPanelColumns;
+    void multiply(const LinearLayers& layers, float* const* outputs, const Executor& executor) const {
+        const int64_t height = std::min(cached_panels(format_, kernels_), panels()), columns = count_panels(layers);
         const int64_t wanted = 8 * executor.concurrency(), vertical = ceil_divide(panels(), height);
         const int64_t width =
             std::min(std::max<int64_t>(columns * vertical / wanted, 1), panels() > 1 ? kPanelsTogether : columns);
@@ -88,16 +79,13 @@ public:
             const int64_t step = std::max<int64_t>(kMaxSegment / segment_size(format_), 1);
             for (int64_t s = 0; s < segment_count(format_); s += step)
                 for (int64_t c = first_column; c < last_column; c++) {
-                    int64_t i = 0, column = c;
-                    while (column >= weights[i].out_features / kPanelColumns)
-                        column -= weights[i++].out_features / kPanelColumns;
-                    for (int64_t r = first_row; r < last_row; r++) {
-                        const int64_t stride = weights[i].out_features;
-                        kernels_.multiply({&format_, panel(r), weights[i].panels + column * panel_bytes(format_), s,
+                    int64_t column = c;
+                    const int64_t i = layer_of(layers, column), stride = layers.weights[i].out_features;
+                    for (int64_t r = first_row; r < last_row; r++)
+                        kernels_.multiply({&format_, panel(r), panel_at(layers, i, column), s,
                                            std::min(s + step, segment_count(format_)),
                                            outputs[i] + r * kernels_.rows * stride + column * kPanelColumns, stride,
                                            r == first_row});
-                    }
                 }
         });
     }
@@ -119,40 +107,34 @@ private:
 
 }  // namespace
 
-void byte_linear(const ByteKernels& kernels, const LinearFormat& format, const LinearWeights* weights, int64_t count,
-                 int64_t rows, const float* input, float* const* outputs, const Executor& executor) {
-    const int64_t chunk = std::min(rows, 8 * Activations::cached_panels(format, kernels) * kernels.rows);
-    Activations activations(format, kernels, chunk, thread_scratch().hidden);
-    std::vector<float*> parts(count);
-    for (int64_t first = 0; first < rows; first += chunk) {
-        activations.quantize({Source::plain, input + first * format.in_features, nullptr, format.in_features},
-                             std::min(chunk, rows - first), executor);
-        for (int64_t i = 0; i < count; i++) parts[i] = outputs[i] + first * weights[i].out_features;
-        activations.multiply(weights, count, parts.data(), executor);
+void byte_linear(const ByteKernels& kernels, const LinearLayers& layers, const RowsView<const float>& input,
+                 float* const* outputs, const Executor& executor) {
+    const int64_t most = 8 * Activations::cached_panels(layers.format, kernels) * kernels.rows;
+    const int64_t chunk = std::min(input.count, most);
+    Activations activations(layers.format, kernels, chunk, linear_scratch().hidden);
+    for (int64_t first = 0; first < input.count; first += chunk) {
+        activations.quantize(input.part(first, std::min(chunk, input.count - first)), executor);
+        activations.multiply(layers, outputs_from(layers, outputs, first).data(), executor);
     }
 }
 
-void byte_mlp(const ByteKernels& kernels, const LinearFormat& first_format, const LinearWeights* first,
-              Activation activation, const LinearFormat& down_format, const LinearWeights& down, int64_t rows,
-              const float* input, float* output, const Executor& executor) {
-    const int64_t chunk = std::min(rows, 2 * Activations::cached_panels(first_format, kernels) * kernels.rows);
-    const int64_t count = activation == Activation::silu ? 2 : 1, width = down_format.in_features;
-    Scratch& scratch = thread_scratch();
-    Activations hidden(first_format, kernels, chunk, scratch.hidden);
-    Activations activated(down_format, kernels, chunk, scratch.activated);
-    float* up = static_cast<float*>(scratch.between.reserve(count * chunk * width * 4));
-    float* const between[] = {up, up + chunk * width};
-    const ActivationSource source = activation == Activation::silu
-                                        ? ActivationSource{Source::silu, between[0], between[1], width}
-                                        : ActivationSource{Source::gelu, up, nullptr, width};
-    for (int64_t i = 0; i < rows; i += chunk) {
-        const int64_t some = std::min(chunk, rows - i);
-        hidden.quantize({Source::plain, input + i * first_format.in_features, nullptr, first_format.in_features}, some,
-                        executor);
-        hidden.multiply(first, count, between, executor);
+void byte_mlp(const ByteKernels& kernels, const MLPLayers& layers, const RowsView<const float>& input, float* output,
+              const Executor& executor) {
+    const auto& [first, activation, down] = layers;
+    const int64_t most = 2 * Activations::cached_panels(first.format, kernels) * kernels.rows;
+    const int64_t chunk = std::min(input.count, most), width = down.format.in_features;
+    LinearScratch& scratch = linear_scratch();
+    Activations hidden(first.format, kernels, chunk, scratch.hidden);
+    Activations activated(down.format, kernels, chunk, scratch.activated);
+    float* between = static_cast<float*>(scratch.between.reserve(first.count * chunk * width * 4));
+    float* const parts[] = {between, between + chunk * width};  // gate and up, or up alone
+    const ActivationSource source{activation, parts[0], first.count == 2 ? parts[1] : nullptr, width};
+    for (int64_t i = 0; i < input.count; i += chunk) {
+        const int64_t some = std::min(chunk, input.count - i);
+        hidden.quantize(input.part(i, some), executor);
+        hidden.multiply(first, parts, executor);
         activated.quantize(source, some, executor);
-        float* part = output + i * down.out_features;
-        activated.multiply(&down, 1, &part, executor);
+        activated.multiply(down, outputs_from(down, &output, i).data(), executor);
     }
 }
 

@@ -93,19 +93,19 @@ private:
     static constexpr int64_t kAheadBytes = 4096;
     static constexpr float kTiny = 1e-30f;  // 127 / max must be finite
 
-    static Vector activate(Source kind, const float* input, const float* up) {
+    static Vector activate(Activation activation, const float* input, const float* up) {
         const Vector x = Vector::load(input);
-        return kind == Source::gelu ? gelu(x) : Vector::multiply(silu(x), Vector::load(up));
+        return activation == Activation::gelu ? gelu(x) : Vector::multiply(silu(x), Vector::load(up));
     }
 
     // A row of the source, which may have to be put together in `activated`.
     static const float* activated_row(const LinearFormat& f, const ActivationSource& source, int64_t r,
                                       float* activated) {
         const float* row = source.input + r * source.stride;
-        if (source.kind == Source::plain) return row;
+        if (source.activation == Activation::none) return row;
         const float* up = source.up ? source.up + r * source.stride : nullptr;
         for (int64_t k = 0; k < f.in_features; k += kLanes)
-            activate(source.kind, row + k, up ? up + k : nullptr).store(activated + k);
+            activate(source.activation, row + k, up ? up + k : nullptr).store(activated + k);
         return activated;
     }
 
@@ -115,7 +115,7 @@ private:
         none = Vector::multiply_add(v, Vector::all(0.0f), none);
     }
 
-    // Integers -127 .. 127 of a group, their sum, and the scale: NaN if one of the numbers is none.
+    // Integers -127 .. 127 of a group, their sum, and the scale: NaN if one of the numbers is NaN or infinite.
     static float quantize_group(const float* x, int64_t size, int8_t* integers, float& total) {
         const Vector zero = Vector::all(0.0f);
         Vector largest = zero, none = zero;

@@ -28,6 +28,15 @@ struct IsBytes<Bytes,
                         void(Bytes::from_bytes(std::declval<const uint8_t*>())))> : IsVector<typename Bytes::Vector> {
 };
 
+// Where 16-bit integers go: of each the high byte, and the low one `low` bytes after it; 64 of them every `stride` bytes.
+struct WideTarget {
+    int8_t* high;
+    int64_t stride, low;
+};
+struct WideSums {
+    int32_t high, low;
+};
+
 // A class `Lines`, of conversions for tiles, 64 bytes at a time; what each does is said at PortableLines (lines.hpp):
 //   Vector                                f32 vectors
 //   from_half, from_bytes, difference     to f32
@@ -36,25 +45,25 @@ struct IsBytes<Bytes,
 template <class Lines, class = void>
 struct IsLines : std::false_type {};
 template <class Lines>
-struct IsLines<
-    Lines, decltype(void(Lines::from_half(std::declval<const f16*>())),
-                    void(Lines::from_bytes(std::declval<const uint8_t*>())),
-                    void(Lines::difference(std::declval<const float*>(), int32_t())),
-                    void(Lines::pack(std::declval<const float*>(), std::declval<bf16*>(),
-                                     std::declval<typename Lines::Vector&>())),
-                    void(Lines::largest(std::declval<const float*>(), int64_t())),
-                    void(Lines::round_wide(std::declval<const float*>(), int64_t(), 1.0f, std::declval<int8_t*>(),
-                                           int64_t(), int64_t(), std::declval<int32_t&>(), std::declval<int32_t&>())),
-                    void(Lines::round_bytes(std::declval<const float*>(), int64_t(), 1.0f, std::declval<int8_t*>(),
-                                            int64_t(), std::declval<int32_t&>())),
-                    void(Lines::convert_bytes(std::declval<const uint8_t*>(), std::declval<const uint8_t*>(),
-                                              std::declval<bf16*>())),
-                    void(Lines::convert_halves(std::declval<const uint8_t*>(), std::declval<bf16*>())),
-                    void(Lines::convert_scaled_bytes(std::declval<const uint8_t*>(), std::declval<const uint8_t*>(),
-                                                     std::declval<const f16*>(), std::declval<const uint8_t*>(),
-                                                     std::declval<bf16*>())),
-                    void(Lines::convert_scaled_halves(std::declval<const uint8_t*>(), std::declval<const f16*>(),
-                                                      std::declval<const uint8_t*>(), std::declval<bf16*>())))>
+struct IsLines<Lines,
+               decltype(void(Lines::from_half(std::declval<const f16*>())),
+                        void(Lines::from_bytes(std::declval<const uint8_t*>())),
+                        void(Lines::difference(std::declval<const float*>(), int32_t())),
+                        void(Lines::pack(std::declval<const float*>(), std::declval<bf16*>(),
+                                         std::declval<typename Lines::Vector&>())),
+                        void(Lines::largest(std::declval<const float*>(), int64_t())),
+                        void(WideSums(Lines::round_wide(std::declval<const float*>(), int64_t(), 1.0f,
+                                                        std::declval<const WideTarget&>()))),
+                        void(Lines::round_bytes(std::declval<const float*>(), int64_t(), 1.0f, std::declval<int8_t*>(),
+                                                int64_t())),
+                        void(Lines::convert_bytes(std::declval<const uint8_t*>(), std::declval<const uint8_t*>(),
+                                                  std::declval<bf16*>())),
+                        void(Lines::convert_halves(std::declval<const uint8_t*>(), std::declval<bf16*>())),
+                        void(Lines::convert_scaled_bytes(std::declval<const uint8_t*>(),
+                                                         std::declval<const uint8_t*>(), std::declval<const f16*>(),
+                                                         std::declval<const uint8_t*>(), std::declval<bf16*>())),
+                        void(Lines::convert_scaled_halves(std::declval<const uint8_t*>(), std::declval<const f16*>(),
+                                                          std::declval<const uint8_t*>(), std::declval<bf16*>())))>
     : IsVector<typename Lines::Vector> {};
 
 }  // namespace optimum_chatglm_ov

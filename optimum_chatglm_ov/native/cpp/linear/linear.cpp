@@ -112,25 +112,24 @@ void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* int
     }
 }
 
-void linear(const LinearFormat& format, const LinearWeights* weights, int64_t count, int64_t rows, const float* input,
-            float* const* outputs, const Executor& executor, const char* instruction_set) {
+void linear(const LinearLayers& layers, const RowsView<const float>& input, float* const* outputs,
+            const Executor& executor, const char* instruction_set) {
     const LinearKernels& kernels = choose_kernels(instruction_set);
-    if (rows <= 0) return;
-    if (takes_tiles(kernels, format, rows))
-        tile_linear(*kernels.tiles, format, weights, count, rows, input, outputs, executor);
+    if (input.count <= 0) return;
+    if (takes_tiles(kernels, layers.format, input.count))
+        tile_linear(*kernels.tiles, layers, input, outputs, executor);
     else
-        byte_linear(*kernels.bytes, format, weights, count, rows, input, outputs, executor);
+        byte_linear(*kernels.bytes, layers, input, outputs, executor);
 }
 
-void mlp(const LinearFormat& first_format, const LinearWeights* first, Activation activation,
-         const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input, float* output,
-         const Executor& executor, const char* instruction_set) {
+void mlp(const MLPLayers& layers, const RowsView<const float>& input, float* output, const Executor& executor,
+         const char* instruction_set) {
     const LinearKernels& kernels = choose_kernels(instruction_set);
-    if (rows <= 0) return;
-    if (takes_tiles(kernels, down_format, rows))
-        tile_mlp(*kernels.tiles, first_format, first, activation, down_format, down, rows, input, output, executor);
+    if (input.count <= 0) return;
+    if (takes_tiles(kernels, layers.down.format, input.count))
+        tile_mlp(*kernels.tiles, layers, input, output, executor);
     else
-        byte_mlp(*kernels.bytes, first_format, first, activation, down_format, down, rows, input, output, executor);
+        byte_mlp(*kernels.bytes, layers, input, output, executor);
 }
 
 const char* linear_instruction_sets() {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/elements.hpp"
+#include "common/views.hpp"
 
 namespace optimum_chatglm_ov {
 
@@ -54,19 +55,32 @@ struct LinearWeights {
     const uint8_t* panels;
 };
 
-// outputs[i] [rows, out_features of weights[i]] = input [rows, in_features] * weights[i]^T + bias; f32. A number that
-// is none spoils its row. instruction_set: null for the best of this CPU, or a name from linear_instruction_sets().
-void linear(const LinearFormat& format, const LinearWeights* weights, int64_t count, int64_t rows, const float* input,
-            float* const* outputs, const Executor& executor, const char* instruction_set = nullptr);
+// Layers of one input, all of one format.
+struct LinearLayers {
+    const LinearFormat& format;
+    const LinearWeights* weights;
+    int64_t count;
+};
 
-// silu: gate(x) * sigmoid(gate(x)) * up(x), two weights (SwiGLU, Shazeer 2020); gelu: the tanh form of up(x), one.
-enum class Activation { silu, gelu };
+// outputs[i] [rows, out_features of weights[i]] = input [rows, in_features] * weights[i]^T + bias; f32. NaN or infinity
+// makes its row NaN. instruction_set: null for the best of this CPU, or a name from linear_instruction_sets().
+void linear(const LinearLayers& layers, const RowsView<const float>& input, float* const* outputs,
+            const Executor& executor, const char* instruction_set = nullptr);
 
-// output [rows, out features of down] = down(activation(first layers(input))), a few rows at a time, so that what lies
-// between needs little memory.
-void mlp(const LinearFormat& first_format, const LinearWeights* first, Activation activation,
-         const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input, float* output,
-         const Executor& executor, const char* instruction_set = nullptr);
+// silu: gate(x) * sigmoid(gate(x)) * up(x), two layers (SwiGLU, Shazeer 2020); gelu: the tanh form of up(x), one; none:
+// no MLP, but the outputs of layers as they are.
+enum class Activation { none, silu, gelu };
+
+struct MLPLayers {
+    LinearLayers first;  // gate and up, or up
+    Activation activation;
+    LinearLayers down;  // one
+};
+
+// output [rows, out_features of down] = down(activation(first(input))), a few rows at a time, so that what lies between
+// needs little memory.
+void mlp(const MLPLayers& layers, const RowsView<const float>& input, float* output, const Executor& executor,
+         const char* instruction_set = nullptr);
 
 // Comma-separated names of the kernels that this CPU can run, best first. The best is used, unless the environment
 // variable CHATGLM_OV_ISA names another of them.

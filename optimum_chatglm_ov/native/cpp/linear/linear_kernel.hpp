@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the driver (linear.cpp) asks of the kernels of one instruction set.
+// What the drivers (byte_driver.cpp, tile_driver.cpp) ask of the kernels of one instruction set.
 #pragma once
 
 #include "linear/linear.hpp"
@@ -27,10 +27,9 @@ struct ActivationPanel {
     float* sums;
 };
 
-// How the activations come: input, or the activation function of one or two layers' outputs. Row strides in elements.
-enum class Source { plain, silu, gelu };
+// How the activations come: input, or the activation function of one or two layers' outputs; rows `stride` apart.
 struct ActivationSource {
-    Source kind;
+    Activation activation;
     const float* input;  // or the gate
     const float* up;     // silu: what the gate is multiplied with
     int64_t stride;
@@ -57,9 +56,6 @@ struct ByteKernels {
     void (*multiply)(const LinearTask&);
 };
 
-// The activation function between the layers of an MLP; none: there is no second layer.
-enum class Gating { none, silu, gelu };
-
 // A few rows of activations as tiles hold them; what `sums` and `scales` are is the way's own business.
 struct RowBlock {
     void* values;
@@ -75,7 +71,7 @@ struct TileTask {
     const uint8_t* const* weights;
     // results of panel i at outputs[i], rows `stride` apart; silu: the first half of the panels are gates, and only
     // the outputs of the others are written, with gate * sigmoid(gate) * up
-    Gating gating;
+    Activation activation;
     float* const* outputs;
     int64_t stride;
 };
@@ -117,15 +113,13 @@ struct LinearKernels {
 const TileWay& choose_way(const TileKernels&, const LinearFormat&);
 
 // The drivers: see linear() and mlp().
-void byte_linear(const ByteKernels&, const LinearFormat&, const LinearWeights*, int64_t count, int64_t rows,
-                 const float* input, float* const* outputs, const Executor&);
-void byte_mlp(const ByteKernels&, const LinearFormat& first_format, const LinearWeights* first, Activation,
-              const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input,
-              float* output, const Executor&);
-void tile_linear(const TileKernels&, const LinearFormat&, const LinearWeights*, int64_t count, int64_t rows,
-                 const float* input, float* const* outputs, const Executor&);
-void tile_mlp(const TileKernels&, const LinearFormat& first_format, const LinearWeights* first, Activation,
-              const LinearFormat& down_format, const LinearWeights& down, int64_t rows, const float* input,
-              float* output, const Executor&);
+void byte_linear(const ByteKernels&, const LinearLayers&, const RowsView<const float>& input, float* const* outputs,
+                 const Executor&);
+void byte_mlp(const ByteKernels&, const MLPLayers&, const RowsView<const float>& input, float* output,
+              const Executor&);
+void tile_linear(const TileKernels&, const LinearLayers&, const RowsView<const float>& input, float* const* outputs,
+                 const Executor&);
+void tile_mlp(const TileKernels&, const MLPLayers&, const RowsView<const float>& input, float* output,
+              const Executor&);
 
 }  // namespace optimum_chatglm_ov

@@ -7,7 +7,7 @@
 // the other's, shifting by three; which is exact for integers of 8 bits.
 #pragma once
 
-#include "simd/vector.hpp"
+#include "linear/concepts.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -52,26 +52,26 @@ struct PortableLines {
         return sum;
     }
 
-    // Numbers times `inverse` as 16-bit integers, of each the high byte, and the low one `low` bytes after it; 64 of
-    // them every `stride` bytes. The sums of the bytes, both with signs.
-    static void round_wide(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride, int64_t low,
-                           int32_t& high_sum, int32_t& low_sum) {
-        high_sum = low_sum = 0;
+    // Writes numbers times `inverse` as 16-bit integers, and returns the sums of their bytes, both with signs.
+    static WideSums round_wide(const float* x, int64_t count, float inverse, const WideTarget& target) {
+        WideSums sums{0, 0};
         for (int64_t i = 0; i < count; i++) {
-            const int32_t whole = to_integer(x[i] * inverse), high = (whole + 128) >> 8;
-            int8_t* place = target + i / 64 * stride + i % 64;
-            place[0] = static_cast<int8_t>(high), place[low] = static_cast<int8_t>(whole - 256 * high);
-            high_sum += high, low_sum += whole - 256 * high;
+            const int32_t whole = to_integer(x[i] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
+            int8_t* place = target.high + i / 64 * target.stride + i % 64;
+            place[0] = static_cast<int8_t>(high), place[target.low] = static_cast<int8_t>(low);
+            sums.high += high, sums.low += low;
         }
+        return sums;
     }
-    static void round_bytes(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride,
-                            int32_t& sum) {
-        sum = 0;
+    // Writes numbers times `inverse` as 8-bit integers, 64 of them every `stride` bytes, and returns their sum.
+    static int32_t round_bytes(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride) {
+        int32_t sum = 0;
         for (int64_t i = 0; i < count; i++) {
             const int32_t whole = to_integer(x[i] * inverse);
             target[i / 64 * stride + i % 64] = static_cast<int8_t>(whole);
             sum += whole;
         }
+        return sum;
     }
 
     // Integers minus another, which is exact.
@@ -173,26 +173,25 @@ struct Avx512Lines {
         return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
     }
 
-    static void round_wide(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride, int64_t low,
-                           int32_t& high_sum, int32_t& low_sum) {
+    static WideSums round_wide(const float* x, int64_t count, float inverse, const WideTarget& target) {
+        int8_t *high_bytes = target.high, *low_bytes = target.high + target.low;
         const __m512 factor = _mm512_set1_ps(inverse);
         __m512i sum = _mm512_setzero_si512(), high_sums = sum;
-        for (int64_t i = 0; i < count; i += 64, target += stride)
+        for (int64_t i = 0; i < count; i += 64, high_bytes += target.stride, low_bytes += target.stride)
 #    pragma GCC unroll 4
             for (int64_t j = 0; j < 64; j += 16) {
                 const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + j), factor));
                 const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j), _mm512_cvtepi32_epi8(high));
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(target + low + j), _mm512_cvtepi32_epi8(whole));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(high_bytes + j), _mm512_cvtepi32_epi8(high));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(low_bytes + j), _mm512_cvtepi32_epi8(whole));
                 sum = _mm512_add_epi32(sum, whole);
                 high_sums = _mm512_add_epi32(high_sums, high);
             }
-        high_sum = _mm512_reduce_add_epi32(high_sums);
-        low_sum = _mm512_reduce_add_epi32(_mm512_sub_epi32(sum, _mm512_slli_epi32(high_sums, 8)));
+        return {_mm512_reduce_add_epi32(high_sums),
+                _mm512_reduce_add_epi32(_mm512_sub_epi32(sum, _mm512_slli_epi32(high_sums, 8)))};
     }
 
-    static void round_bytes(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride,
-                            int32_t& sum) {
+    static int32_t round_bytes(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride) {
         const __m512 factor = _mm512_set1_ps(inverse);
         __m512i sums = _mm512_setzero_si512();
         for (int64_t i = 0; i < count; i += 64, target += stride)
@@ -202,7 +201,7 @@ struct Avx512Lines {
                 _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j), _mm512_cvtepi32_epi8(whole));
                 sums = _mm512_add_epi32(sums, whole);
             }
-        sum = _mm512_reduce_add_epi32(sums);
+        return _mm512_reduce_add_epi32(sums);
     }
 
     static Vector difference(const float* integers, int32_t other) {

@@ -36,10 +36,12 @@ struct TileBytes {
             const float inverse = largest > 1e-30f ? steps / largest : 0.0f;
             // NaN or infinity makes the row NaN: the scale is one of them, or 0 times one
             block.scales[r] = largest > 1e-30f || largest != largest ? largest / steps : 0.0f;
-            if constexpr (kWide)
-                Lines::round_wide(x, f.in_features, inverse, values, kStepBytes, kTileBytes, sums[r], sums[16 + r]);
-            else
-                Lines::round_bytes(x, f.in_features, inverse, values, kStepBytes, sums[r]);
+            if constexpr (kWide) {
+                const WideSums found = Lines::round_wide(x, f.in_features, inverse, {values, kStepBytes, kTileBytes});
+                sums[r] = found.high, sums[16 + r] = found.low;
+            } else {
+                sums[r] = Lines::round_bytes(x, f.in_features, inverse, values, kStepBytes);
+            }
         }
     }
 
@@ -87,8 +89,8 @@ private:
                                 a + step * kStepBytes, weights + step * kStepBytes, 64, 2 * 64);
                         }
                     else
-                        multiply_chunk(session, a, weights, count, next + m * count * share, share,
-                                       a + count * (kStepBytes + n * other_share), other_share,
+                        multiply_chunk(session, {a, weights, count}, {next + m * count * share, share},
+                                       {a + count * (kStepBytes + n * other_share), other_share},
                                        chunk ? sums + kBlockSums : nullptr);
                     session.template store_sums<2>(sums);
                     if (chunk + 1 == chunks) finish(task, n, m, sums, sums - task.panels / 2 * blocks * kBlockSums);
@@ -97,16 +99,14 @@ private:
         }
     }
 
-    static void multiply_chunk(Session& session, const uint8_t* a, const uint8_t* weights, int64_t count,
-                               const uint8_t* next, int64_t share, const uint8_t* other, int64_t other_share,
+    static void multiply_chunk(Session& session, Chunk chunk, Ahead weights, Ahead activations,
                                const float* next_sums) {
-        for (int64_t step = 0; step < count; step++) {
-            session.template multiply<2, true, Session::Streams::activations>(a + step * kStepBytes,
-                                                                              weights + step * kStepBytes, 64, 2 * 64);
+        for (int64_t step = 0; step < chunk.steps; step++) {
+            session.template multiply<2, true, Session::Streams::activations>(
+                chunk.activations + step * kStepBytes, chunk.weights + step * kStepBytes, 64, 2 * 64);
             if (next_sums) fetch<3, 256>(reinterpret_cast<const uint8_t*>(next_sums) + step * 256);
-            for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(next + step * share + byte, 0, 2);
-            for (int64_t byte = 0; byte < other_share; byte += 64)
-                __builtin_prefetch(other + step * other_share + byte, 0, 2);
+            weights.fetch(step);
+            activations.fetch(step);
         }
     }
 

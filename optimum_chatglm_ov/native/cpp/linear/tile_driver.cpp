@@ -4,8 +4,7 @@
 #include <numeric>
 #include <vector>
 
-#include "common/parallel.hpp"
-#include "linear/linear_kernel.hpp"
+#include "linear/driver.hpp"
 
 namespace optimum_chatglm_ov {
 namespace {
@@ -14,16 +13,6 @@ constexpr int64_t kTaskBlocks = 16;  // sums of a task take a quarter of the sec
 constexpr int64_t kTaskPanels = 8;
 constexpr int64_t kChunkRows = 512;  // of activations that are held at a time: they stay in the last cache
 constexpr int64_t kPackedRows = 4;   // that one task packs
-
-// Of each thread that runs inferences: fresh memory would be cleared by the system, again for each layer.
-struct Scratch {
-    Buffer hidden, between, activated;
-};
-
-Scratch& thread_scratch() {
-    thread_local Scratch scratch;
-    return scratch;
-}
 
 Buffer& task_scratch() {
     thread_local Buffer buffer;
@@ -35,13 +24,13 @@ Buffer& task_scratch() {
 // OpenVINO's dynamic quantisation. The error is then at most 1.3 % of the norm, sqrt(32 / 12) / 127.
 constexpr double kMostSpread = 32;
 
-bool rounds_well(const TileKernels& kernels, const float* input, int64_t rows, int64_t width,
+bool rounds_well(const TileKernels& kernels, const RowsView<const float>& input, int64_t width,
                  const Executor& executor) {
-    const int64_t parts = ceil_divide(rows, kPackedRows);
+    const int64_t rows = input.count, parts = ceil_divide(rows, kPackedRows);
     std::vector<double> largest(parts), mean(parts);
     parallel_for(executor, parts, rows * width < 16384 ? 1 : executor.concurrency(), [&](int64_t i) {
         for (int64_t r = i * kPackedRows; r < std::min((i + 1) * kPackedRows, rows); r++) {
-            const RowSize size = kernels.measure(input + r * width, width);
+            const RowSize size = kernels.measure(input.data + r * input.stride, width);
             largest[i] += static_cast<double>(size.largest) * size.largest;
             mean[i] += size.squares / static_cast<double>(width);
         }
@@ -57,12 +46,12 @@ public:
     PackedRows(const TileKernels& kernels, const LinearFormat& format, Buffer& memory)
         : kernels_(kernels), format_(format), memory_(memory) {}
 
-    void pack(const float* input, int64_t rows, const Executor& executor) {
-        const int64_t width = format_.in_features;
+    void pack(const RowsView<const float>& input, const Executor& executor) {
+        const int64_t rows = rows_ = input.count, width = format_.in_features;
         way_ = &choose_way(kernels_, format_);
         // as many rows as one block has cost no more in 16 bits
         if (way_ == &kernels_.bytes &&
-            (rows <= kernels_.wide.block_rows || !rounds_well(kernels_, input, rows, width, executor)))
+            (rows <= kernels_.wide.block_rows || !rounds_well(kernels_, input, width, executor)))
             way_ = &kernels_.wide;
         reserve(ceil_divide(rows, way_->block_rows));
         // a few rows are ready before another thread has begun
@@ -70,12 +59,13 @@ public:
         parallel_for(executor, ceil_divide(rows, kPackedRows), workers, [&](int64_t i) {
             const int64_t block = i * kPackedRows / way_->block_rows, begin = block * way_->block_rows;
             const int64_t first = i * kPackedRows - begin, last = std::min(first + kPackedRows, rows - begin);
-            way_->pack(format_, input + begin * width, width, first, last, blocks_[block]);
+            way_->pack(format_, input.data + begin * input.stride, input.stride, first, last, blocks_[block]);
         });
     }
 
     const RowBlock* blocks() const { return blocks_.data(); }
     const TileWay& way() const { return *way_; }
+    int64_t rows() const { return rows_; }
 
 private:
     void reserve(int64_t count) {
@@ -92,26 +82,8 @@ private:
     const LinearFormat& format_;
     Buffer& memory_;
     const TileWay* way_ = nullptr;
+    int64_t rows_ = 0;
     std::vector<RowBlock> blocks_;
-};
-
-// Panels of several layers as one row of panels.
-struct Panels {
-    const LinearWeights* weights;
-    int64_t count, panel_bytes;
-
-    int64_t total() const {
-        int64_t sum = 0;
-        for (int64_t i = 0; i < count; i++) sum += weights[i].out_features / kPanelColumns;
-        return sum;
-    }
-    // The layer of a panel; `panel` becomes its number there.
-    int64_t layer(int64_t& panel) const {
-        int64_t i = 0;
-        while (panel >= weights[i].out_features / kPanelColumns) panel -= weights[i++].out_features / kPanelColumns;
-        return i;
-    }
-    const uint8_t* at(int64_t layer, int64_t panel) const { return weights[layer].panels + panel * panel_bytes; }
 };
 
 // Panels of one task: the threads shall finish together, but each task reads its activations once.
@@ -124,16 +96,16 @@ int64_t task_panels(int64_t panels, int64_t row_parts, int64_t concurrency, int6
     return best;
 }
 
-// outputs[i] [rows, out_features of weights[i]], or the gated one of all layers
-void multiply(const PackedRows& activations, const LinearFormat& format, const LinearWeights* weights, int64_t count,
-              Gating gating, int64_t rows, float* const* outputs, const Executor& executor) {
+// outputs[i] [rows, out_features of weights[i]], or outputs[0] alone, of all layers through the activation function
+void multiply(const PackedRows& activations, const LinearLayers& layers, Activation activation, float* const* outputs,
+              const Executor& executor) {
     const TileWay& way = activations.way();
-    const bool is_gated = gating != Gating::none;
-    const int64_t layers = is_gated ? count : 1;  // whose panels a task takes together
-    const Panels panels{weights, is_gated ? 1 : count, panel_bytes(format)};
-    const int64_t total = panels.total(), blocks = ceil_divide(rows, way.block_rows);
+    const int64_t rows = activations.rows();
+    const int64_t together = activation == Activation::none ? 1 : layers.count;  // layers of one task
+    const LinearLayers row{layers.format, layers.weights, layers.count / together};
+    const int64_t total = count_panels(row), blocks = ceil_divide(rows, way.block_rows);
     const int64_t row_parts = ceil_divide(blocks, kTaskBlocks);
-    const int64_t width = task_panels(total, row_parts, executor.concurrency(), kTaskPanels / layers);
+    const int64_t width = task_panels(total, row_parts, executor.concurrency(), kTaskPanels / together);
     const int64_t columns = ceil_divide(total, width);
     parallel_for(executor, row_parts * columns, executor.concurrency(), [&](int64_t i) {
         const int64_t first_block = i / columns * blocks / row_parts;
@@ -141,20 +113,20 @@ void multiply(const PackedRows& activations, const LinearFormat& format, const L
         const int64_t last_row = std::min((i / columns + 1) * blocks / row_parts * way.block_rows, rows);
         for (int64_t next = i % columns * total / columns, end = (i % columns + 1) * total / columns; next < end;) {
             int64_t panel = next;
-            const int64_t layer = panels.layer(panel), stride = weights[layer].out_features;
+            const int64_t layer = layer_of(row, panel), stride = layers.weights[layer].out_features;
             const int64_t some = std::min(end - next, stride / kPanelColumns - panel);
             const uint8_t* pointers[kTilePanels];
             float* targets[kTilePanels];
-            for (int64_t j = 0; j < layers * some; j++) {
-                pointers[j] = panels.at(layer + j / some, panel + j % some);
+            for (int64_t j = 0; j < together * some; j++) {
+                pointers[j] = panel_at(layers, layer + j / some, panel + j % some);
                 targets[j] = outputs[layer] + first_row * stride + (panel + j % some) * kPanelColumns;
             }
-            const TileTask task{&format,
+            const TileTask task{&layers.format,
                                 activations.blocks() + first_block,
                                 last_row - first_row,
-                                layers * some,
+                                together * some,
                                 pointers,
-                                gating,
+                                activation,
                                 targets,
                                 stride};
             way.multiply(task, task_scratch().reserve(way.scratch_bytes(task)));
@@ -172,35 +144,29 @@ const TileWay& choose_way(const TileKernels& kernels, const LinearFormat& f) {
     return f.activation_group_size == f.in_features ? kernels.bytes : kernels.wide;
 }
 
-void tile_linear(const TileKernels& kernels, const LinearFormat& format, const LinearWeights* weights, int64_t count,
-                 int64_t rows, const float* input, float* const* outputs, const Executor& executor) {
-    const int64_t chunk = std::min(rows, kChunkRows);
-    PackedRows hidden(kernels, format, thread_scratch().hidden);
-    std::vector<float*> parts(count);
-    for (int64_t first = 0; first < rows; first += chunk) {
-        const int64_t some = std::min(chunk, rows - first);
-        hidden.pack(input + first * format.in_features, some, executor);
-        for (int64_t i = 0; i < count; i++) parts[i] = outputs[i] + first * weights[i].out_features;
-        multiply(hidden, format, weights, count, Gating::none, some, parts.data(), executor);
+void tile_linear(const TileKernels& kernels, const LinearLayers& layers, const RowsView<const float>& input,
+                 float* const* outputs, const Executor& executor) {
+    PackedRows hidden(kernels, layers.format, linear_scratch().hidden);
+    for (int64_t first = 0; first < input.count; first += kChunkRows) {
+        hidden.pack(input.part(first, std::min(kChunkRows, input.count - first)), executor);
+        multiply(hidden, layers, Activation::none, outputs_from(layers, outputs, first).data(), executor);
     }
 }
 
-void tile_mlp(const TileKernels& kernels, const LinearFormat& first_format, const LinearWeights* first,
-              Activation activation, const LinearFormat& down_format, const LinearWeights& down, int64_t rows,
-              const float* input, float* output, const Executor& executor) {
-    const int64_t chunk = std::min(rows, kChunkRows), layers = activation == Activation::silu ? 2 : 1;
-    const Gating gating = activation == Activation::silu ? Gating::silu : Gating::gelu;
-    Scratch& scratch = thread_scratch();
-    PackedRows hidden(kernels, first_format, scratch.hidden);
-    PackedRows activated(kernels, down_format, scratch.activated);
-    float* between = static_cast<float*>(scratch.between.reserve(chunk * down_format.in_features * 4));
-    for (int64_t i = 0; i < rows; i += chunk) {
-        const int64_t some = std::min(chunk, rows - i);
-        hidden.pack(input + i * first_format.in_features, some, executor);
-        multiply(hidden, first_format, first, layers, gating, some, &between, executor);
-        activated.pack(between, some, executor);
-        float* part = output + i * down.out_features;
-        multiply(activated, down_format, &down, 1, Gating::none, some, &part, executor);
+void tile_mlp(const TileKernels& kernels, const MLPLayers& layers, const RowsView<const float>& input, float* output,
+              const Executor& executor) {
+    const auto& [first, activation, down] = layers;
+    const int64_t chunk = std::min(input.count, kChunkRows), width = down.format.in_features;
+    LinearScratch& scratch = linear_scratch();
+    PackedRows hidden(kernels, first.format, scratch.hidden);
+    PackedRows activated(kernels, down.format, scratch.activated);
+    float* between = static_cast<float*>(scratch.between.reserve(chunk * width * 4));
+    for (int64_t i = 0; i < input.count; i += chunk) {
+        const int64_t some = std::min(chunk, input.count - i);
+        hidden.pack(input.part(i, some), executor);
+        multiply(hidden, first, activation, &between, executor);
+        activated.pack({between, width, some}, executor);
+        multiply(activated, down, Activation::none, outputs_from(down, &output, i).data(), executor);
     }
 }
 

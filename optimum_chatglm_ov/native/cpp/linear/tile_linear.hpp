@@ -139,7 +139,8 @@ private:
         const uint8_t* zero_points_ = nullptr;
 
     public:
-        int64_t units;  // that are left
+        int64_t units;     // that are left
+        int64_t pace = 0;  // units to convert in two steps
     };
 
     // Many rows: weights are converted once for all rows of a task, the next ones while the last are multiplied.
@@ -162,7 +163,7 @@ private:
             Converter<kBits, kScales> converter(task, first + count, begin(is_last ? chunk + 1 : chunk + 2),
                                                 weights[(chunk + 1) % 2]);
             const int64_t pairs = blocks * panels * ((count + 1) / 2);
-            const int64_t pace = (converter.units + pairs - 1) / pairs;  // units to convert in two steps
+            converter.pace = (converter.units + pairs - 1) / pairs;
             const auto activations = [&](int64_t m, int64_t step) {
                 return static_cast<const uint8_t*>(task.blocks[m].values) + step * kStepBytes;
             };
@@ -172,11 +173,12 @@ private:
                 for (int64_t n = 0; n < panels; n++) {
                     float* block_sums = sums + (m * panels + n) * kBlockSums;
                     const uint8_t* b = weights[chunk % 2] + n * count * kStepBytes;
-                    const uint8_t* ahead = next + n * count * share;
+                    const Chunk operands{a, b, count};
+                    const Ahead ahead{next + n * count * share, share};
                     if (task.rows - m * kRows > 16)
-                        block<2>(session, a, b, count, block_sums, chunk > 0, ahead, share, converter, pace);
+                        block<2>(session, operands, block_sums, chunk > 0, ahead, converter);
                     else
-                        block<1>(session, a, b, count, block_sums, chunk > 0, ahead, share, converter, pace);
+                        block<1>(session, operands, block_sums, chunk > 0, ahead, converter);
                     if (is_last) finish<kBits, kScales>(task, n, m, block_sums, block_sums - panels / 2 * kBlockSums);
                 }
             }
@@ -185,20 +187,19 @@ private:
     }
 
     template <int kRowTiles, class Converter>
-    static inline __attribute__((always_inline)) void block(Session& session, const uint8_t* a, const uint8_t* b,
-                                                            int64_t steps, float* sums, bool has_sums,
-                                                            const uint8_t* ahead, int64_t share, Converter& converter,
-                                                            int64_t pace) {
+    static inline __attribute__((always_inline)) void block(Session& session, Chunk chunk, float* sums, bool has_sums,
+                                                            Ahead ahead, Converter& converter) {
+        const int64_t pace = converter.pace;
         if (has_sums)
             session.template load_sums<kRowTiles>(sums);
         else
             session.template zero<kRowTiles>();
-        for (int64_t step = 0; step < steps; step++) {
+        for (int64_t step = 0; step < chunk.steps; step++) {
             session.template multiply<kRowTiles, false, Session::Streams::weights>(
-                a + step * kStepBytes, b + step * kStepBytes, kTileBytes, 64);
+                chunk.activations + step * kStepBytes, chunk.weights + step * kStepBytes, kTileBytes, 64);
             if (has_sums)
                 for (int i = 0; i < 4; i++) __builtin_prefetch(sums + kBlockSums + step * 64 + i * 16, 1, 3);
-            for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(ahead + step * share + byte, 0, 2);
+            ahead.fetch(step);
             if (step % 2)
                 for (int64_t i = 0; i < pace; i++) converter.next();
         }

@@ -14,6 +14,22 @@ constexpr int64_t kTileSums = 256;             // of one tile
 constexpr int64_t kBlockSums = 4 * kTileSums;  // [row tile][column tile][16][16]
 constexpr int64_t kChunkSteps = 16;            // products whose held operand, 32 KB, fits the first-level cache
 
+// Bytes that each step of a chunk brings closer, `share` of them, in whole lines; the first from `address` on.
+struct Ahead {
+    const uint8_t* address;
+    int64_t share;
+
+    inline __attribute__((always_inline)) void fetch(int64_t step) const {
+        for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(address + step * share + byte, 0, 2);
+    }
+};
+
+// The operands of a block's products, `steps` of them.
+struct Chunk {
+    const uint8_t *activations, *weights;
+    int64_t steps;
+};
+
 // Offset of a sum of a block.
 inline int64_t sum_at(int64_t row, int64_t column) {
     return row / 16 * 2 * kTileSums + column / 16 * kTileSums + row % 16 * 16 + column % 16;
@@ -133,13 +149,13 @@ struct ColumnScale {
 template <class Vector>
 void deliver(const TileTask& task, int64_t panel, int64_t first_row, int64_t rows, const float* results,
              const float* gates) {
-    if (task.gating == Gating::silu && panel < task.panels / 2) return;  // until its partner is there
+    if (task.activation == Activation::silu && panel < task.panels / 2) return;  // until its partner is there
     float* output = task.outputs[panel] + first_row * task.stride;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
             Vector x = Vector::load(results + sum_at(r, c));
-            if (task.gating == Gating::gelu) x = gelu(x);
-            if (task.gating == Gating::silu) x = Vector::multiply(x, silu(Vector::load(gates + sum_at(r, c))));
+            if (task.activation == Activation::gelu) x = gelu(x);
+            if (task.activation == Activation::silu) x = Vector::multiply(x, silu(Vector::load(gates + sum_at(r, c))));
             x.store(output + r * task.stride + c);
         }
 }

@@ -54,6 +54,11 @@ LinearWeights weights_of(const ov::Tensor& tensor) {
     return {static_cast<int64_t>(tensor.get_shape()[0]) * kPanelColumns, static_cast<const uint8_t*>(tensor.data())};
 }
 
+RowsView<const float> rows_of(const ov::Tensor& hidden_states, const LinearFormat& format) {
+    const auto count = static_cast<int64_t>(hidden_states.get_size()) / format.in_features;
+    return {hidden_states.data<float>(), format.in_features, count};
+}
+
 ov::Shape with_features(ov::Shape shape, int64_t features) {
     shape.back() = features;
     return shape;
@@ -92,8 +97,8 @@ bool ChatGLMLinear::evaluate(ov::TensorVector& outputs, const ov::TensorVector& 
         outputs[i - 1].set_shape(with_features(inputs[0].get_shape(), weights.back().out_features));
         pointers.push_back(outputs[i - 1].data<float>());
     }
-    linear(format_, weights.data(), weights.size(), inputs[0].get_size() / format_.in_features,
-           inputs[0].data<float>(), pointers.data(), ArenaExecutor());
+    linear({format_, weights.data(), static_cast<int64_t>(weights.size())}, rows_of(inputs[0], format_),
+           pointers.data(), ArenaExecutor());
     return true;
 }
 
@@ -135,9 +140,10 @@ bool ChatGLMMLP::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inp
     std::vector<LinearWeights> weights;
     for (size_t i = 1; i < inputs.size(); i++) weights.push_back(weights_of(inputs[i]));
     outputs[0].set_shape(with_features(inputs[0].get_shape(), weights.back().out_features));
-    mlp(format_, weights.data(), activation_ == "silu" ? Activation::silu : Activation::gelu, down_format_,
-        weights.back(), inputs[0].get_size() / format_.in_features, inputs[0].data<float>(), outputs[0].data<float>(),
-        ArenaExecutor());
+    const MLPLayers layers{{format_, weights.data(), static_cast<int64_t>(weights.size()) - 1},
+                           activation_ == "silu" ? Activation::silu : Activation::gelu,
+                           {down_format_, &weights.back(), 1}};
+    mlp(layers, rows_of(inputs[0], format_), outputs[0].data<float>(), ArenaExecutor());
     return true;
 }
 
