@@ -237,6 +237,7 @@ def measure_soak(folder: Path, args: argparse.Namespace) -> int:
             count += len(results.answers)
             memory.append(resident(process))
             print(f"{count} answers, {wrong} wrong, {memory[-1]:.0f} MB; {results.line('round')}", flush=True)
+            print("".join(f"   {error}\n" for error in results.errors[:8]), end="", flush=True)
     tenth = len(memory) // 10
     print(f"memory: {memory[tenth]:.0f} MB after a tenth of the time, {memory[-1]:.0f} MB at the end")
     return int(wrong > 0)
