@@ -26,6 +26,7 @@ from fast_tokenizer import save_tokenizer  # noqa: E402
 from torch_models import TORCH_MODELS, reference_arrays, torch_model  # noqa: E402
 from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 
+import optimum_chatglm_ov  # noqa: E402
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model  # noqa: E402
 from optimum_chatglm_ov.assets import TINY_CHATGLM3  # noqa: E402
 
@@ -172,8 +173,8 @@ def let_others_read(path: Path) -> None:
 
 def unpatched(auto_class: type) -> Callable[..., object]:
     """`from_pretrained` of one of transformers' auto classes, as transformers has it."""
-    function = auto_class.from_pretrained.__func__
-    while hasattr(function, "__wrapped__"):
+    function, package = auto_class.from_pretrained.__func__, Path(optimum_chatglm_ov.__file__).parent
+    while package in Path(function.__code__.co_filename).parents:
         function = function.__wrapped__
     return function
 

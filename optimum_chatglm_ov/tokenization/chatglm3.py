@@ -15,7 +15,7 @@ from transformers import BatchEncoding
 
 from .chat_templates import CHATGLM3_TEMPLATE
 from .chatglm2 import ChatGLM2Tokenizer
-from .messages import ToolCall, as_messages, bare_functions, check_roles, with_tools
+from .messages import ToolCall, as_messages, bare_functions, check_role, check_roles, with_tools
 
 
 logger = logging.getLogger(__name__)
@@ -89,13 +89,9 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer, saved_as="ChatGLMTokenizer"):
         Raises:
             ValueError: `role` is not system, user, assistant or observation.
         """
-        if role not in self.roles:
-            raise ValueError(f"{type(self).__qualname__} has no role {role!r}; use one of {', '.join(self.roles)}.")
-        return [
-            self.get_command(f"<|{role}|>"),
-            *self.tokenizer.encode(f"{metadata}\n"),
-            *self.tokenizer.encode(message),
-        ]
+        check_role(role, self.roles, type(self).__qualname__)
+        text_ids = self.tokenizer.encode
+        return [self.get_command(f"<|{role}|>"), *text_ids(f"{metadata}\n"), *text_ids(message)]
 
     def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """Makes `input_ids`, `attention_mask` and `position_ids` [1, L]; see [`ChatGLMTokenizer.build_chat_input`]."""

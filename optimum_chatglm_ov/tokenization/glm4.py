@@ -15,7 +15,7 @@ from ..architectures.families import GENERATIONS_OF_RANKS
 from .base import ChatGLMTokenizer
 from .chat_templates import GLM4_TEMPLATE
 from .generation import check_generation, detect_generation
-from .messages import ToolCall, as_messages, with_tools, wrapped_functions
+from .messages import ToolCall, as_messages, check_role, with_tools, wrapped_functions
 from .vocabulary import load_ranks
 
 
@@ -156,13 +156,9 @@ class ChatGLM4Tokenizer(ChatGLMTokenizer):
         Raises:
             ValueError: `role` is not system, user, assistant or observation.
         """
-        if role not in self.roles:
-            raise ValueError(f"{type(self).__qualname__} has no role {role!r}; use one of {', '.join(self.roles)}.")
-        return [
-            self.convert_tokens_to_ids(f"<|{role}|>"),
-            *self.tokenizer.encode_ordinary(f"{metadata}\n"),
-            *self.tokenizer.encode_ordinary(message),
-        ]
+        check_role(role, self.roles, type(self).__qualname__)
+        text_ids = self.tokenizer.encode_ordinary
+        return [self.convert_tokens_to_ids(f"<|{role}|>"), *text_ids(f"{metadata}\n"), *text_ids(message)]
 
     def build_chat_input(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> BatchEncoding:
         """Makes `input_ids`, `attention_mask` and `position_ids` [1, L], by the chat template."""

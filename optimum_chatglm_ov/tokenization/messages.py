@@ -85,10 +85,18 @@ def check_roles(conversation: Sequence[Any], roles: Sequence[str] | None, tokeni
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages[{index}] is {message!r}; expected a dictionary with `role` and `content`.")
         role = message["role"]
-        if roles is not None and role not in roles and not (role in ROLES_OF_RESULTS and "observation" in roles):
-            raise ValueError(
-                f"messages[{index}]: {tokenizer_name} has no role {role!r}; use one of {', '.join(roles)}."
-            )
+        if roles is not None and not (role in ROLES_OF_RESULTS and "observation" in roles):
+            check_role(role, roles, f"messages[{index}]: {tokenizer_name}")
+
+
+def check_role(role: str, roles: Sequence[str], name: str) -> None:
+    """Checks that a role is one of `roles`; `name` begins the message of the error.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if role not in roles:
+        raise ValueError(f"{name} has no role {role!r}; use one of {', '.join(roles)}.")
 
 
 def tool_schemas(tools: Any, where: str = "`tools") -> list[dict[str, Any]]:
