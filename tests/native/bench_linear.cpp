@@ -35,7 +35,7 @@ int main(int argc, char** argv) {
         for (uint8_t& v : integers) v = static_cast<uint8_t>(generator());
         const std::vector<f16> scales(out * in / group, f16{0x2000});
         for (int64_t i = 0; i < layers; i++)
-            pack_linear(format, out, integers.data(), 0, scales.data(), zeros.data(), nullptr, memory + i * bytes);
+            pack_linear(format, {out, integers.data(), 0, scales.data(), zeros.data(), nullptr}, memory + i * bytes);
     }
     std::printf("%ld x %ld, %ld bits, groups of %ld, %ld threads, %ld layers of %.1f MB\n", long(in), long(out),
                 long(bits), long(group), long(pool.concurrency()), long(layers), bytes / 1e6);

@@ -63,8 +63,8 @@ struct Layer {
         }
         if (uniform(0, 1)) bias = normal(rows);
         packed.assign(rows / kPanelColumns * panel_bytes(f), 0xff);
-        pack_linear(f, rows, integers.data(), flip, scales.data(), zeros.data(), bias.empty() ? nullptr : bias.data(),
-                    packed.data());
+        const float* biases = bias.empty() ? nullptr : bias.data();
+        pack_linear(f, {rows, integers.data(), flip, scales.data(), zeros.data(), biases}, packed.data());
     }
 
     LinearWeights view() const { return {out_features, packed.data()}; }

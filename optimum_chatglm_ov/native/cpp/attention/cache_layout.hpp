@@ -100,8 +100,8 @@ inline void copy_tokens(CachePrecision precision, int64_t head_dim, bool is_keys
             for (int64_t channel = 0; channel < head_dim; channel++) {
                 const int64_t from_offset = is_keys ? Layout::key_offset(from, channel, head_dim)
                                                     : Layout::value_offset(from, channel, head_dim);
-                const int64_t to_offset = is_keys ? Layout::key_offset(to, channel, head_dim)
-                                                  : Layout::value_offset(to, channel, head_dim);
+                const int64_t to_offset =
+                    is_keys ? Layout::key_offset(to, channel, head_dim) : Layout::value_offset(to, channel, head_dim);
                 std::memcpy(written + to_offset * size, read + from_offset * size, size);
             }
             if constexpr (Layout::kHasScales) {

@@ -78,25 +78,24 @@ const char* linear_format_error(const LinearFormat& f, int64_t out_features) {
     return nullptr;
 }
 
-void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* integers, uint8_t flip, const f16* scales,
-                 const uint8_t* zero_points, const float* bias, uint8_t* packed) {
+void pack_linear(const LinearFormat& f, const StoredLinear& layer, uint8_t* packed) {
     constexpr int64_t kLine = 64;  // bytes of a row that are taken at a time, while its cache line is there
     const int64_t groups = f.in_features / f.group_size, row_bytes = f.in_features * f.bits / 8;
-    const uint32_t flips = flip * 0x01010101u;
-    for (int64_t first = 0; first < out_features; first += kPanelColumns) {
+    const uint32_t flips = layer.flip * 0x01010101u;
+    for (int64_t first = 0; first < layer.out_features; first += kPanelColumns) {
         uint8_t* panel = packed + first / kPanelColumns * panel_bytes(f);
         std::memset(panel, 0, panel_header_bytes(f));
-        if (bias) std::memcpy(panel, bias + first, kPanelColumns * 4);
+        if (layer.bias) std::memcpy(panel, layer.bias + first, kPanelColumns * 4);
         auto* multipliers = reinterpret_cast<float*>(panel) + kPanelColumns;
         auto* panel_scales = reinterpret_cast<f16*>(multipliers + kPanelColumns);
         uint8_t* panel_zeros = panel + kPanelColumns * (8 + groups * 2);
         for (int64_t c = 0; c < kPanelColumns; c++) {
-            const f16* column = scales + (first + c) * groups;
+            const f16* column = layer.scales + (first + c) * groups;
             const int exponent = largest_exponent(column, groups);
             multipliers[c] = std::ldexp(1.0f, exponent);
             for (int64_t g = 0; g < groups; g++) {
                 panel_scales[g * kPanelColumns + c] = half_times_power(column[g], -exponent);
-                panel_zeros[g * kPanelColumns + c] = zero_points[(first + c) * groups + g];
+                panel_zeros[g * kPanelColumns + c] = layer.zero_points[(first + c) * groups + g];
             }
         }
         uint8_t* rows = panel + panel_header_bytes(f);
@@ -104,7 +103,7 @@ void pack_linear(const LinearFormat& f, int64_t out_features, const uint8_t* int
             for (int64_t c = 0; c < kPanelColumns; c++)
                 for (int64_t k = line; k < std::min(line + kLine, row_bytes); k += 4) {
                     uint32_t word;
-                    std::memcpy(&word, integers + (first + c) * row_bytes + k, 4);
+                    std::memcpy(&word, layer.integers + (first + c) * row_bytes + k, 4);
                     word ^= flips;
                     if (f.bits == 4) word = one_to_a_byte(word & 0xffff) | one_to_a_byte(word >> 16) << 4;
                     std::memcpy(rows + (k / 4 * kPanelColumns + c) * 4, &word, 4);

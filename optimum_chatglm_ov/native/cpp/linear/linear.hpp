@@ -44,11 +44,20 @@ static constexpr int64_t panel_bytes(const LinearFormat& f) {
 // Nothing if the kernels take the format and number of output features, else what is wrong.
 const char* linear_format_error(const LinearFormat& format, int64_t out_features);
 
-// integers [out_features, in_features] as OpenVINO stores them (of 4 bits the low half of a byte first), every byte
-// to be combined with `flip` by exclusive or (0x80 or 0x88 make signed integers unsigned); scales f16 and zero_points
-// u8 [out_features, groups]; bias f32 [out_features] or null. packed: out_features / 32 panels.
-void pack_linear(const LinearFormat& format, int64_t out_features, const uint8_t* integers, uint8_t flip,
-                 const f16* scales, const uint8_t* zero_points, const float* bias, uint8_t* packed);
+// A layer as OpenVINO stores it: integers [out_features, in_features] (of 4 bits the low half of a byte first), every
+// byte to be combined with `flip` by exclusive or (0x80 or 0x88 make signed integers unsigned); scales f16 and
+// zero_points u8 [out_features, groups]; bias f32 [out_features] or null.
+struct StoredLinear {
+    int64_t out_features;
+    const uint8_t* integers;
+    uint8_t flip;
+    const f16* scales;
+    const uint8_t* zero_points;
+    const float* bias;
+};
+
+// Writes out_features / 32 panels.
+void pack_linear(const LinearFormat& format, const StoredLinear& layer, uint8_t* packed);
 
 struct LinearWeights {
     int64_t out_features;

@@ -79,7 +79,7 @@ CHATGLM_EXPORT void chatglm_linear_pack(int64_t in_features, int64_t out_feature
                                         const uint8_t* zero_points, const float* bias, uint8_t* packed) {
     const optimum_chatglm_ov::LinearFormat format{in_features, bits, group_size, optimum_chatglm_ov::kActivationGroup};
     optimum_chatglm_ov::use_huge_pages(packed, out_features / optimum_chatglm_ov::kPanelColumns * panel_bytes(format));
-    optimum_chatglm_ov::pack_linear(format, out_features, integers, flip, scales, zero_points, bias, packed);
+    optimum_chatglm_ov::pack_linear(format, {out_features, integers, flip, scales, zero_points, bias}, packed);
 }
 
 namespace {
