@@ -67,7 +67,7 @@ class HeldTokens:
 
 
 def is_counted(attention_mask: np.ndarray, position_ids: np.ndarray) -> bool:
-    """Whether rows of a mask `[B, past + L]` go on with padding on the left alone, and positions `[B, L]` count tokens.
+    """Whether rows of a mask `[B, past + L]` go on with padding on the left alone, and positions `[B, L]` count.
 
     Of the past, the mask must have been found so before: a token after thousands costs little.
     """

@@ -30,7 +30,7 @@ from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "support")]
 
-from conftest import DATA, EXACT  # noqa: E402
+from conftest import DATA, EXACT, TORCH_MODELS, save_tokenizer, torch_model  # noqa: E402
 from reuse_fuzz import ReuseFuzz  # noqa: E402
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=100, help="of each history (default: 100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, help="checkpoints of tests/data/models")
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, help="checkpoints of the tests")
     parser.add_argument("--stores", nargs="+", choices=STORES, default=STORES)
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -54,7 +54,12 @@ def main() -> None:
     total, asked, computed, kills = Counter(), 0, 0, 0
     with TemporaryDirectory() as temporary:
         for name in args.names:
-            exported = export_model(DATA / "models" / name, Path(temporary) / name)
+            checkpoint = DATA / "models" / name
+            if name in TORCH_MODELS:
+                checkpoint = Path(temporary) / "torch" / name
+                torch_model(name).save_pretrained(checkpoint)
+                save_tokenizer(checkpoint)
+            exported = export_model(checkpoint, Path(temporary) / name)
             for store in args.stores:
                 for seed in args.seeds:
                     folder = None if store == "memory" else Path(temporary) / f"{name} {store} {seed}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,11 +56,6 @@ class CacheFilesMixin:
             if self._prefixes is not None:
                 self._prefixes.after_call(has_begun=True)
             return past_key_values_of(self.engine, context_tokens(self.engine, self.engine.held.attention_mask))
-
-    def half(self) -> Any:
-        """Converts the weights to f16, see optimum-intel; keys and values are another model's then."""
-        self._stored_files = None
-        return super().half()
 
 
 def save_sequences(engine: Engine, file: Path, identity: Callable[[], bytes], notes: Mapping[str, str]) -> None:
