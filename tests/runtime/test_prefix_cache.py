@@ -203,6 +203,15 @@ def test_random_histories(load, fresh, tmp_path, name, where):
 
 
 @pytest.mark.parametrize("name", ["chatglm2-6b-ptuning-v2", CHATGLM3])
+def test_equal_pieces_after_other_beginnings_are_others(load, fresh, name):
+    model = load(name, prefix_cache=True)
+    beginnings, same = [prompt(model, PIECE, seed) for seed in (1, 2)], prompt(model, 2 * PIECE, 3)
+    texts = [torch.cat((beginning, same), dim=1) for beginning in beginnings]
+    for text in (*texts, *texts):
+        assert_same(answer(model, text), answer(fresh(name), text))
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b-ptuning-v2", CHATGLM3])
 def test_nothing_is_kept_of_tokens_that_a_later_mask_hides(load, fresh, name):
     """The tokens behind them have seen them."""
     model = load(name, prefix_cache=True)
