@@ -42,7 +42,7 @@ def size_in_bytes(size: int | str) -> int:
     Raises:
         ValueError: it is none, or not above 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or not (found := int(float(match[1]) * unit)):
         raise ValueError(f"{size!r} is no size; expected a number above 0 with KB, MB, GB, TB, KiB, MiB, GiB or TiB")

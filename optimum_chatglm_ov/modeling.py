@@ -45,6 +45,7 @@ from .native import NativeBuildError
 from .originals import OriginalsMixin, openvino_device
 from .runtime.compilation import core, with_logits_to_keep
 from .runtime.model import EngineForCausalLM
+from .runtime.reuse.identity import StoredFiles
 from .runtime.reuse.settings import ReuseSettings
 from .tokenization import has_vocabulary, load_tokenizer
 
@@ -279,6 +280,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
     ) -> OVChatGLMForCausalLM:
         """Reads the IR in `folder`, compiled already where `compile_only` leaves nothing to change."""
         ov_config = dict(ov_config or {})
+        stored = StoredFiles.of([folder / name for name in OPENVINO_MODEL_FILES])
         model = cls.load_model(folder / MODEL_FILE)
         if compile_only:
             model = core.compile_model(with_logits_to_keep(model), device.upper(), ov_config)
@@ -295,7 +297,7 @@ class OVChatGLMForCausalLM(OriginalsMixin, ChatMixin, HubMixin, EngineForCausalL
             linear=choices.linear,
             reuse=reuse,
         )
-        loaded._stored_files = tuple(folder / name for name in OPENVINO_MODEL_FILES)
+        loaded._stored_files = stored
         return loaded
 
     def _mend_generation_config(self, folder: Path) -> None:

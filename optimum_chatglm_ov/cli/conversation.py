@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-from transformers import LogitsProcessor, LogitsProcessorList
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..tokenization.chat_rules import settled
 from .session import Session
@@ -54,7 +55,8 @@ class Conversation:
             self._tokenizer,
             query,
             history=list(self.history),
-            logits_processor=LogitsProcessorList([clock]),
+            logits_processor=LogitsProcessorList([clock.begin]),
+            stopping_criteria=StoppingCriteriaList([clock]),
             **self._settings,
         )
         with _stop_on_interrupt() as interrupts, closing(stream):
@@ -83,25 +85,40 @@ def _show(text: str, shown: str) -> str:
     return text
 
 
-class _TokenClock(LogitsProcessor):
-    """Notes when each token was computed; changes nothing."""
+class _PromptLength(LogitsProcessor):
+    """Notes how many tokens the prompt has, and that some were computed; changes nothing."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._times: list[float] = []
+    tokens: int | None = None
+    has_computed = False
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self._times.append(time.perf_counter())
+        self.tokens = input_ids.shape[1] if self.tokens is None else min(self.tokens, input_ids.shape[1])
+        self.has_computed = True
         return scores
+
+
+class _TokenClock(StoppingCriteria):
+    """Notes when tokens became part of the answer, of which drafts bring several at once; stops nothing."""
+
+    def __init__(self) -> None:
+        self.begin = _PromptLength()
+        self._start = time.perf_counter()
+        self._steps: list[tuple[int, float]] = []  # tokens of the answer, and when there were so many
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if self.begin.has_computed:  # else these are drafts that are still to be checked
+            self._steps.append((input_ids.shape[1] - self.begin.tokens, time.perf_counter()))
+            self.begin.has_computed = False
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
     def summary(self) -> str:
         """Sums up, for example as "24 tokens, first after 0.31 s, then 18.2 tokens/s"."""
-        tokens = len(self._times)
-        text = f"{tokens} token{'' if tokens == 1 else 's'}"
-        if tokens:
-            text += f", first after {self._times[0] - self._start:.2f} s"
-        if tokens > 1:
-            text += f", then {(tokens - 1) / (self._times[-1] - self._times[0]):.1f} tokens/s"
+        if not self._steps:
+            return "0 tokens"
+        (first, began), (tokens, ended) = self._steps[0], self._steps[-1]
+        text = f"{tokens} token{'' if tokens == 1 else 's'}, first after {began - self._start:.2f} s"
+        if tokens > first:
+            text += f", then {(tokens - first) / (ended - began):.1f} tokens/s"
         return text
 
 

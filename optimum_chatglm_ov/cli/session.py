@@ -62,4 +62,4 @@ class Session:
                 return
         except ValueError:  # keys and values that cannot be saved: those of OpenVINO's attention
             pass
-        write_file(self._file, {}, notes)
+        write_file(self._file, {}, notes, is_synced=True)

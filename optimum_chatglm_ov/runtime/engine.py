@@ -43,12 +43,19 @@ class HeldTokens:
         """Tokens on the left of each row that are none, int64 `[B]`."""
         return (self.attention_mask == 0).sum(axis=1)
 
+    @property
+    def length(self) -> int:
+        """Tokens of every row, padding included."""
+        return self.input_ids.shape[1]
+
     def followed_by(self, inputs: Mapping[str, np.ndarray]) -> HeldTokens:
         """These and those of a call, see `Engine.run`."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"].copy()  # the caller's may change
-        held = self.input_ids if self.input_ids.size else ids[:, :0]
-        counted = self.is_counted and is_counted(mask, inputs["position_ids"])
-        return HeldTokens(np.concatenate((held, ids), axis=1), mask, counted)
+        held = self if self.length else HeldTokens(ids[:, :0], mask[:, :0])
+        # what is held was computed with the mask of then
+        counted = held.is_counted and np.array_equal(mask[:, : held.length], held.attention_mask)
+        counted = counted and is_counted(mask, inputs["position_ids"])
+        return HeldTokens(np.concatenate((held.input_ids, ids), axis=1), mask, counted)
 
     def rows(self, beam_idx: np.ndarray) -> HeldTokens:
         """Those of rows `beam_idx`."""
@@ -60,12 +67,17 @@ class HeldTokens:
 
 
 def is_counted(attention_mask: np.ndarray, position_ids: np.ndarray) -> bool:
-    """Whether rows of a mask `[B, S]` are padded on the left alone, and the positions of its end count its tokens."""
-    if (np.diff(attention_mask, axis=1) < 0).any():
+    """Whether rows of a mask `[B, past + L]` go on with padding on the left alone, and positions `[B, L]` count.
+
+    Of the past, the mask must have been found so before: a token after thousands costs little.
+    """
+    past = attention_mask.shape[1] - position_ids.shape[1]
+    end = attention_mask[:, max(past - 1, 0) :].astype(np.int64)
+    if ((end != 0) & (end != 1)).any() or (np.diff(end, axis=1) < 0).any():
         return False
-    new_tokens = position_ids.shape[1]
-    counts = (attention_mask.cumsum(axis=1) - 1)[:, -new_tokens:]
-    return bool((position_ids == counts)[attention_mask[:, -new_tokens:] != 0].all())
+    new = attention_mask[:, past:]
+    counts = attention_mask[:, :past].sum(axis=1, keepdims=True) + new.cumsum(axis=1) - 1
+    return bool((position_ids == counts)[new != 0].all())
 
 
 class Engine(ABC):
@@ -85,6 +97,12 @@ class Engine(ABC):
         self.held = HeldTokens.none()
         self._rows = np.zeros(0, np.int32)  # the row of the state variables that each row goes on from
         self._names = {name for port in request.model_inputs for name in port.names}
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether keys and values are those that its tokens always have: see `HeldTokens.is_counted`."""
+        # an interrupt between two statements leaves other numbers of tokens
+        return self.held.is_counted and self.held.length == self.past_length
 
     @property
     @abstractmethod
@@ -111,10 +129,11 @@ class Engine(ABC):
             self._rows = np.arange(batch, dtype=np.int32)
         self._prepare(batch, new_tokens)
         inputs = {**inputs, "beam_idx": self._rows}
+        held = self.held.followed_by(inputs)
         self._infer({name: value for name, value in inputs.items() if name in self._names})
         self._rows = np.arange(batch, dtype=np.int32)  # rows are reordered once
         self._advance(new_tokens)
-        self.held = self.held.followed_by(inputs)
+        self.held = held
         return self.request.get_tensor("logits").data.copy()
 
     def reorder(self, beam_idx: Sequence[int] | np.ndarray) -> None:

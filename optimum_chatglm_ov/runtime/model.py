@@ -49,7 +49,7 @@ from .inputs import (
     two_dimensional_mask,
     two_dimensional_positions,
 )
-from .reuse.identity import digest_of_files, digest_of_model, model_identity
+from .reuse.identity import StoredFiles, digest_of_files, digest_of_model, model_identity
 from .reuse.prefixes import Prefixes
 from .reuse.sequences import CacheFilesMixin
 from .reuse.settings import ReuseSettings
@@ -71,7 +71,7 @@ class EngineForCausalLM(CacheFilesMixin, OVModelForCausalLM):
     linear = "openvino"
     reuse = ReuseSettings.of()
     _prefixes: Prefixes | None = None
-    _stored_files: tuple[Path, ...] | None = None  # that hold the model as it is
+    _stored_files: StoredFiles | None = None  # that hold the model as it is
     _is_conversation = _computes_all = False  # of the generation that runs
     _prompt_layout: np.ndarray | None = None  # waiting for the next prompt, see `generate`
 
@@ -133,7 +133,11 @@ class EngineForCausalLM(CacheFilesMixin, OVModelForCausalLM):
 
     def _identity(self) -> bytes:
         """Tells apart what may not share keys and values."""
-        weights = digest_of_model(self.model) if self._stored_files is None else digest_of_files(self._stored_files)
+        stored = self._stored_files
+        if stored is not None and stored.are_unchanged:
+            weights = digest_of_files(stored)
+        else:
+            weights = digest_of_model(self.model)
         settings = {"attention": self.attention, "linear": self.linear, "ov_config": sorted(self.ov_config.items())}
         return model_identity(self.engine, weights, settings)
 

@@ -150,12 +150,16 @@ class _Probabilities(LogitsProcessor):
     """Remembers the scores of each step; changes nothing."""
 
     def __init__(self) -> None:
-        self._scores: list[torch.Tensor] = []
+        self._scores: dict[int, torch.Tensor] = {}  # by the tokens before them: drafts that were wrong come again
+        self._next: int | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self._scores.append(scores[0].log_softmax(-1))
+        length = input_ids.shape[1]
+        self._next = length if self._next is None else self._next
+        self._scores[length] = scores[0].log_softmax(-1)
         return scores
 
     def of(self, token_id: int) -> float:
-        """Logarithm of the probability of the token that the oldest step chose."""
-        return self._scores.pop(0)[token_id].item()
+        """Logarithm of the probability of the next token of the answer."""
+        self._next += 1
+        return self._scores.pop(self._next - 1)[token_id].item()

@@ -4,8 +4,8 @@
     python tests/benchmarks/measure_prefix_cache.py FOLDER [--prompt-tokens 1024 8192]
 
 Another prompt comes between two runs of one, so that the engine holds nothing of it; a cold disk is one whose pages
-the system was told to forget. What is compared takes turns, and the median of the repetitions counts. All but the end
-of a prompt is known: at most 64 tokens are computed. Logits must be bit for bit those of the run in memory.
+the system was told to forget. What is compared takes turns, and the median of the repetitions counts. All but what
+ends a prompt is known: at most 64 tokens are computed. Logits must be bit for bit those of the run in memory.
 """
 
 from __future__ import annotations

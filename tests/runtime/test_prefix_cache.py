@@ -1,99 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beginnings of prompts are computed once: what an engine, a store in memory, or a folder holds of them."""
+# ruff: noqa: F401, F811  fixtures are imported
 
 import logging
-import os
-import random
-import signal
-import stat
-import subprocess
-import sys
-import textwrap
-import time
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import EXACT, ROOT, in_child
 from reuse_fuzz import ReuseFuzz
+from reuse_models import (
+    CHATGLM3,
+    PIECE,
+    Computed,
+    answer,
+    assert_same,
+    files_of,
+    fresh,
+    load,
+    prompt,
+    stored,
+)
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
-from optimum_chatglm_ov.architectures.registry import architecture_of
 from optimum_chatglm_ov.choices import size_in_bytes
-from optimum_chatglm_ov.runtime.reuse.stores import PrefixCacheError, PrefixFolder, PrefixMemory
+from optimum_chatglm_ov.runtime.reuse.stores import PrefixMemory
 
 
 NAMES = ("chatglm-6b", "chatglm2-6b-ptuning-v2", "chatglm3-6b", "glm4")
-CHATGLM3 = "chatglm3-6b"
-PIECE = 64  # tokens
-
-
-@pytest.fixture(scope="module")
-def load(exported):
-    def load(name=CHATGLM3, attention="native", ov_config=EXACT, **arguments):
-        model = OVChatGLMForCausalLM.from_pretrained(
-            exported(name), attention=attention, ov_config=dict(ov_config), **arguments
-        )
-        model.generation_config.do_sample = False
-        return model
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def fresh(load):
-    """A model that computes every prompt."""
-    models = {}
-
-    def fresh(name=CHATGLM3):
-        if name not in models:
-            models[name] = load(name, prefix_cache=False)
-        return models[name]
-
-    return fresh
-
-
-class Computed:
-    """Tokens of each row that the engine of a model computes, call by call."""
-
-    def __init__(self, model):
-        self.lengths, self._run = [], model.engine.run
-        model.engine.run = self._count
-
-    def _count(self, inputs):
-        self.lengths.append(inputs["input_ids"].shape[1])
-        return self._run(inputs)
-
-    def first(self):
-        """Of the first call since the last question."""
-        first = self.lengths[0]
-        self.lengths.clear()
-        return first
-
-
-def prompt(model, length, seed=0):
-    return architecture_of(model.config).example_prompt(length, seed)
-
-
-def answer(model, ids, **settings):
-    mask = settings.pop("attention_mask", torch.ones_like(ids))
-    settings = {"max_new_tokens": 3, "pad_token_id": 0, "do_sample": False, **settings}
-    return model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings)
-
-
-def assert_same(found, expected):
-    assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
-
-
-def files_of(folder):
-    return sorted(Path(folder).glob("*.safetensors"))
-
-
-def stored(model):
-    """Waits until the folder has all that the model has put there."""
-    model._prefixes.store.wait()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,99 +152,6 @@ def test_another_model_or_setting_has_keys_and_values_of_its_own(load, fresh, tm
     assert identity != load()._identity()
 
 
-DAMAGE = {
-    "truncated": lambda content, other: content[: len(content) // 2],
-    "longer": lambda content, other: content + b"x",
-    "flipped": lambda content, other: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
-    "empty": lambda content, other: b"",
-    "of another": lambda content, other: other,
-    "no tensors": lambda content, other: b"\x10\0\0\0\0\0\0\0" + b'{"a":           }',
-}
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_file_is_computed_again_and_replaced(load, fresh, tmp_path, caplog, how):
-    model = load(prefix_cache=tmp_path)
-    ids = prompt(model, 2 * PIECE + 5)
-    answer(model, ids)
-    stored(model)
-    contents = {file: file.read_bytes() for file in files_of(tmp_path)}
-    assert len(contents) == 2
-    for file, content in contents.items():
-        other = next(value for name, value in contents.items() if name != file)
-        file.unlink()
-        file.write_bytes(DAMAGE[how](content, other))
-    for expected in (ids.shape[1], ids.shape[1] - PIECE):  # what comes after the damage is not looked at at first
-        model = load(prefix_cache=tmp_path)
-        computed = Computed(model)
-        caplog.clear()
-        assert_same(answer(model, ids), answer(fresh(), ids))
-        assert computed.first() == expected
-        assert "removed and computed again" in caplog.text
-        stored(model)
-    computed = Computed(model := load(prefix_cache=tmp_path))
-    answer(model, ids)
-    assert computed.first() == ids.shape[1] - 2 * PIECE
-
-
-def test_links_and_files_of_other_users_are_not_read(load, tmp_path):
-    model = load(prefix_cache=tmp_path / "cache")
-    ids = prompt(model, PIECE + 5)
-    answer(model, ids)
-    stored(model)
-    (file,) = files_of(tmp_path / "cache")
-    file.rename(tmp_path / "elsewhere")
-    file.symlink_to(tmp_path / "elsewhere")
-    computed = Computed(model)
-    model.clear_requests()
-    model.compile()
-    computed = Computed(model)
-    answer(model, ids)
-    assert computed.first() == PIECE + 5
-    stored(model)
-    assert not file.is_symlink() and (tmp_path / "elsewhere").exists()
-    if os.getuid() == 0:
-        os.chown(file, 65534, 65534)
-        model.clear_requests()
-        model.compile()
-        computed = Computed(model)
-        answer(model, ids)
-        assert computed.first() == PIECE + 5
-
-
-def test_only_its_owner_reads_the_folder(load, tmp_path):
-    before = os.umask(0)
-    try:
-        model = load(prefix_cache=tmp_path / "a" / "cache")
-        answer(model, prompt(model, PIECE + 5))
-        stored(model)
-    finally:
-        os.umask(before)
-    (file,) = files_of(tmp_path / "a" / "cache")
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-
-
-def test_what_was_not_used_for_longest_goes_first(load, tmp_path):
-    model = load(prefix_cache=tmp_path)
-    first, second = prompt(model, 2 * PIECE + 1, 1), prompt(model, 2 * PIECE + 1, 2)
-    answer(model, first)
-    answer(model, second)
-    answer(model, first)
-    stored(model)
-    size = files_of(tmp_path)[0].stat().st_size
-    other = tmp_path / "of somebody else"
-    other.write_bytes(b"x" * 10 * size)
-    model = load(prefix_cache=tmp_path, prefix_cache_size=int(4.5 * size))
-    answer(model, prompt(model, PIECE + 1, 3))
-    stored(model)
-    assert sum(file.stat().st_size for file in files_of(tmp_path)) <= 4.5 * size and other.exists()
-    for text, expected in ((first, 1), (second, PIECE + 1)):  # of the second, the end is gone
-        computed = Computed(model := load(prefix_cache=tmp_path))
-        answer(model, text)
-        assert computed.first() == expected
-
-
 def test_memory_has_a_budget():
     store, blocks = PrefixMemory(100), np.zeros(30, np.uint8)
     for key in (b"a", b"b", b"c"):
@@ -320,103 +161,6 @@ def test_memory_has_a_budget():
     assert [key for key in (b"a", b"b", b"c", b"d") if key in store] == [b"a", b"c", b"d"]
     store.put(b"e", np.zeros(101, np.uint8))
     assert b"e" not in store and store.get(b"a", (30,)) is blocks
-
-
-CHILD = """
-    import sys
-
-    import torch
-
-    from optimum_chatglm_ov import OVChatGLMForCausalLM
-    from optimum_chatglm_ov.architectures.registry import architecture_of
-
-    precise = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    model = OVChatGLMForCausalLM.from_pretrained(
-        sys.argv[1], attention="native", ov_config=precise, prefix_cache=sys.argv[2]
-    )
-    for seed in range(int(sys.argv[3])):
-        ids = architecture_of(model.config).example_prompt(133, seed)
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
-        print(seed, flush=True)
-"""
-
-
-def child(folder, cache, prompts):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(folder), str(cache), str(prompts)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
-
-
-@pytest.mark.slow
-def test_processes_share_a_folder_and_may_be_killed_at_any_moment(load, fresh, exported, tmp_path):
-    model = load(prefix_cache=tmp_path)
-    others = [child(exported(CHATGLM3), tmp_path, 100_000) for _ in range(2)]
-    for other in others:
-        assert other.stdout.readline() == "0\n"
-    for seed in range(20):
-        assert_same(answer(model, ids := prompt(model, 133, seed)), answer(fresh(), ids))
-    time.sleep(random.random() / 10)
-    for other in others:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-        other.stdout.close()
-    left = list(tmp_path.glob(".*"))
-    model = load(prefix_cache=tmp_path)
-    assert not list(tmp_path.glob(".*")) or left == []
-    computed = Computed(model)
-    for seed in range(20):
-        assert_same(answer(model, ids := prompt(model, 133, seed)), answer(fresh(), ids))
-        assert computed.first() == 5
-
-
-def test_what_a_killed_process_has_begun_is_cleared_away_and_not_what_is_written_now(tmp_path):
-    (tmp_path / ".chatglm-ov-a.partial").write_bytes(b"half")
-    busy = tmp_path / ".chatglm-ov-b.partial"
-    with busy.open("wb") as stream:
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        PrefixFolder(tmp_path, 10**9)
-        assert [file.name for file in tmp_path.iterdir()] == [busy.name]
-    PrefixFolder(tmp_path, 10**9)
-    assert not list(tmp_path.iterdir())
-
-
-def test_folders_that_cannot_be_used(load, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(PrefixCacheError, match="prefix_cache: .*file cannot be used .*Name a folder"):
-        load(prefix_cache=tmp_path / "file")
-    readable = tmp_path / "readable"
-    readable.mkdir(mode=0o555)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    raised = in_child(lambda: PrefixFolder(readable, 10), as_nobody=True)
-    assert "PrefixCacheError" in raised and "no permission" in raised
-
-
-def test_a_full_disk_is_one_warning(tmp_path, may_mount):
-    script = f"""
-        import numpy as np, logging
-        from pathlib import Path
-        from optimum_chatglm_ov.runtime.reuse.stores import PrefixFolder
-
-        store = PrefixFolder("{tmp_path}/disk", 10**9)
-        for key in (b"a" * 32, b"b" * 32, b"c" * 32):
-            store.put(key, np.zeros(400_000, np.uint8))
-            store.wait()
-        assert store.get(b"a" * 32, (400_000,)) is not None
-        assert store.get(b"c" * 32, (400_000,)) is None
-        print(len(list(Path("{tmp_path}/disk").iterdir())))
-    """
-    (tmp_path / "disk").mkdir()
-    script = textwrap.dedent(script)
-    mount = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=900k tmpfs {tmp_path}/disk && exec "$@"', "sh"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    found = subprocess.run(
-        [*mount, sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert found.stdout == "2\n", found.stderr
-    assert found.stderr.count("the prefix cache cannot be written") == 1
 
 
 @pytest.mark.parametrize(
@@ -456,3 +200,107 @@ def test_random_histories(load, fresh, tmp_path, name, where):
     fuzz = ReuseFuzz(models, fresh(name), folder, tmp_path / "files", seed=len(name + where))
     fuzz.run(25 if name == "chatglm-6b" else 60)
     assert 0 < fuzz.computed < fuzz.asked
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b-ptuning-v2", CHATGLM3])
+def test_equal_pieces_after_other_beginnings_are_others(load, fresh, name):
+    model = load(name, prefix_cache=True)
+    beginnings, same = [prompt(model, PIECE, seed) for seed in (1, 2)], prompt(model, 2 * PIECE, 3)
+    texts = [torch.cat((beginning, same), dim=1) for beginning in beginnings]
+    for text in (*texts, *texts):
+        assert_same(answer(model, text), answer(fresh(name), text))
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b-ptuning-v2", CHATGLM3])
+def test_nothing_is_kept_of_tokens_that_a_later_mask_hides(load, fresh, name):
+    """The tokens behind them have seen them."""
+    model = load(name, prefix_cache=True)
+    ids, more, mask = prompt(model, 140, 1), torch.tensor([[7, 8, 9]]), torch.ones((1, 143), dtype=torch.long)
+    mask[0, :9] = 0
+    past = model(ids, logits_to_keep=1).past_key_values
+    model(more, attention_mask=mask, past_key_values=past)
+    model(prompt(model, 80, 2), logits_to_keep=1)
+    rest = torch.cat((ids[:, 9:], more), dim=1)
+    assert_same(answer(model, rest), answer(fresh(name), rest))
+
+
+def test_a_mask_of_other_numbers_has_positions_of_its_own(load, fresh):
+    model = load(prefix_cache=True)
+    ids = prompt(model, 140)
+    model(ids, logits_to_keep=1)
+    mask = 2 * torch.ones_like(ids)
+    expected = fresh()(ids, attention_mask=mask, logits_to_keep=1).logits
+    for _ in range(2):
+        torch.testing.assert_close(model(ids, attention_mask=mask, logits_to_keep=1).logits, expected)
+
+
+@pytest.mark.parametrize("where", ["_infer", "_advance"])
+def test_an_interrupt_leaves_nothing_half_known(load, fresh, where):
+    """Also one between the statements that count tokens, after which the engine is gone on with."""
+    model = load(prefix_cache=True)
+    ids, call = prompt(model, 140), getattr(model.engine, where)
+    past = model(ids, logits_to_keep=1).past_key_values
+
+    def interrupted(*arguments):
+        call(*arguments)
+        raise KeyboardInterrupt
+
+    setattr(model.engine, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.tensor([[7]]), past_key_values=past)
+    delattr(model.engine, where)
+    more = prompt(model, 60, 3)
+    model(more, past_key_values=past)
+    model(prompt(model, 80, 2), logits_to_keep=1)
+    whole = torch.cat((ids, more), dim=1)
+    for text in (whole, torch.cat((ids, more[:, :5], ids), dim=1)):
+        assert_same(answer(model, text), answer(fresh(), text))
+
+
+def test_a_batch_whose_rows_know_different_amounts(load, fresh):
+    """What is known of all rows is taken, in a call of which one row ends in the middle of a piece."""
+    model = load(prefix_cache=True)
+    texts = [prompt(model, length, length) for length in (4 * PIECE + 1, 2 * PIECE + 1)]
+    for text in texts:
+        answer(model, text)
+    answer(model, prompt(model, 9))
+    short, long = texts[1][:, : PIECE + 9], texts[0][:, : PIECE + 9]
+    for rows in ((long, short), (texts[0], torch.cat((texts[1], prompt(model, 2 * PIECE, 5)), dim=1))):
+        ids, computed = torch.cat(rows), Computed(model)
+        assert_same(answer(model, ids), answer(fresh(), ids))
+        assert computed.first() == ids.shape[1] - (PIECE if len(rows[0][0]) < 2 * PIECE else 2 * PIECE)
+
+
+def test_a_folder_that_is_exported_anew_below_a_loaded_model(load, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in load().model_save_dir.iterdir():
+        shutil.copy2(file, folder / file.name)
+    model = OVChatGLMForCausalLM.from_pretrained(folder, attention="native")
+    before = model._identity()
+    content = (folder / "openvino_model.bin").read_bytes()
+    (folder / "new").write_bytes(content[:-64] + bytes(64))
+    (folder / "new").replace(folder / "openvino_model.bin")
+    other = OVChatGLMForCausalLM.from_pretrained(folder, attention="native")
+    assert len({before, model._identity(), other._identity()}) == 3  # `model` is read from memory now
+
+
+def test_of_a_conversation_that_exceeds_the_budget_the_beginning_is_kept(load, tmp_path):
+    ids = prompt(load(), 6 * PIECE + 1)
+    piece = 0
+    for where in (True, tmp_path / "probe"):
+        model = load(prefix_cache=where)
+        answer(model, ids)
+        answer(model, prompt(model, 9))
+        if where is True:
+            piece = model._prefixes.store._bytes // 6
+    for where in (True, tmp_path / "cache"):
+        model = load(prefix_cache=where, prefix_cache_size=int(3.9 * piece))
+        computed, other = Computed(model), prompt(model, 9)
+        for expected in (6 * PIECE + 1, 3 * PIECE + 1, 3 * PIECE + 1):
+            answer(model, ids)
+            assert computed.first() == expected
+            answer(model, other)
+            computed.lengths.clear()
+            if where is not True:
+                stored(model)

@@ -3,13 +3,14 @@
 
 import stat
 
+import numpy as np
 import pytest
 import torch
 from conftest import EXACT, in_child, let_others_read
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
 from optimum_chatglm_ov.architectures.registry import architecture_of
-from optimum_chatglm_ov.runtime.reuse.files import CacheFileError, read_file
+from optimum_chatglm_ov.runtime.reuse.files import CacheFileError, read_file, write_file
 
 
 NAMES = ("chatglm-6b", "chatglm2-6b-ptuning-v2", "chatglm3-6b", "glm4")
@@ -98,6 +99,27 @@ def test_what_cannot_be_loaded(load, tmp_path):
         with pytest.raises(CacheFileError, match="damaged: no whole file of keys and values"):
             model.load_cache(tmp_path / "damaged")
     assert past.get_seq_length() == 30  # the model holds what it held
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm3-6b"])
+def test_tensors_that_are_not_those_of_the_model(load, tmp_path, name):
+    model, file = load(name), tmp_path / "cache"
+    model(prompt(model, 30))
+    model.save_cache(file)
+    tensors, metadata = read_file(file)
+    changes = {
+        "input_ids": [np.zeros((1 << 20, 1), np.int64), np.zeros(30, np.int64), np.zeros((1, 0), np.int64)],
+        "attention_mask": [np.ones((1, 29), np.int64), np.ones((1, 30), np.int32)],
+        "blocks": [tensors["blocks"][:, 1:]],
+        "prompt_layout": [np.zeros((2, 2), np.int32)] if name == "chatglm-6b" else [],
+    }
+    for changed, values in changes.items():
+        for value in values:
+            write_file(file, {**tensors, changed: value}, metadata)
+            with pytest.raises(CacheFileError, match="does not hold what it must"):
+                model.load_cache(file)
+    write_file(file, tensors, metadata)
+    assert model.load_cache(file).get_seq_length() == 30
 
 
 def test_a_file_that_cannot_be_replaced_stays(load, tmp_path):

@@ -241,6 +241,8 @@ def test_the_queue_computes_no_beginning_twice_and_drafts(tiny, tmp_path, server
     monkeypatch.setattr(FusedEngine, "run", counted)
     asked = {"temperature": 0, "max_tokens": 8}
     expected = server.chat(text, **asked).choices[0].message.content
+    with serving(tiny, options(), engine_options(kind="queue")) as queue:
+        probable = queue.chat(text, logprobs=True, **asked).choices[0].logprobs.content
     for most in (1000, 64):  # the second server has the folder of the first
         with serving(tiny, options(), engine_options(prefix_cache=str(tmp_path), prompt_lookup=True)) as queue:
             assert "one request at a time" in queue.engine.name
@@ -248,5 +250,8 @@ def test_the_queue_computes_no_beginning_twice_and_drafts(tiny, tmp_path, server
                 computed.clear()
                 assert queue.chat(text, **asked).choices[0].message.content == expected
                 assert computed[0] <= longest
+            found = queue.chat(text, logprobs=True, **asked).choices[0].logprobs.content
+            assert [entry.token for entry in found] == [entry.token for entry in probable]
+            assert [entry.logprob for entry in found] == pytest.approx([e.logprob for e in probable], abs=0.1)
     with pytest.raises(ValueError, match="a prefix cache in a folder is this package's own"):
         create_app(tiny, options(), engine_options(kind="batched", prefix_cache=str(tmp_path)))

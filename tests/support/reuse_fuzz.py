@@ -37,7 +37,7 @@ class ReuseFuzz:
     def run(self, operations: int) -> None:
         """Raises AssertionError at the first difference."""
         ways = [self.answer] * 6 + [self.edit] * 4 + [self.batch, self.beams, self.whole_forward, self.go_on]
-        ways += [self.save, self.load, self.damage, self.restart]
+        ways += [self.save, self.load, self.damage, self.restart, self.own_masks, self.interrupt]
         for _ in range(operations):
             way = self.random.choice(ways)
             self.counts[way.__name__] = self.counts.get(way.__name__, 0) + 1
@@ -95,6 +95,51 @@ class ReuseFuzz:
         output.past_key_values.crop(prompt.shape[1] + 1)
         found = model(more[:, 1:], past_key_values=output.past_key_values).logits
         self._close(found, self.reference(torch.cat((prompt, more), dim=1)).logits[:, -2:])
+
+    def own_masks(self) -> None:
+        """Calls whose masks hide what was there, or leave holes: nothing of them may be kept."""
+        model, prompt = self.model, self._prompt(self.random.choice(self.texts))
+        more, length = torch.tensor([self._ids(2)]), prompt.shape[1]
+        mask = torch.ones((1, length + 2), dtype=torch.long)
+        hidden = self.random.randint(1, max(length // 2, 1))
+        mask[0, :hidden] = 0
+        if self.architecture.has_two_positions or length < 3 or self.random.random() < 0.5:  # a mask that changes
+            outputs = []
+            for each in (model, self.reference):
+                past = each(prompt, logits_to_keep=1).past_key_values
+                outputs.append(each(more, attention_mask=mask, past_key_values=past).logits)
+            self._close(*outputs)
+        else:
+            mask = mask[:, :length].flip(1)
+            mask[0, -1] = 1
+            found, expected = (
+                each(prompt, attention_mask=mask, logits_to_keep=1).logits for each in (model, self.reference)
+            )
+            self._close(found, expected)
+        if hidden < length and not self.architecture.has_two_positions:
+            self.texts[self.random.randrange(len(self.texts))] = prompt[0, hidden:].tolist() + more[0].tolist()
+
+    def interrupt(self) -> None:
+        """A call that ends in the middle, at one of the places where it may."""
+        model, prompt = self.model, self._prompt(self.random.choice(self.texts))
+        model.compile()
+        name = self.random.choice(["_infer", "_advance", "_prepare"])
+        call, is_late = getattr(model.engine, name), self.random.random() < 0.5
+
+        def interrupted(*arguments):
+            if is_late:
+                call(*arguments)
+            raise KeyboardInterrupt
+
+        past = model(prompt, logits_to_keep=1).past_key_values if self.random.random() < 0.5 else None
+        setattr(model.engine, name, interrupted)
+        try:
+            ids = prompt if past is None else torch.tensor([self._ids(2)])
+            model(ids, past_key_values=past, logits_to_keep=1)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            delattr(model.engine, name)
 
     def save(self) -> None:
         model, prompt = self.model, self._prompt(self.random.choice(self.texts))

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import stat
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -13,52 +15,53 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from ...errors import ChatGLMError
 
 
 FORMAT = "optimum-chatglm-ov keys and values 1"
-_DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
+_DTYPES = {"U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 _LONGEST_HEADER = 1 << 24
 _UNFINISHED = ".chatglm-ov-"
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would wait for its writer
 
 
 class CacheFileError(ChatGLMError, ValueError):
     """A file of keys and values cannot be used."""
 
 
-def write_file(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_file(
+    file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], is_synced: bool = False
+) -> None:
     """Writes a file that only its owner can read; it is whole or, if this fails, as it was.
+
+    safetensors' own `save_file` takes a name, and may write another file: neither lock nor mode would be its.
 
     Args:
         file: the file.
         tensors: u8, i32 or i64, by name.
         metadata: texts by name.
+        is_synced: whether it takes the place of the earlier one only when the disk has it.
 
     Raises:
         OSError: it cannot be written.
     """
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())}
     metadata = {**metadata, "format": FORMAT, "crc32": str(_checksum(tensors))}
-    descriptor, name = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".partial", dir=file.parent)  # 0600
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # others clear away what nobody locks
+    descriptor, name = _begin_unfinished(file.parent)
+    with open(descriptor, "wb") as stream:
         try:
-            save_file(tensors, name, metadata)
-        except Exception as error:  # safetensors' own, for a full disk, too
-            if isinstance(error, OSError):
-                raise
-            raise OSError(f"{file}: cannot be written ({error})") from error
-        os.chmod(name, 0o600)
-        os.replace(name, file)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-    finally:
-        os.close(descriptor)
+            stream.write(_header(tensors, metadata))
+            for tensor in tensors.values():
+                stream.write(tensor.reshape(-1).view(np.uint8))
+            stream.flush()
+            if is_synced:
+                os.fsync(descriptor)
+            os.replace(name, file)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
 
 
 def read_file(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -69,10 +72,8 @@ def read_file(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         OSError: it cannot be read.
         CacheFileError: it is damaged, of another format, or another user's.
     """
-    with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+    with open(_open(file), "rb") as stream:
         status = os.fstat(stream.fileno())
-        if status.st_uid != os.geteuid():
-            raise CacheFileError(f"{file}: belongs to another user, who may have written anything into it")
         try:
             length = int.from_bytes(stream.read(8), "little")
             if length > min(_LONGEST_HEADER, status.st_size):
@@ -86,7 +87,7 @@ def read_file(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 raise ValueError("the file is longer or shorter than it says")
             if _checksum(tensors) != int(metadata["crc32"]):
                 raise ValueError("the checksum is another")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CacheFileError(
                 f"{file}: no whole file of keys and values in the format {FORMAT!r}: {error}"
             ) from error
@@ -97,7 +98,7 @@ def clear_unfinished(folder: Path) -> None:
     """Removes what processes that were killed have left behind."""
     for file in folder.glob(f"{_UNFINISHED}*.partial"):
         with suppress(OSError):
-            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(file, _READ)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is written
                 os.unlink(file)
@@ -105,9 +106,50 @@ def clear_unfinished(folder: Path) -> None:
                 os.close(descriptor)
 
 
+def _begin_unfinished(folder: Path) -> tuple[int, str]:
+    """Descriptor and name of a new file of mode 0600, locked: others clear away what nobody locks."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=_UNFINISHED, suffix=".partial", dir=folder)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, name
+        os.close(descriptor)  # cleared away before it was locked
+
+
+def _header(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """What a file of safetensors begins with."""
+    names, header, end = {dtype: name for name, dtype in _DTYPES.items()}, {"__metadata__": dict(metadata)}, 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _open(file: Path) -> int:
+    """The descriptor of a file of this user."""
+    try:
+        descriptor = os.open(file, _READ)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CacheFileError(f"{file}: is a symbolic link") from error
+        raise
+    status, problem = os.fstat(descriptor), None
+    if not stat.S_ISREG(status.st_mode):
+        problem = "is no file"
+    elif status.st_uid != os.geteuid():
+        problem = "belongs to another user, who may have written anything into it"
+    if problem is not None:
+        os.close(descriptor)
+        raise CacheFileError(f"{file}: {problem}")
+    return descriptor
+
+
 def _mapped(stream, start: int, entry: Mapping) -> np.ndarray:
     first, last = entry["data_offsets"]
-    shape, dtype = tuple(entry["shape"]), np.dtype(_DTYPES[entry["dtype"]])
+    shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
     if min(first, *shape, 0) < 0 or last - first != np.prod(shape, dtype=np.float64) * dtype.itemsize:
         raise ValueError(f"a tensor of shape {list(shape)} has {last - first} bytes")
     if first == last:

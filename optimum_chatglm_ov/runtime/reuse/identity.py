@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +41,46 @@ def model_identity(engine: FusedEngine, weights: bytes, settings: Mapping[str, A
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).digest()
 
 
-def digest_of_files(files: Sequence[Path]) -> bytes:
+@dataclass(frozen=True)
+class StoredFiles:
+    """Files of an exported model, as they were when it was read."""
+
+    files: tuple[Path, ...]
+    states: tuple[tuple[str | int, ...], ...]
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> StoredFiles:
+        """These files, as they are."""
+        return cls(tuple(files), _states(files))
+
+    @property
+    def are_unchanged(self) -> bool:
+        """Whether they hold what was read: an export may have taken their place."""
+        try:
+            return _states(self.files) == self.states
+        except OSError:
+            return False
+
+
+def _states(files: Sequence[Path]) -> tuple[tuple[str | int, ...], ...]:
+    states = [(os.fspath(file.resolve()), os.stat(file)) for file in files]
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for name, s in states)
+
+
+def digest_of_files(stored: StoredFiles) -> bytes:
     """The digest of the content of the files of an exported model.
 
     A file in the cache folder of this package remembers it, by their names, sizes and times of change.
     """
-    states = [(os.fspath(file.resolve()), os.stat(file)) for file in files]
-    known = [[name, state.st_size, state.st_mtime_ns, state.st_ino, state.st_dev] for name, state in states]
     note = None
     with suppress(environment.CacheFolderError):
-        name = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        name = hashlib.sha256(json.dumps(stored.states).encode()).hexdigest()
         note = environment.cache_dir() / "digests" / name
     with suppress(OSError, ValueError, AttributeError):
         if len(digest := bytes.fromhex(note.read_text())) == hashlib.sha256().digest_size:
             return digest
     content = hashlib.sha256()
-    for file in files:
+    for file in stored.files:
         content.update(os.stat(file).st_size.to_bytes(8, "little"))
         with open(file, "rb", buffering=0) as stream:
             while part := stream.read(_PART):

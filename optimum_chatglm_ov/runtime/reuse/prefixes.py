@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -67,14 +68,14 @@ class Prefixes:
         contexts = self._contexts(wanted, call.prompt_layout)
         live = self._continues(wanted, contexts, most)
         found = [self._stored(wanted, contexts, row) for row in range(len(wanted.input_ids))]
-        stored = min(most, *(pad + self._tokens(pieces) for pad, pieces in zip(wanted.padding, found)))
-        if contexts is not None and (stored < wanted.padding + contexts[:, 0]).any():
-            stored = 0
-        if stored > max(live, wanted.padding.max()):
-            self._hold(wanted.first(stored), found)
+        stored = self._begun(wanted, contexts, [len(entries) and entries[-1].span.last for entries in found], most)
+        if stored > live:
+            read = self._hold(wanted.first(stored), found)
             if contexts is not None:
                 self.engine.write_state("prompt_layout", contexts)
-            return stored
+            if (begun := self._begun(wanted, contexts, read, stored)) < stored:  # the rest is damaged
+                self.engine.crop(begun)
+            return begun
         if live:
             self.engine.go_on_as_others(live)
         return live
@@ -97,19 +98,21 @@ class Prefixes:
     def keep(self) -> None:
         """Puts what the engine holds, of sequences that were begun here, into the store."""
         engine, held = self.engine, self.engine.held
-        if engine.sequences is not self._sequences or not held.is_counted or not engine.past_length:
+        if engine.sequences is not self._sequences or not engine.is_counted or not engine.past_length:
             return
         contexts = engine.read_rows("prompt_layout")
         for row in range(engine.batch_size):
             stored_row = engine.state.stored_row(row)
             if stored_row is None:  # beams
                 continue
-            entries = self._entries(held, contexts, row)
+            entries = self._that_fit(self._entries(held, contexts, row))
+            keys = [entry.key for entry in entries]
+            self.store.used(keys)  # not to make room for what comes after them
             for entry in entries:
                 if entry.key not in self.store:
                     blocks = read_blocks(engine.state, stored_row, int(held.padding[row]), entry.span)
                     self.store.put(entry.key, blocks)
-            self.store.used([entry.key for entry in entries])
+            self.store.used(keys)
 
     # What is known --------------------------------------------------------------------------------------------------
 
@@ -123,7 +126,7 @@ class Prefixes:
     def _continues(self, wanted: HeldTokens, contexts: np.ndarray | None, most: int) -> int:
         """Tokens that the engine holds of a row without padding, and may go on from."""
         engine = self.engine
-        if engine.sequences is not self._sequences or not engine.held.is_counted:
+        if engine.sequences is not self._sequences or not engine.is_counted:
             return 0
         if not engine.batch_size == len(wanted.input_ids) == 1 or wanted.padding[0] or engine.held.padding[0]:
             return 0
@@ -134,28 +137,41 @@ class Prefixes:
             return 0
         return same if contexts is None or same >= contexts[0, 0] else 0
 
-    def _stored(self, wanted: HeldTokens, contexts: np.ndarray | None, row: int) -> list[tuple[Entry, np.ndarray]]:
-        """The entries of the beginning of a row that the store has, and their blocks."""
-        found = []
-        for entry in self._entries(wanted, contexts, row):
-            blocks = self.store.get(entry.key, entry.span.shape(self.engine.state.layout))
-            if blocks is None:
-                break
-            found.append((entry, blocks))
-        return found
+    def _stored(self, wanted: HeldTokens, contexts: np.ndarray | None, row: int) -> list[Entry]:
+        """The entries of the beginning of a row that the store has."""
+        return list(takewhile(lambda entry: entry.key in self.store, self._entries(wanted, contexts, row)))
 
-    def _tokens(self, found: list[tuple[Entry, np.ndarray]]) -> int:
-        return max(found[-1][0].span.last - self._prefix_tokens, 0) if found else 0
+    def _begun(self, wanted: HeldTokens, contexts: np.ndarray | None, places: list[int], most: int) -> int:
+        """Tokens of each row that are known, where each has so many places, prefix and no padding included."""
+        tokens = np.maximum(np.array(places) - self._prefix_tokens, 0)
+        begun = min(most, int((wanted.padding + tokens).min()))
+        least = wanted.padding + (1 if contexts is None else contexts[:, 0])
+        return begun if (begun >= least).all() else 0
 
-    def _hold(self, held: HeldTokens, found: list[list[tuple[Entry, np.ndarray]]]) -> None:
+    def _hold(self, held: HeldTokens, found: list[list[Entry]]) -> list[int]:
+        """Lets the engine hold tokens, one entry after the other; returns the places of each row that were read."""
         state = self.engine.state
         self.engine.hold(held)
+        places = []
         for row, padding in enumerate(held.padding.tolist()):
             if padding:
                 clear_padding(state, row, padding)
-            for entry, blocks in found[row]:
+            last, read = 0, []
+            for entry in found[row]:
+                blocks = self.store.get(entry.key, entry.span.shape(state.layout))
+                if blocks is None:
+                    break
                 write_blocks(state, row, padding, entry.span, blocks)
-            self.store.used([entry.key for entry, _ in found[row]])
+                last = entry.span.last
+                read.append(entry.key)
+            self.store.used(read)
+            places.append(last)
+        return places
+
+    def _that_fit(self, entries: list[Entry]) -> list[Entry]:
+        """The first of them, which the store holds together."""
+        sizes = np.cumsum([np.prod(entry.span.shape(self.engine.state.layout)) for entry in entries])
+        return entries[: int(np.searchsorted(sizes, self.store.size, side="right"))]
 
     def _entries(self, held: HeldTokens, contexts: np.ndarray | None, row: int) -> list[Entry]:
         """What the tokens of a row make. A prefix of P-Tuning, which is the model's own, counts as tokens -1."""

@@ -72,7 +72,7 @@ def save_sequences(engine: Engine, file: Path, identity: Callable[[], bytes], no
         OSError: the file cannot be written.
     """
     engine = _fused(engine)
-    if not engine.past_length:
+    if not engine.past_length or engine.held.length != engine.past_length:
         raise ValueError(f"{file}: the model holds no tokens whose keys and values could be saved; generate first.")
     stored_rows = [engine.state.stored_row(row) for row in range(engine.batch_size)]
     if None in stored_rows:
@@ -85,7 +85,7 @@ def save_sequences(engine: Engine, file: Path, identity: Callable[[], bytes], no
     if (layout := engine.read_rows("prompt_layout")) is not None:
         tensors["prompt_layout"] = layout
     known = {_MODEL: identity().hex(), _IS_COUNTED: str(engine.held.is_counted)}
-    write_file(file, tensors, {**notes, **known})
+    write_file(file, tensors, {**notes, **known}, is_synced=True)
 
 
 def load_sequences(engine: Engine, file: Path, identity: Callable[[], bytes]) -> None:
@@ -107,17 +107,35 @@ def load_sequences(engine: Engine, file: Path, identity: Callable[[], bytes]) ->
         held = HeldTokens(
             np.array(tensors["input_ids"]), np.array(tensors["attention_mask"]), metadata[_IS_COUNTED] == "True"
         )
+        _check(tensors, engine)
         engine.hold(held)
-        expected = (len(held.input_ids), *_whole(engine).shape(engine.state.layout))
-        if tensors["blocks"].shape != expected:
-            raise ValueError(f"`blocks` is {tensors['blocks'].shape}, expected {expected}")
         for row, blocks in enumerate(tensors["blocks"]):
             write_blocks(engine.state, row, 0, _whole(engine), blocks)
         if "prompt_layout" in tensors:
             engine.write_state("prompt_layout", np.array(tensors["prompt_layout"]))
-    except (KeyError, ValueError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         engine.reset()
         raise CacheFileError(f"{file}: does not hold what it must: {error}. Generate anew.") from error
+
+
+def _check(tensors: Mapping[str, np.ndarray], engine: FusedEngine) -> None:
+    """
+    Raises:
+        ValueError: a tensor is not what `save_sequences` writes of this engine.
+    """
+    ids, layout = tensors["input_ids"], engine.state.layout
+    tokens = Span(0, layout.prefix_tokens + ids.shape[-1])
+    expected = {
+        "input_ids": (np.int64, (*ids.shape[:1], *ids.shape[-1:])),
+        "attention_mask": (np.int64, ids.shape),
+        "blocks": (np.uint8, (*ids.shape[:1], *tokens.shape(layout))),
+    }
+    if engine.read_state("prompt_layout") is not None:
+        expected["prompt_layout"] = (np.int32, (*ids.shape[:1], 2))
+    for name, (dtype, shape) in expected.items():
+        if tensors[name].dtype != dtype or tensors[name].shape != shape or not tensors[name].size:
+            found = tensors[name]
+            raise ValueError(f"`{name}` is {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}")
 
 
 def _fused(engine: Engine) -> FusedEngine:

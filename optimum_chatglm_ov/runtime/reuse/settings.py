@@ -47,8 +47,9 @@ class ReuseSettings:
         if not isinstance(prefix_cache, (str, os.PathLike, bool, type(None))) or prefix_cache == "":
             raise ValueError(f"`prefix_cache` is {prefix_cache!r}; expected a folder, True, False or None.")
         in_folder = isinstance(prefix_cache, (str, os.PathLike))
+        default = _SIZE_OF_FOLDER if in_folder else _SIZE_IN_MEMORY
         try:
-            found = size_in_bytes(size or (_SIZE_OF_FOLDER if in_folder else _SIZE_IN_MEMORY))
+            found = size_in_bytes(default if size is None else size)
         except ValueError as error:
             raise ValueError(f"`prefix_cache_size`: {error}.") from error
         folder = Path(prefix_cache) if in_folder else None

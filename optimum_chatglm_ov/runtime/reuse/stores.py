@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # What waits to be written: if the disk is slower than the model by more than this, entries are left out.
 _MOST_PENDING_BYTES = 2 << 30
+# How often a folder is looked through, for what other processes write, while as much is written as it may hold.
+_COUNTS = 16
 _SUFFIX = ".safetensors"
 _NAME = re.compile(rf"[0-9a-f]{{64}}\{_SUFFIX}")
 _BLOCKS = "blocks"
@@ -39,9 +41,11 @@ class Store(Protocol):
 
     Attributes:
         is_lasting: whether what is put there is safe when the process ends.
+        size: bytes that all blocks have together at most.
     """
 
     is_lasting: bool
+    size: int
 
     def get(self, key: bytes, shape: tuple[int, ...]) -> np.ndarray | None:
         """The blocks u8 of that shape, not to be changed; `None` if there are none."""
@@ -118,6 +122,7 @@ class PrefixFolder:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="prefix-cache")  # ends its work before Python ends
         self._writes: set[Future] = set()
         self._has_warned = False
+        self._since_count = 0  # bytes written since the folder was looked through
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             clear_unfinished(self.folder)
@@ -143,10 +148,13 @@ class PrefixFolder:
                 raise CacheFileError(f"{file}: holds something else than its name says")
         except FileNotFoundError:
             return None
-        except (OSError, CacheFileError) as error:
+        except CacheFileError as error:
             logger.warning(f"{error}; it is removed and computed again.")
             with suppress(OSError):
                 file.unlink()
+            return None
+        except OSError as error:
+            self._warn(f"{file.name} cannot be read", error)
             return None
         return blocks
 
@@ -185,11 +193,10 @@ class PrefixFolder:
         file = self._file(key)
         try:
             write_file(file, {_BLOCKS: blocks}, {"key": key.hex()})
-            self._bytes += file.stat().st_size
+            self._bytes += blocks.nbytes
+            self._since_count += blocks.nbytes
         except OSError as error:
-            if not self._has_warned:
-                logger.warning(f"{self.folder}: the prefix cache cannot be written ({error.strerror or error}).")
-            self._has_warned = True
+            self._warn("the prefix cache cannot be written", error)
         finally:
             with self._lock:
                 del self._pending[key]
@@ -197,12 +204,22 @@ class PrefixFolder:
             if moment is not None:
                 with suppress(OSError):
                     os.utime(file, ns=(moment, moment))
-            if self._bytes > self.size:
+            if self._bytes > self.size or self._since_count * _COUNTS > self.size:
                 self._evict()
+
+    def _warn(self, problem: str, error: OSError) -> None:
+        """Once: a disk that is full or gone is so for every piece."""
+        if not self._has_warned:
+            logger.warning(f"{self.folder}: {problem} ({error.strerror or error}).")
+        self._has_warned = True
 
     def _evict(self) -> None:
         """Removes the files that were not used for the longest time, of other processes, too."""
-        files = sorted(self._files())
+        self._since_count = 0
+        try:
+            files = sorted(self._files())
+        except OSError:  # the folder is gone
+            files = []
         self._bytes = sum(size for _, size, _ in files)
         for _, size, file in files:
             if self._bytes <= self.size:
