@@ -40,7 +40,7 @@ _IMPORTED = (
     "rich.console",
 )
 # Libraries read these when they are imported, and so before a fork could change them.
-_READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "KMP_", "LANG", "LC_", "OMP_", "OPENBLAS_", "PYTHON")
+_READ_AT_IMPORT = ("HF_H", "HF_M", "HF_TOKEN_", "HUGGINGFACE_", "KMP_", "LANG", "LC_", "OMP_", "OPENBLAS_", "PYTHON")
 _MESSAGE_BYTES = 1 << 20
 
 
@@ -56,10 +56,10 @@ class ForkServer:
         self._process: ForkedProcess | None = None
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """The environment of the tests with changes, where processes of this package compute in one thread."""
+        """The environment of the tests with changes; processes compute in one thread and find no stored token."""
         paths = os.pathsep.join(filter(None, [str(self._root), os.environ.get("PYTHONPATH")]))
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        return {**os.environ, "PYTHONPATH": paths, **threads, **changes}
+        settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_TOKEN_PATH": os.devnull}
+        return {**os.environ, "PYTHONPATH": paths, **settings, **changes}
 
     def start(
         self,
@@ -238,6 +238,7 @@ def _become(request: dict[str, Any], descriptors: array.array | list[int]) -> No
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    tempfile.tempdir = None  # which depends on the environment
 
 
 def _run(arguments: list[str]) -> None:
