@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from fast_tokenizer import save_tokenizer  # noqa: E402
+from fork_server import ForkServer  # noqa: E402
 from torch_models import TORCH_MODELS, reference_arrays, torch_model  # noqa: E402
 from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 
@@ -33,6 +36,7 @@ from optimum_chatglm_ov.assets import TINY_CHATGLM3  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / "data"
+COMMAND = ("-m", "optimum_chatglm_ov.cli.main")  # `chatglm-ov`, as arguments of Python
 # Every number as the weights say it: no reduced precision of activations, cache or dynamic quantisation.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -163,6 +167,11 @@ def python_path(folder: Path) -> list[str]:
     return paths
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, by its path there."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def let_others_read(path: Path) -> None:
     """Lets users other than the owner of the tests' folders get as far as `path`."""
     for folder in (path, *path.parents):
@@ -177,6 +186,24 @@ def unpatched(auto_class: type) -> Callable[..., object]:
     while package in Path(function.__code__.co_filename).parents:
         function = function.__wrapped__
     return function
+
+
+@pytest.fixture
+def unchanged_libraries(monkeypatch):
+    """Commands run in this process must not silence the libraries for other tests."""
+    verbosity = transformers.logging.get_verbosity()
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        yield
+    transformers.logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="session")
+def python():
+    """Starts other processes of Python, which have imported everything already."""
+    server = ForkServer(ROOT)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

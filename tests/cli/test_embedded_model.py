@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`chatglm-ov chat` without a model: the embedded one answers, and is exported once."""
 
-import os
 import shutil
-import subprocess
-import sys
 
-import pytest
-from conftest import ROOT
+from conftest import COMMAND
 
 from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli import embedded
@@ -15,25 +11,13 @@ from optimum_chatglm_ov.environment import cache_dir
 from optimum_chatglm_ov.native import extension_path
 
 
-@pytest.mark.slow
-def test_the_embedded_model_answers(tmp_path):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+def test_the_embedded_model_answers(tmp_path, python):
     library = extension_path()  # built already: the command need not build another
     copy = tmp_path / library.relative_to(cache_dir())
     copy.parent.mkdir(parents=True)
     copy.symlink_to(library)
-    done = subprocess.run(
-        [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "chat", "--prompt", "你好"],
-        capture_output=True,
-        encoding="utf-8",
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "CHATGLM_OV_CACHE": str(tmp_path),
-        },
-        timeout=300,
-    )
+    environment = python.environment(CHATGLM_OV_CACHE=str(tmp_path))
+    done = python.run([*COMMAND, "chat", "--prompt", "你好"], env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "你好！我是一个很小的 ChatGLM 模型，运行在 OpenVINO 上。很高兴见到你！\n"
     assert "tokens/s]" in done.stderr

@@ -2,8 +2,6 @@
 """An export keeps the checkpoint in its mapped files: anonymous memory holds what it has to compute, and no copies."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -43,11 +41,10 @@ def checkpoint(tmp_path_factory):
         ("chatglm2", "int4", 1, 0.06),
     ],
 )
-def test_anonymous_memory_of_an_export(architecture, weight_format, outputs, besides, checkpoint, tmp_path):
+def test_anonymous_memory_of_an_export(architecture, weight_format, outputs, besides, checkpoint, tmp_path, python):
     """Next to nothing for floating-point weights, about the output for integers, never a copy of the checkpoint."""
     source = checkpoint(architecture)
-    command = [sys.executable, TOOL, source, "--one", weight_format, tmp_path / "ir"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python.run([TOOL, source, "--one", weight_format, tmp_path / "ir"])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     written = (tmp_path / "ir" / "openvino_model.bin").stat().st_size / GIGABYTE

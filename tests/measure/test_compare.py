@@ -4,8 +4,7 @@
 import argparse
 import json
 import math
-import subprocess
-import sys
+import textwrap
 
 import pytest
 import torch
@@ -149,19 +148,20 @@ def test_a_checkpoint_is_compared_in_its_stored_precision(exported, text, monkey
 
 
 @pytest.mark.usefixtures("may_mount")
-@pytest.mark.slow
-def test_no_room_for_the_log_probabilities(exported, text, tmp_path):
+def test_no_room_for_the_log_probabilities(exported, text, tmp_path, python):
     """On a real file system that is full: an error and not a bus error."""
-    folder, disk = exported("chatglm3-6b"), tmp_path / "disk"
-    disk.mkdir()
-    mount = f'mount -t tmpfs -o size=200k tmpfs {disk} && TMPDIR={disk} exec "$@"'
-    command = [sys.executable, "-m", "optimum_chatglm_ov.cli.main", "compare", folder, folder, "--text", text]
-    options = ["--prompts", "0", "--max-tokens", "90"]
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", mount, "sh", *command, *options], capture_output=True, text=True
-    )
+    script = """
+        import sys
+        from fork_server import mount_tmpfs
+        from optimum_chatglm_ov.cli.main import main
+        _, disk, folder, text = sys.argv
+        mount_tmpfs(disk, "size=200k")
+        sys.exit(main(["compare", folder, folder, "--text", text, "--prompts", "0", "--max-tokens", "90"]))
+    """
+    arguments = ["-c", textwrap.dedent(script), tmp_path, exported("chatglm3-6b"), text]
+    done = python.run(arguments, env=python.environment(TMPDIR=str(tmp_path)))
     assert done.returncode == 1, done.stderr
-    assert f"{disk}: no room for the log-probabilities of 90 tokens, 0.3 MB" in done.stderr
+    assert f"{tmp_path}: no room for the log-probabilities of 90 tokens, 0.3 MB" in done.stderr
 
 
 def run(*arguments):

@@ -141,15 +141,16 @@ class Sequence:
         return q64, output
 
     def expected(self, queries: np.ndarray, mask: np.ndarray, context: np.ndarray) -> np.ndarray:
-        keys, values = (np.repeat(h, self.shape.heads // self.shape.kv_heads, axis=2) for h in self.history)
-        scores = np.einsum("blhd,bkhd->bhlk", queries, keys) * self.shape.scale
+        group = self.shape.heads // self.shape.kv_heads
+        keys, values = (np.repeat(h, group, axis=2).transpose(0, 2, 1, 3) for h in self.history)
+        scores = queries.transpose(0, 2, 1, 3) @ keys.swapaxes(2, 3) * self.shape.scale
         position = np.arange(self.past - queries.shape[1], self.past)[None, :, None]
         index = np.arange(self.past)[None, None]
         visible = ((index <= position) | (index < context[:, None, None])) & (mask[:, None] != 0)
         scores = np.where(visible[:, None], scores, -np.inf)
         weights = np.exp(scores - np.maximum(scores.max(axis=-1, keepdims=True), -1e300))
         weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
-        return np.einsum("bhlk,bkhd->blhd", weights, values)
+        return (weights @ values).transpose(0, 2, 1, 3)
 
 
 def relative_error(output: np.ndarray, expected: np.ndarray) -> float:

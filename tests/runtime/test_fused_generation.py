@@ -2,10 +2,7 @@
 """Which attention a model is compiled with, and what happens where the package's own cannot be."""
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 import torch
-from conftest import EXACT, ROOT, Golden
+from conftest import EXACT, Golden
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
 from optimum_chatglm_ov.cli.main import main
@@ -104,7 +101,7 @@ def test_cache_precision(precision, of_caches, exported):
     assert model.engine.state.layout.cache_precision == of_caches
 
 
-def test_without_a_compiler(exported, tmp_path):
+def test_without_a_compiler(exported, tmp_path, python):
     script = textwrap.dedent(
         """
         import sys, torch
@@ -117,11 +114,10 @@ def test_without_a_compiler(exported, tmp_path):
             print("fused:", type(error).__name__)
         """
     )
-    environment = {**os.environ, "PATH": "", "CHATGLM_OV_CACHE": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = python.environment(PATH="", CHATGLM_OV_CACHE=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     for name in ("CXX", "CHATGLM_OV_ATTENTION"):
         environment.pop(name, None)
-    command = [sys.executable, "-c", script, str(exported("chatglm3-6b"))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = python.run(["-c", script, exported("chatglm3-6b")], env=environment)
     assert done.stdout.splitlines() == ["auto: torch.Size([1, 5])", "fused: NativeBuildError"], done.stderr
     assert done.stderr.count("OpenVINO's own attention and linear layers are used") == 1
 

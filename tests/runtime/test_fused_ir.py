@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """An IR that holds the fused attention operation: exported, loaded, saved, and refused where it cannot run."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import openvino as ov
 import pytest
-from conftest import DATA, EXACT, ROOT, Golden
+from conftest import DATA, EXACT, Golden
 from optimum.intel import OVModelForCausalLM
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
@@ -47,11 +44,9 @@ def fused_ir(tmp_path_factory, checkpoint):
     return export
 
 
-def run(script, *arguments, **changes):
+def run(python, script, *arguments, **changes):
     """In a process of its own, whose OpenVINO does not know the operation yet."""
-    environment = {**os.environ, **changes}
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return python.run(["-c", textwrap.dedent(script), *arguments], env=python.environment(**changes))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,8 +72,7 @@ def test_saved_model_stays_portable(exported, tmp_path):
     assert "| Attention |" not in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_loaders_register_the_operation(fused_ir):
+def test_loaders_register_the_operation(fused_ir, python):
     script = """
         import sys
         import optimum_chatglm_ov
@@ -88,7 +82,7 @@ def test_loaders_register_the_operation(fused_ir):
         generator = pipeline("text-generation", model=sys.argv[1])
         print(len(generator("你好", max_new_tokens=3, min_new_tokens=3, do_sample=False)))
     """
-    done = run(script, fused_ir("chatglm3-6b", "u8"))
+    done = run(python, script, fused_ir("chatglm3-6b", "u8"))
     assert done.stdout.split() == ["OVChatGLMForCausalLM", "i8", "1"], done.stderr
 
 
@@ -154,8 +148,7 @@ def test_choice_by_environment(fused_ir, monkeypatch):
         OVChatGLMForCausalLM.from_pretrained(fused_ir("chatglm3-6b"))
 
 
-@pytest.mark.slow
-def test_without_a_compiler(fused_ir, tmp_path):
+def test_without_a_compiler(fused_ir, tmp_path, python):
     script = """
         import sys
         from optimum_chatglm_ov import OVChatGLMForCausalLM, export_model
@@ -169,7 +162,7 @@ def test_without_a_compiler(fused_ir, tmp_path):
                 print(type(error).__name__, error)
     """
     changes = {"PATH": "", "CXX": "", "CHATGLM_OV_CACHE": str(tmp_path / "cache")}
-    done = run(script, fused_ir("chatglm3-6b"), DATA / "models" / "chatglm3-6b", tmp_path / "ir", **changes)
+    done = run(python, script, fused_ir("chatglm3-6b"), DATA / "models" / "chatglm3-6b", tmp_path / "ir", **changes)
     loading, exporting = done.stdout.splitlines()
     assert "NativeBuildError" in loading and "holds native operations and cannot run without" in loading
     assert exporting.startswith("NativeBuildError no C++ compiler found")
