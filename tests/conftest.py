@@ -17,6 +17,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network by accident
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# threads that wait for each other spin: those of tests that run beside each other must not be more than the CPUs
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _WORKERS)))
 # a shell starts what it puts into the background with Ctrl-C ignored, and so would be every command of the tests
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
