@@ -59,8 +59,17 @@ FLOATING = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets workers take the files in the order of `pytest_collection_modifyitems`, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of the folder `native`, all of which need the native library, and so a compiler."""
+    """Marks the tests of the folder `native`, all of which need the native library, and so a compiler.
+
+    The file that takes longest comes first, so that no worker is left alone with it at the end.
+    """
+    items.sort(key=lambda item: item.path.name != "test_native_kernels.py")
     for item in items:
         if item.path.is_relative_to(ROOT / "tests" / "native"):
             item.add_marker(pytest.mark.native)
