@@ -17,6 +17,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network by accident
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# threads that wait for each other spin: those of tests that run beside each other must not be more than the CPUs
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _WORKERS)))
 # a shell starts what it puts into the background with Ctrl-C ignored, and so would be every command of the tests
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -57,8 +60,17 @@ FLOATING = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets workers take the files in the order of `pytest_collection_modifyitems`, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of the folder `native`, all of which need the native library, and so a compiler."""
+    """Marks the tests of the folder `native`, all of which need the native library, and so a compiler.
+
+    The file that takes longest comes first, so that no worker is left alone with it at the end.
+    """
+    items.sort(key=lambda item: item.path.name != "test_native_kernels.py")
     for item in items:
         if item.path.is_relative_to(ROOT / "tests" / "native"):
             item.add_marker(pytest.mark.native)

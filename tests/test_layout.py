@@ -4,12 +4,11 @@
 import ast
 import inspect
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import DATA
 from optimum.intel import OVModelForCausalLM
 
 from optimum_chatglm_ov.runtime import model as runtime_model
@@ -86,20 +85,27 @@ def test_what_a_folder_does_not_import(folder, below):
         assert not parts & below, module
 
 
-def test_an_exported_model_runs_without_the_exporter(exported):
+@pytest.mark.slow
+def test_an_exported_model_runs_without_the_exporter(exported, python):
+    """In a process that imports transformers before this package, which makes its classes known all the same."""
     script = """
         import sys
 
         import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         from optimum_chatglm_ov import OVChatGLMForCausalLM
 
+        config = AutoConfig.from_pretrained(sys.argv[2])
+        assert type(config).__name__ == "ChatGLMConfig"
+        assert AutoModelForCausalLM._model_mapping[type(config)] is OVChatGLMForCausalLM
         model = OVChatGLMForCausalLM.from_pretrained(sys.argv[1])
         assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2).shape[1] > 3
         print([module for module in sys.modules if module.startswith("optimum_chatglm_ov.export")])
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(exported("chatglm3-6b"))]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    arguments = ["-c", textwrap.dedent(script), exported("chatglm3-6b"), DATA / "models" / "chatglm3-6b"]
+    done = python.run(arguments, fresh=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_the_private_names_of_optimum_intel_are_listed():

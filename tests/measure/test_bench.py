@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`chatglm-ov bench` measures every way and says so in a table, JSON and a plot; its figures are not tested."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -16,11 +17,20 @@ from optimum_chatglm_ov.assets import TINY_CHATGLM3
 from optimum_chatglm_ov.cli.main import main
 from optimum_chatglm_ov.ir import load_config
 from optimum_chatglm_ov.measure import linear as bench_linear
-from optimum_chatglm_ov.measure import turns
+from optimum_chatglm_ov.measure import speed, turns
 from optimum_chatglm_ov.measure.speed import WAYS, measure
 
 
 SMALL = ["--prompt-tokens", "8", "40", "--new-tokens", "3", "--repetitions", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peaks_measured_once():
+    """Every run of the command measures the machine, which is the same in all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "machine_peaks", functools.cache(speed.machine_peaks))
+        patch.setattr(speed, "stream_bandwidth", functools.cache(speed.stream_bandwidth))
+        yield
 
 
 @pytest.fixture(scope="module")
