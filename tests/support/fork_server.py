@@ -53,13 +53,16 @@ class ForkServer:
         self._server: subprocess.Popen | None = None
         self._connection: socket.socket | None = None
         self._environment: dict[str, str] = {}
+        self._at_start = dict(os.environ)  # some libraries, such as gradio, change what others read at import
         self._process: ForkedProcess | None = None
 
     def environment(self, **changes: str) -> dict[str, str]:
         """The environment of the tests with changes; processes compute in one thread and find no stored token."""
         paths = os.pathsep.join(filter(None, [str(self._root), os.environ.get("PYTHONPATH")]))
         settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_TOKEN_PATH": os.devnull}
-        return {**os.environ, "PYTHONPATH": paths, **settings, **changes}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_READ_AT_IMPORT)}
+        environment |= {name: value for name, value in self._at_start.items() if name.startswith(_READ_AT_IMPORT)}
+        return {**environment, "PYTHONPATH": paths, **settings, **changes}
 
     def start(
         self,
