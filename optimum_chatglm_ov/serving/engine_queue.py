@@ -151,11 +151,11 @@ class _Probabilities(LogitsProcessor):
 
     def __init__(self) -> None:
         self._scores: dict[int, torch.Tensor] = {}  # by the tokens before them: drafts that were wrong come again
-        self._next: int | None = None
+        self._next = 0  # tokens before the next one of the answer; 0 until the prompt is known
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         length = input_ids.shape[1]
-        self._next = length if self._next is None else self._next
+        self._next = self._next or length
         self._scores[length] = scores[0].log_softmax(-1)
         return scores
 

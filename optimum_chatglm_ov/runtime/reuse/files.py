@@ -119,7 +119,8 @@ def _begin_unfinished(folder: Path) -> tuple[int, str]:
 
 def _header(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """What a file of safetensors begins with."""
-    names, header, end = {dtype: name for name, dtype in _DTYPES.items()}, {"__metadata__": dict(metadata)}, 0
+    names, end = {dtype: name for name, dtype in _DTYPES.items()}, 0
+    header: dict[str, Mapping[str, object]] = {"__metadata__": dict(metadata)}
     for name, tensor in tensors.items():
         offsets = [end, end := end + tensor.nbytes]
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
