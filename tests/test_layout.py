@@ -2,6 +2,7 @@
 """What imports what, which private names are used, and how long files and functions are."""
 
 import ast
+import configparser
 import inspect
 import re
 import textwrap
@@ -53,6 +54,13 @@ def _executed(node: ast.AST):
             continue
         yield child
         yield from _executed(child)
+
+
+def test_an_installation_holds_every_package():
+    settings = configparser.ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg")
+    installed = {name for name in settings["options"]["packages"].split() if name.startswith("optimum_chatglm_ov")}
+    assert installed == {module for module, file in MODULES.items() if file.name == "__init__.py"}
 
 
 def test_no_module_imports_itself_through_others():

@@ -332,12 +332,12 @@ class EngineForCausalLM(CacheFilesMixin, OVModelForCausalLM):
 
     @torch.no_grad()
     def generate_turn(self, prompt: torch.LongTensor, **settings: Any) -> torch.LongTensor:
-        """`generate` of one prompt [1, L]; what the engine holds of it since the turn before is not computed again."""
+        """`generate` of one prompt [1, L], of which nothing is computed again that is known from earlier turns."""
         with self._turns(settings.get("assistant_model")):
             self._is_conversation = True
             try:
-                # A prompt has no padding, whatever its ids; positions follow from the mask.
                 settings["return_dict_in_generate"] = True
+                # A prompt has no padding, whatever its ids; positions follow from the mask.
                 output = self.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
                 return output.sequences
             finally:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beginnings of prompts are computed once: what an engine, a store in memory, or a folder holds of them."""
-# ruff: noqa: F401, F811  fixtures are imported
 
 import logging
 import shutil
@@ -9,23 +8,14 @@ import numpy as np
 import pytest
 import torch
 from reuse_fuzz import ReuseFuzz
-from reuse_models import (
-    CHATGLM3,
-    PIECE,
-    Computed,
-    answer,
-    assert_same,
-    files_of,
-    fresh,
-    load,
-    prompt,
-    stored,
-)
+from reuse_models import CHATGLM3, PIECE, Computed, answer, assert_same, files_of, prompt, stored
 
 from optimum_chatglm_ov import OVChatGLMForCausalLM
 from optimum_chatglm_ov.choices import size_in_bytes
 from optimum_chatglm_ov.runtime.reuse.stores import PrefixMemory
 
+
+pytest_plugins = ["reuse_models"]
 
 NAMES = ("chatglm-6b", "chatglm2-6b-ptuning-v2", "chatglm3-6b", "glm4")
 
@@ -104,6 +94,17 @@ def test_two_conversations_that_take_turns(load, fresh):
             texts[i] = torch.cat((found, prompt(model, 8, turn)), dim=1)
     answer(model, texts[0])
     assert computed.first() == texts[0].shape[1]  # not asked for beyond conversations
+
+
+def test_a_conversation_that_goes_on_is_not_copied(load):
+    model = load()
+    text = prompt(model, 130)
+    for turn in range(3):
+        found = model.generate_turn(prompt=text, max_new_tokens=3, pad_token_id=0, do_sample=False)
+        assert not model._prefixes.store.bytes
+        text = torch.cat((found, prompt(model, 70, turn)), dim=1)
+    model.generate_turn(prompt=prompt(model, 9), max_new_tokens=3, pad_token_id=0, do_sample=False)
+    assert model._prefixes.store.bytes
 
 
 def test_nothing_is_kept_where_that_is_asked_for(load):
@@ -293,7 +294,7 @@ def test_of_a_conversation_that_exceeds_the_budget_the_beginning_is_kept(load, t
         answer(model, ids)
         answer(model, prompt(model, 9))
         if where is True:
-            piece = model._prefixes.store._bytes // 6
+            piece = model._prefixes.store.bytes // 6
     for where in (True, tmp_path / "cache"):
         model = load(prefix_cache=where, prefix_cache_size=int(3.9 * piece))
         computed, other = Computed(model), prompt(model, 9)

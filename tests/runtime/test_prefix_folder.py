@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of prompts in a folder: damage, other users, other processes, limits."""
-# ruff: noqa: F401, F811  fixtures are imported
 
 import json
 import logging
@@ -13,28 +12,18 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, in_child
-from reuse_models import (
-    CHATGLM3,
-    PIECE,
-    Computed,
-    answer,
-    assert_same,
-    files_of,
-    fresh,
-    load,
-    prompt,
-    stored,
-)
+from conftest import ROOT, in_child, let_others_read
+from reuse_models import CHATGLM3, PIECE, Computed, answer, assert_same, files_of, prompt, stored
 from safetensors.numpy import load_file
 
 from optimum_chatglm_ov.runtime.reuse.files import FORMAT, CacheFileError, read_file, write_file
 from optimum_chatglm_ov.runtime.reuse.stores import PrefixCacheError, PrefixFolder
 
+
+pytest_plugins = ["reuse_models"]
 
 DAMAGE = {
     "truncated": lambda content, other: content[: len(content) // 2],
@@ -167,9 +156,8 @@ def test_processes_share_a_folder_and_may_be_killed_at_any_moment(load, fresh, e
         other.send_signal(signal.SIGKILL)
         other.wait()
         other.stdout.close()
-    left = list(tmp_path.glob(".*"))
     model = load(prefix_cache=tmp_path)
-    assert not list(tmp_path.glob(".*")) or left == []
+    assert not list(tmp_path.glob(".*"))
     computed = Computed(model)
     for seed in range(20):
         assert_same(answer(model, ids := prompt(model, 133, seed)), answer(fresh(), ids))
@@ -195,8 +183,7 @@ def test_folders_that_cannot_be_used(load, tmp_path):
         load(prefix_cache=tmp_path / "file")
     readable = tmp_path / "readable"
     readable.mkdir(mode=0o555)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    let_others_read(readable)
     raised = in_child(lambda: PrefixFolder(readable, 10), as_nobody=True)
     assert "PrefixCacheError" in raised and "no permission" in raised
 

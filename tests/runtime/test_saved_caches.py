@@ -6,28 +6,15 @@ import stat
 import numpy as np
 import pytest
 import torch
-from conftest import EXACT, in_child, let_others_read
+from conftest import in_child, let_others_read
+from reuse_models import prompt
 
-from optimum_chatglm_ov import OVChatGLMForCausalLM
-from optimum_chatglm_ov.architectures.registry import architecture_of
 from optimum_chatglm_ov.runtime.reuse.files import CacheFileError, read_file, write_file
 
 
+pytest_plugins = ["reuse_models"]
+
 NAMES = ("chatglm-6b", "chatglm2-6b-ptuning-v2", "chatglm3-6b", "glm4")
-
-
-@pytest.fixture(scope="module")
-def load(exported):
-    def load(name, attention="native", ov_config=EXACT, **arguments):
-        return OVChatGLMForCausalLM.from_pretrained(
-            exported(name), attention=attention, ov_config=dict(ov_config), **arguments
-        )
-
-    return load
-
-
-def prompt(model, length, seed=0):
-    return architecture_of(model.config).example_prompt(length, seed)
 
 
 @pytest.mark.parametrize("name", NAMES)

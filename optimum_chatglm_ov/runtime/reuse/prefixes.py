@@ -61,15 +61,18 @@ class Prefixes:
         Returns:
             Tokens of each row that the engine holds now. If there are none, it is as it was.
         """
-        self.keep()
         if most <= 0 or not is_counted(call.attention_mask, call.position_ids):
+            self.keep()
             return 0
         wanted = HeldTokens(call.input_ids, call.attention_mask)
         contexts = self._contexts(wanted, call.prompt_layout)
         live = self._continues(wanted, contexts, most)
+        if live < self.engine.past_length:  # else all of it goes on, and needs no copy
+            self.keep()
         found = [self._stored(wanted, contexts, row) for row in range(len(wanted.input_ids))]
         stored = self._begun(wanted, contexts, [len(entries) and entries[-1].span.last for entries in found], most)
         if stored > live:
+            self.keep()
             read = self._hold(wanted.first(stored), found)
             if contexts is not None:
                 self.engine.write_state("prompt_layout", contexts)

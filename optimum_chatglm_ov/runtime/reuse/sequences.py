@@ -108,14 +108,13 @@ def load_sequences(engine: Engine, file: Path, identity: Callable[[], bytes]) ->
             np.array(tensors["input_ids"]), np.array(tensors["attention_mask"]), metadata[_IS_COUNTED] == "True"
         )
         _check(tensors, engine)
-        engine.hold(held)
-        for row, blocks in enumerate(tensors["blocks"]):
-            write_blocks(engine.state, row, 0, _whole(engine), blocks)
-        if "prompt_layout" in tensors:
-            engine.write_state("prompt_layout", np.array(tensors["prompt_layout"]))
     except (KeyError, IndexError, ValueError) as error:
-        engine.reset()
         raise CacheFileError(f"{file}: does not hold what it must: {error}. Generate anew.") from error
+    engine.hold(held)
+    for row, blocks in enumerate(tensors["blocks"]):
+        write_blocks(engine.state, row, 0, _whole(engine), blocks)
+    if "prompt_layout" in tensors:
+        engine.write_state("prompt_layout", np.array(tensors["prompt_layout"]))
 
 
 def _check(tensors: Mapping[str, np.ndarray], engine: FusedEngine) -> None:

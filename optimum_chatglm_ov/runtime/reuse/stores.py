@@ -72,7 +72,8 @@ class PrefixMemory:
         """
         self.size = size
         self._blocks: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._bytes = 0
+        self.bytes = 0
+        """That all blocks have together now."""
 
     def get(self, key: bytes, shape: tuple[int, ...]) -> np.ndarray | None:
         """See [`Store`]."""
@@ -83,10 +84,10 @@ class PrefixMemory:
         if key in self._blocks or blocks.nbytes > self.size:
             return
         self._blocks[key] = blocks
-        self._bytes += blocks.nbytes
-        while self._bytes > self.size:
+        self.bytes += blocks.nbytes
+        while self.bytes > self.size:
             _, oldest = self._blocks.popitem(last=False)
-            self._bytes -= oldest.nbytes
+            self.bytes -= oldest.nbytes
 
     def used(self, keys: Sequence[bytes]) -> None:
         """See [`Store`]."""
