@@ -82,15 +82,23 @@ bool has_tiles(const std::string& name) {
 bool has_byte_tiles(const LinearFormat& f) {
     return f.bits == 8 && f.group_size == f.in_features && f.in_features % 64 == 0;
 }
-// Byte products take so few rows in 16 bits, and instead of bf16 tiles.
+// Rows of activations that are multiplied in 16 bits with half bytes, if there are no more.
+constexpr int64_t kHalvesRows = 16;
+bool has_half_tiles(const LinearFormat& f) {
+    return f.bits == 4 && (f.group_size == 64 || f.group_size == 128);
+}
+// Byte products take so few rows in 16 bits, and instead of tiles that weights are converted for.
 bool is_wide(const std::string& name, int64_t rows) {
     return rows <= (name == "amx" || name == "avx512-vnni" ? 2 : 1);
 }
+Rounding tile_rounding(const LinearFormat& f, int64_t rows) {
+    if (has_byte_tiles(f)) return f.activation_group_size == f.in_features ? Rounding::rows : Rounding::rows_wide;
+    return has_half_tiles(f) && rows <= kHalvesRows ? Rounding::rows_wide : Rounding::bf16;
+}
 Rounding rounding(const std::string& name, const LinearFormat& f, int64_t rows) {
-    if (has_tiles(name) && has_byte_tiles(f))
-        return f.activation_group_size == f.in_features ? Rounding::rows : Rounding::rows_wide;
+    if (has_tiles(name) && has_byte_tiles(f)) return tile_rounding(f, rows);
     if (is_wide(name, rows)) return Rounding::rows_wide;
-    return has_tiles(name) ? Rounding::bf16 : Rounding::groups;
+    return has_tiles(name) ? tile_rounding(f, rows) : Rounding::groups;
 }
 
 double to_bf16(double x) {
@@ -117,22 +125,22 @@ bool is_even(const double* x, int64_t rows, int64_t width) {
 std::vector<double> rounded(const LinearFormat& f, const std::vector<double>& x, Rounding rounding) {
     std::vector<double> result(x.size());
     double steps = rounding == Rounding::rows_wide ? 32639 : 127;
+    bool is_bf16 = rounding == Rounding::bf16;
     const size_t chunk = 512 * f.in_features;  // rows that tiles take together
     // byte products round whole rows of 8 bits in groups of 32
     const int64_t group = f.activation_group_size == f.in_features ? 32 : f.activation_group_size;
     const int64_t size = rounding == Rounding::groups ? group : f.in_features;
     for (size_t first = 0; first < x.size(); first += size) {
-        if (rounding == Rounding::rows && first % chunk == 0) {
-            const int64_t rows = static_cast<int64_t>(std::min(chunk, x.size() - first)) / f.in_features;
+        const int64_t rows = static_cast<int64_t>(std::min(chunk, x.size() - first)) / f.in_features;
+        if (rounding == Rounding::rows && first % chunk == 0)
             steps = is_even(&x[first], rows, f.in_features) ? 127 : 32639;
-        }
+        if (rounding == Rounding::bf16 && first % chunk == 0 && tile_rounding(f, rows) == Rounding::rows_wide)
+            is_bf16 = false, steps = 32639;
         double max = 0;
         for (int64_t i = 0; i < size; i++) max = std::max(max, std::abs(x[first + i]));
         for (int64_t i = 0; i < size; i++) {
             const double v = x[first + i];
-            result[first + i] = rounding == Rounding::bf16 ? to_bf16(v)
-                                : max > 0                  ? std::nearbyint(v / max * steps) * max / steps
-                                                           : 0.0;
+            result[first + i] = is_bf16 ? to_bf16(v) : max > 0 ? std::nearbyint(v / max * steps) * max / steps : 0.0;
         }
     }
     return result;
@@ -252,9 +260,8 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
         // An MLP is on tiles as a whole, or on byte products.
         const bool is_bytes = !has_tiles(name) || (is_wide(name, rows) && !has_byte_tiles(down.format));
         const std::string set = is_bytes && has_tiles(name) ? "portable" : name;
-        const bool first_bf16 = has_tiles(set) && !has_byte_tiles(format);
         const Rounding first = is_bytes && is_wide(name, rows) ? Rounding::rows_wide
-                               : first_bf16                    ? Rounding::bf16
+                               : has_tiles(set)                ? tile_rounding(format, rows)
                                                                : rounding(set, format, rows);
         const Rounding second =
             is_bytes && is_wide(name, rows) ? Rounding::rows_wide : rounding(set, down.format, rows);

@@ -39,9 +39,9 @@ struct WideSums {
 
 // A class `Lines`, of conversions for tiles, 64 bytes at a time; what each does is said at PortableLines (lines.hpp):
 //   Vector                                f32 vectors
-//   from_half, from_bytes, difference     to f32
+//   from_half, from_bytes, difference, wide     to f32
 //   pack, largest, round_wide, round_bytes                    activations
-//   convert_bytes, convert_halves, convert_scaled_bytes, convert_scaled_halves     weights
+//   split_halves, convert_bytes, convert_halves, convert_scaled_bytes, convert_scaled_halves     weights
 template <class Lines, class = void>
 struct IsLines : std::false_type {};
 template <class Lines>
@@ -49,6 +49,8 @@ struct IsLines<Lines,
                decltype(void(Lines::from_half(std::declval<const f16*>())),
                         void(Lines::from_bytes(std::declval<const uint8_t*>())),
                         void(Lines::difference(std::declval<const float*>(), int32_t())),
+                        void(Lines::wide(std::declval<const float*>(), std::declval<const float*>())),
+                        void(Lines::split_halves(std::declval<const uint8_t*>(), std::declval<uint8_t*>())),
                         void(Lines::pack(std::declval<const float*>(), std::declval<bf16*>(),
                                          std::declval<typename Lines::Vector&>())),
                         void(Lines::largest(std::declval<const float*>(), int64_t())),

@@ -26,10 +26,9 @@ const LinearKernels& choose_kernels(const char* name) {
     return asked && asked->linear ? *asked->linear : best_kernels();
 }
 
-// Converting weights to bf16 takes longer than reading them from memory; byte products of a row or two do not.
+// Converting weights for tiles takes longer than reading them from memory; byte products of a row or two do not.
 bool takes_tiles(const LinearKernels& kernels, const LinearFormat& format, int64_t rows) {
-    return kernels.tiles &&
-           (rows > kernels.bytes->wide_rows || &choose_way(*kernels.tiles, format) != &kernels.tiles->bf16);
+    return kernels.tiles && (rows > kernels.bytes->wide_rows || tiles_take_stored(format));
 }
 
 // The four halves of two bytes, from the lowest, in the low halves of four bytes.

@@ -96,9 +96,10 @@ struct RowSize {
 };
 
 struct TileKernels {
-    TileWay bf16;   // every format
-    TileWay wide;   // 8 bits with one scale a row: activations of 16 bits, as two bytes
-    TileWay bytes;  // the same: activations of 8 bits
+    TileWay bf16;    // every format
+    TileWay halves;  // 4 bits: few rows of 16-bit activations, as two bytes
+    TileWay wide;    // 8 bits with one scale a row: activations of 16 bits, as two bytes
+    TileWay bytes;   // the same: activations of 8 bits
     RowSize (*measure)(const float* row, int64_t count);
 };
 
@@ -109,8 +110,8 @@ struct LinearKernels {
     const TileKernels* tiles;  // or null
 };
 
-// The way for a format.
-const TileWay& choose_way(const TileKernels&, const LinearFormat&);
+// Whether tiles multiply weights as they are stored.
+bool tiles_take_stored(const LinearFormat&);
 
 // The drivers: see linear() and mlp().
 void byte_linear(const ByteKernels&, const LinearLayers&, const RowsView<const float>& input, float* const* outputs,

@@ -81,6 +81,19 @@ struct PortableLines {
         return r;
     }
 
+    // Integers whose high and low bytes have sums of their own.
+    static Vector wide(const float* high, const float* low) {
+        Vector r;
+        for (int i = 0; i < Vector::kLanes; i++)
+            r.lane[i] = static_cast<float>(as_integer(high[i]) * 256 + as_integer(low[i]));
+        return r;
+    }
+
+    // The low, then the high halves of 64 bytes.
+    static void split_halves(const uint8_t* stored, uint8_t* target) {
+        for (int i = 0; i < 64; i++) target[i] = stored[i] & 15, target[64 + i] = stored[i] >> 4;
+    }
+
     // Bytes of features 0 .. 3 and 4 .. 7, minus 128.
     static void convert_bytes(const uint8_t* low, const uint8_t* high, bf16* target) {
         for (int column = 0; column < 16; column++)
@@ -206,6 +219,17 @@ struct Avx512Lines {
 
     static Vector difference(const float* integers, int32_t other) {
         return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(integers), _mm512_set1_epi32(other)))};
+    }
+
+    static Vector wide(const float* high, const float* low) {
+        const __m512i shifted = _mm512_slli_epi32(_mm512_loadu_si512(high), 8);
+        return {_mm512_cvtepi32_ps(_mm512_add_epi32(shifted, _mm512_loadu_si512(low)))};
+    }
+
+    static inline __attribute__((always_inline)) void split_halves(const uint8_t* stored, uint8_t* target) {
+        const __m512i x = _mm512_loadu_si512(stored), low = _mm512_set1_epi8(15);
+        _mm512_store_si512(target, _mm512_and_si512(x, low));
+        _mm512_store_si512(target + 64, _mm512_and_si512(_mm512_srli_epi16(x, 4), low));
     }
 
     static inline __attribute__((always_inline)) void convert_bytes(const uint8_t* low, const uint8_t* high,

@@ -16,9 +16,8 @@ template <class Tiles, class Lines, bool kWide>
 struct TileBytes {
     using Vector = typename Lines::Vector;
     using Session = TileSession<Tiles>;
-    static constexpr int64_t kStep = 64;                   // input features of one tile product
-    static constexpr int64_t kRows = kWide ? 16 : 32;      // of a block
-    static constexpr int64_t kStepBytes = 2 * kTileBytes;  // of activations, and of weights
+    static constexpr int64_t kStep = 64;               // input features of one tile product
+    static constexpr int64_t kRows = kWide ? 16 : 32;  // of a block
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
     static int64_t sum_bytes(const LinearFormat&) { return 32 * 4; }
@@ -31,16 +30,14 @@ struct TileBytes {
         for (int64_t r = first; r < last; r++) {
             auto* values = static_cast<int8_t*>(block.values) + r * kStep;
             const float* x = input + r * stride;
-            const float largest = Lines::largest(x, f.in_features);
-            const float steps = kWide ? 32639.0f : 127.0f;  // 127 * 256 + 127
-            const float inverse = largest > 1e-30f ? steps / largest : 0.0f;
-            // NaN or infinity makes the row NaN: the scale is one of them, or 0 times one
-            block.scales[r] = largest > 1e-30f || largest != largest ? largest / steps : 0.0f;
+            const RowScale scale(Lines::largest(x, f.in_features), kWide ? kWideSteps : 127.0f);
+            block.scales[r] = scale.step;
             if constexpr (kWide) {
-                const WideSums found = Lines::round_wide(x, f.in_features, inverse, {values, kStepBytes, kTileBytes});
+                const WideSums found =
+                    Lines::round_wide(x, f.in_features, scale.inverse, {values, kStepBytes, kTileBytes});
                 sums[r] = found.high, sums[16 + r] = found.low;
             } else {
-                sums[r] = Lines::round_bytes(x, f.in_features, inverse, values, kStepBytes);
+                sums[r] = Lines::round_bytes(x, f.in_features, scale.inverse, values, kStepBytes);
             }
         }
     }
@@ -126,7 +123,7 @@ private:
         const int64_t left = task.rows - m * kRows, rows = left < kRows ? left : kRows;
         const auto* row_sums = static_cast<const int32_t*>(task.blocks[m].sums);
         for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
-            const ColumnScale<Lines, 8> column(panel, 0, c);
+            const ColumnScale<Lines, 128> column(panel, 0, c);
             const Vector bias = Vector::load(panel.bias + c);
             for (int64_t r = 0; r < rows; r++) {
                 float* place = sums + sum_at(r, c);

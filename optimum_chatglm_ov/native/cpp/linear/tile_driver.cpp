@@ -48,11 +48,7 @@ public:
 
     void pack(const RowsView<const float>& input, const Executor& executor) {
         const int64_t rows = rows_ = input.count, width = format_.in_features;
-        way_ = &choose_way(kernels_, format_);
-        // as many rows as one block has cost no more in 16 bits
-        if (way_ == &kernels_.bytes &&
-            (rows <= kernels_.wide.block_rows || !rounds_well(kernels_, input, width, executor)))
-            way_ = &kernels_.wide;
+        way_ = &choose_way(input, executor);
         reserve(ceil_divide(rows, way_->block_rows));
         // a few rows are ready before another thread has begun
         const int64_t workers = rows * width < 16384 ? 1 : executor.concurrency();
@@ -68,6 +64,21 @@ public:
     int64_t rows() const { return rows_; }
 
 private:
+    const TileWay& choose_way(const RowsView<const float>& input, const Executor& executor) const {
+        const LinearFormat& f = format_;
+        if (tiles_take_stored(f)) {
+            const bool may_round = f.activation_group_size == f.in_features;
+            // as many rows as one block has cost no more in 16 bits
+            return may_round && input.count > kernels_.wide.block_rows &&
+                           rounds_well(kernels_, input, f.in_features, executor)
+                       ? kernels_.bytes
+                       : kernels_.wide;
+        }
+        const bool has_groups = f.group_size == 64 || f.group_size == 128;  // of one or two products
+        return f.bits == 4 && has_groups && input.count <= kernels_.halves.block_rows ? kernels_.halves
+                                                                                      : kernels_.bf16;
+    }
+
     void reserve(int64_t count) {
         const int64_t values = way_->value_bytes(format_), scales = 32 * 4;
         const int64_t sums = ceil_divide(way_->sum_bytes(format_), 64) * 64;
@@ -137,11 +148,9 @@ void multiply(const PackedRows& activations, const LinearLayers& layers, Activat
 
 }  // namespace
 
-const TileWay& choose_way(const TileKernels& kernels, const LinearFormat& f) {
+bool tiles_take_stored(const LinearFormat& f) {
     constexpr int64_t kMostFeatures = 65536;  // sums of more could exceed 31 bits
-    if (f.bits != 8 || f.group_size != f.in_features || f.in_features % 64 || f.in_features > kMostFeatures)
-        return kernels.bf16;
-    return f.activation_group_size == f.in_features ? kernels.bytes : kernels.wide;
+    return f.bits == 8 && f.group_size == f.in_features && f.in_features % 64 == 0 && f.in_features <= kMostFeatures;
 }
 
 void tile_linear(const TileKernels& kernels, const LinearLayers& layers, const RowsView<const float>& input,

@@ -1,5 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Up to 32 rows of a linear layer on bf16 tiles: weights are read from memory and used once. See tile_linear.hpp.
+// A few rows of a linear layer on tiles: weights are read from memory, converted, and used once.
+//   Tiles     tile_linear.hpp
+//   Operands  how weights and activations are held (bf16_operands.hpp, tile_halves.hpp):
+//     Vector, kIsBytes       of its arithmetic
+//     kStep, kStoredBytes    input features of a tile product, and bytes of them in a panel
+//     kLines                 lines of tiles that a row of activations takes
+//     convert(stored, target)                              the weights of a step, two tiles
+//     begin(task, panel, results), end(...), add_group(task, panel, group, pass, products, results)
 #pragma once
 
 #include "linear/tile_session.hpp"
@@ -46,131 +53,106 @@ private:
     const uint8_t* stored_ = nullptr;
 };
 
-template <class Tiles, class Lines>
+template <class Tiles, class Operands>
 struct TileFewRows {
-    using Vector = typename Lines::Vector;
     using Session = TileSession<Tiles>;
-    static constexpr int64_t kStep = 32;  // input features of one tile product
-    static constexpr int64_t kRows = 32;  // of a block
-    static constexpr int64_t kStepBytes = 2 * kTileBytes;
-    static constexpr int64_t kUnit = 128;    // numbers that one conversion writes: 8 features of 16 columns
-    static constexpr float kUndo = 0x1p48f;  // of the powers of two that weights and activations are held in
 
-    // Bytes of 8 input features of a panel.
-    template <int kBits>
-    static constexpr int64_t kUnitBytes = kPanelColumns * kBits;
-
-    template <int kBits>
-    static inline __attribute__((always_inline)) void convert(const uint8_t* stored, bf16* target) {
-        if constexpr (kBits == 8)
-            Lines::convert_bytes(stored, stored + kPanelColumns * 4, target);
-        else
-            Lines::convert_halves(stored, target);
-    }
-
-    // Few rows: each weight is converted once, just before its only use. A chunk of the activations stays in the
-    // first-level cache for all panels, so that the weights have its fill buffers for themselves.
-    template <int kRowTiles, int kBits>
+    // Each weight is converted once, just before its only use. A chunk of the activations stays in the first-level
+    // cache for all panels, so that the weights have its fill buffers for themselves.
+    //   kRowTiles  row tiles that are multiplied together
+    //   kPasses    of a group, each of another row tile; of several, groups have at most kDistance steps
+    // With one row tile sums alternate between two pairs of tiles: one is multiplied while the other is stored.
+    template <int kRowTiles, int kPasses>
     static void multiply(const TileTask& task, float* scratch) {
-        constexpr int64_t kRing = 4, kDistance = 2;  // steps in the ring, and from a conversion to its use
-        constexpr int64_t kStoredBytes = 4 * kUnitBytes<kBits>;
-        constexpr int64_t kAheadSteps = kAheadBytes / kStoredBytes;
+        static_assert(kRowTiles == 1 || kPasses == 1, "sums of all row tiles must have tiles");
+        constexpr int64_t kRing = 2 * kDistance;
+        constexpr int64_t kStoredBytes = Operands::kStoredBytes, kAheadSteps = kAheadBytes / kStoredBytes;
         const LinearFormat& f = *task.format;
-        const int64_t groups = f.in_features / f.group_size, group_steps = f.group_size / kStep;
-        const int64_t held = kHeldFeatures / kRowTiles / f.group_size, chunk_groups = held ? held : 1;
-        Session session(kRowTiles == 2 ? 16 : task.rows, kRowTiles == 2 ? task.rows - 16 : 16);
-        alignas(64) bf16 ring[kRing][kStepBytes / 2];
-        alignas(64) float products[2][kBlockSums];  // of two groups: one is added up while the next is multiplied
+        const int64_t groups = f.in_features / f.group_size, group_steps = f.group_size / Operands::kStep;
+        const int64_t held = kHeldTiles / kRowTiles / kPasses / group_steps, chunk_groups = held ? held : 1;
+        const int64_t lines = task.rows * Operands::kLines;
+        Session session(lines < 16 ? lines : 16, kRowTiles == 2 ? lines - 16 : lines < 16 ? lines : 16);
+        alignas(64) uint8_t ring[kRing][kStepBytes];
+        alignas(64) float products[2][kBlockSums];
         StoredSteps<kStoredBytes> fetched(task, groups * group_steps, chunk_groups * group_steps), converted = fetched;
-        int64_t conversions = 0, multiplications = 0, parity = 0;
+        int64_t conversions = 0;
         const auto fetch_step = [&]() __attribute__((always_inline)) {
             const uint8_t* stored = fetched.next();
 #pragma GCC unroll 16
             for (int64_t byte = 0; byte < kStoredBytes; byte += 64) __builtin_prefetch(stored + byte, 0, 3);
         };
         const auto convert_step = [&]() __attribute__((always_inline)) {
-            const uint8_t* stored = converted.next();
-            bf16* target = ring[conversions++ % kRing];
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++)
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++)
-                    convert<kBits>(stored + i * kUnitBytes<kBits> + half * 64, target + (4 * half + i) * kUnit);
+            Operands::convert(converted.next(), ring[conversions++ % kRing]);
         };
         for (int64_t step = 0; step < kAheadSteps; step++) fetch_step();
         for (int64_t step = 0; step < kDistance; step++) convert_step();
-        Panel last_panel(f, task.weights[0]);
-        int64_t last_group = -1, last_n = 0;
-        const auto add_last = [&] {
-            float* results = scratch + last_n * kBlockSums;
-            if (last_group == 0) begin_results(task, last_panel, results);
-            add_group<kBits>(task, last_panel, last_group, products[parity % 2], results);
-            if (last_group == groups - 1)
-                deliver<Vector>(task, last_n, 0, task.rows, results, results - task.panels / 2 * kBlockSums);
+
+        struct Item {  // some rows of a group, whose products are in tiles or in `products`
+            Panel panel;
+            int64_t group, n, pass;
         };
+        Item items[2] = {{Panel(f, task.weights[0]), -1, 0, 0}, {Panel(f, task.weights[0]), -1, 0, 0}};
+        const auto add = [&](int64_t half) {
+            const Item& item = items[half];
+            if (item.group < 0) return;
+            float* results = scratch + item.n * kBlockSums;
+            if (item.group == 0 && item.pass == 0) Operands::begin(task, item.panel, results);
+            Operands::add_group(task, item.panel, item.group, item.pass, products[half], results);
+            if (item.group < groups - 1 || item.pass < kPasses - 1) return;
+            Operands::end(task, item.panel, results);
+            deliver<typename Operands::Vector>(task, item.n, 0, task.rows, results,
+                                               results - task.panels / 2 * kBlockSums);
+        };
+        int64_t first_step = 0;  // of the group
+        const uint8_t* a = nullptr;
+        // The item of half kHalf; the one before of that half is added up, the other half is stored.
+        const auto run = [&](auto half, const Item& item) __attribute__((always_inline)) {
+            constexpr int kHalf = decltype(half)::value;
+            session.template zero<kRowTiles, kHalf>();
+            for (int64_t step = 0; step < group_steps; step++) {
+                if (item.pass == 0) fetch_step(), convert_step();
+                session.template multiply<kRowTiles, Operands::kIsBytes, Session::Streams::none, kHalf>(
+                    a + step * kStepBytes + item.pass * kTileBytes, ring[(first_step + step) % kRing], kTileBytes, 64);
+            }
+            if constexpr (kRowTiles == 2) {
+                session.template store_sums<2>(products[kHalf]);
+                add(1 - kHalf);
+            } else {
+                session.template store_sums<1, 1 - kHalf>(products[1 - kHalf]);
+                add(kHalf);
+            }
+            items[kHalf] = item;
+        };
+        int64_t half = 0;
         for (int64_t first = 0; first < groups; first += chunk_groups) {
             const int64_t end = first + chunk_groups < groups ? first + chunk_groups : groups;
             for (int64_t n = 0; n < task.panels; n++) {
                 const Panel panel(f, task.weights[n]);
-                const auto* a = static_cast<const uint8_t*>(task.blocks[0].values) + first * group_steps * kStepBytes;
+                a = static_cast<const uint8_t*>(task.blocks[0].values) + first * group_steps * kStepBytes;
                 for (int64_t group = first; group < end; group++) {
-                    session.template zero<kRowTiles>();
-                    for (int64_t step = 0; step < group_steps; step++, a += kStepBytes) {
-                        fetch_step();
-                        convert_step();
-                        session.template multiply<kRowTiles, false, Session::Streams::none>(
-                            a, reinterpret_cast<const uint8_t*>(ring[multiplications++ % kRing]), kTileBytes, 64);
-                    }
-                    session.template store_sums<kRowTiles>(products[(parity + 1) % 2]);
-                    if (last_group >= 0) add_last();
-                    parity++, last_panel = panel, last_group = group, last_n = n;
+                    if (kPasses == 2 || half == 0) run(std::integral_constant<int, 0>(), {panel, group, n, 0});
+                    if (kPasses == 2 || half == 1)
+                        run(std::integral_constant<int, 1>(), {panel, group, n, kPasses - 1});
+                    a += group_steps * kStepBytes, first_step += group_steps, half = 1 - half;
                 }
             }
         }
-        add_last();
+        const int64_t last = kPasses == 2 ? 1 : 1 - half;  // its sums are in tiles, if one row tile is multiplied
+        if constexpr (kRowTiles == 1) {
+            add(1 - last);
+            if (last)
+                session.template store_sums<1, 1>(products[1]);
+            else
+                session.template store_sums<1, 0>(products[0]);
+        }
+        add(last);
     }
+
+    static constexpr int64_t kDistance = 2;  // steps from a conversion to its use
 
 private:
     static constexpr int64_t kAheadBytes = 4096;
-    static constexpr int64_t kHeldFeatures = 256;  // of 16 rows that stay in the first-level cache
-
-    // The products of a group of features, scaled, are added to the results.
-    template <int kBits>
-    static void add_group(const TileTask& task, const Panel& panel, int64_t group, const float* products,
-                          float* results) {
-        constexpr int kVectors = 16 / Vector::kLanes;  // of a row of a tile
-        const float* sums = static_cast<const float*>(task.blocks[0].sums) + group * kRows;
-        for (int64_t tile = 0; tile < 2; tile++) {
-            Vector scale[kVectors], minus_zero[kVectors];
-            for (int v = 0; v < kVectors; v++) {
-                const ColumnScale<Lines, kBits> column(panel, group, tile * 16 + v * Vector::kLanes);
-                scale[v] = Vector::multiply(column.scale, Vector::all(kUndo));
-                minus_zero[v] = column.minus_zero;
-            }
-            for (int64_t first = 0; first < task.rows; first += 16) {
-                const int64_t rows = task.rows - first < 16 ? task.rows - first : 16;
-                const float* product = products + sum_at(first, tile * 16);
-                float* result = results + sum_at(first, tile * 16);
-                const float* sum = sums + first;
-#pragma GCC unroll 4
-                for (int64_t r = 0; r < rows; r++, product += 16, result += 16)
-                    for (int v = 0; v < kVectors; v++) {
-                        const int at = v * Vector::kLanes;
-                        const Vector total =
-                            Vector::multiply_add(minus_zero[v], Vector::all(sum[r]), Vector::load(product + at));
-                        Vector::multiply_add(scale[v], total, Vector::load(result + at)).store(result + at);
-                    }
-            }
-        }
-    }
-
-    // Before the first group: biases, or NaN for a row with NaN or infinity.
-    static void begin_results(const TileTask& task, const Panel& panel, float* results) {
-        for (int64_t r = 0; r < task.rows; r++)
-            for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes)
-                Vector::add(Vector::load(panel.bias + c), Vector::all(task.blocks[0].scales[r]))
-                    .store(results + sum_at(r, c));
-    }
+    static constexpr int64_t kHeldTiles = 8;  // of activations that stay in the first-level cache
 };
 
 }  // namespace

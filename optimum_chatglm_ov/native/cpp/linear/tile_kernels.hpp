@@ -5,6 +5,7 @@
 #include "linear/concepts.hpp"
 #include "linear/lines.hpp"
 #include "linear/tile_bytes.hpp"
+#include "linear/tile_halves.hpp"
 #include "linear/tile_linear.hpp"
 
 namespace optimum_chatglm_ov {
@@ -19,7 +20,8 @@ template <class Tiles, class Lines>
 const LinearKernels* make_tile_linear_kernels(const LinearKernels* other) {
     static_assert(IsTiles<Tiles>::value, "Tiles lacks what simd/tiles.hpp lists");
     static_assert(IsLines<Lines>::value, "Lines lacks what linear/concepts.hpp lists");
-    static const TileKernels tiles = {tile_way<TileLinear<Tiles, Lines>>(), tile_way<TileBytes<Tiles, Lines, true>>(),
+    static const TileKernels tiles = {tile_way<TileLinear<Tiles, Lines>>(), tile_way<TileHalves<Tiles, Lines>>(),
+                                      tile_way<TileBytes<Tiles, Lines, true>>(),
                                       tile_way<TileBytes<Tiles, Lines, false>>(), [](const float* row, int64_t count) {
                                           return RowSize{Lines::largest(row, count), Lines::squares(row, count)};
                                       }};

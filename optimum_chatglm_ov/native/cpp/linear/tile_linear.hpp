@@ -5,6 +5,7 @@
 //   Lines   conversion of weights and activations, 64 bytes at a time (lines.hpp); its Vector for what is f32
 #pragma once
 
+#include "linear/bf16_operands.hpp"
 #include "linear/tile_few_rows.hpp"
 
 namespace optimum_chatglm_ov {
@@ -14,10 +15,8 @@ template <class Tiles, class Lines>
 struct TileLinear {
     using Vector = typename Lines::Vector;
     using Session = TileSession<Tiles>;
-    using Few = TileFewRows<Tiles, Lines>;
-    static constexpr int64_t kStep = Few::kStep;
-    static constexpr int64_t kRows = Few::kRows;
-    static constexpr int64_t kStepBytes = Few::kStepBytes;
+    static constexpr int64_t kStep = 32;  // input features of one tile product
+    static constexpr int64_t kRows = Bf16Operands<Lines, 8>::kRows;
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
     static int64_t sum_bytes(const LinearFormat& f) { return f.in_features / f.group_size * kRows * 4; }
@@ -51,18 +50,17 @@ struct TileLinear {
     }
 
 private:
-    static constexpr int64_t kUnit = Few::kUnit;
     static constexpr int64_t kUnitsOfStep = kStepBytes / 2 / kUnit;
-    static constexpr float kUndo = Few::kUndo;
 
     template <int kBits>
     static void multiply_bits(const TileTask& task, void* scratch) {
         const bool has_groups = task.format->group_size != task.format->in_features;
+        using Few = TileFewRows<Tiles, Bf16Operands<Lines, kBits>>;
         auto* results = static_cast<float*>(scratch);
         if (task.rows <= 16)
-            Few::template multiply<1, kBits>(task, results);
+            Few::template multiply<1, 1>(task, results);
         else if (task.rows <= kRows)
-            Few::template multiply<2, kBits>(task, results);
+            Few::template multiply<2, 1>(task, results);
         else
             has_groups ? many<kBits, true>(task, scratch) : many<kBits, false>(task, scratch);
     }
@@ -93,11 +91,11 @@ private:
 
         inline __attribute__((always_inline)) void next() {
             if (units == 0) return;
-            const uint8_t* stored = stored_ + unit_ % 4 * Few::template kUnitBytes<kBits> + unit_ / 4 * 64;
+            const uint8_t* stored = stored_ + unit_ % 4 * kUnitBytes<kBits> + unit_ / 4 * 64;
             if constexpr (kScales)
                 convert_scaled<kBits>(stored, scales_ + unit_ / 4 * 16, zero_points_ + unit_ / 4 * 16, target_);
             else
-                Few::template convert<kBits>(stored, target_);
+                convert_unit<Lines, kBits>(stored, target_);
             target_ += kUnit;
             units--;
             if (++unit_ == kUnitsOfStep) next_step();
@@ -107,7 +105,7 @@ private:
         void begin_panel() {
             const Panel panel(format_, *weights_++);
             step_ = 0;
-            stored_ = panel.integers + first_ * 4 * Few::template kUnitBytes<kBits>;
+            stored_ = panel.integers + first_ * 4 * kUnitBytes<kBits>;
             if constexpr (kScales) {
                 group_steps_ = format_.group_size / kStep;
                 const int64_t group = first_ / group_steps_;
@@ -118,7 +116,7 @@ private:
         }
         void next_step() {
             unit_ = 0;
-            stored_ += 4 * Few::template kUnitBytes<kBits>;
+            stored_ += 4 * kUnitBytes<kBits>;
             if (++step_ == steps_) {
                 if (units) begin_panel();
             } else if (kScales && --left_ == 0) {
@@ -215,14 +213,14 @@ private:
         for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
             const Vector bias = Vector::load(panel.bias + c);
             if constexpr (kScales) {  // but for the multipliers they are in the weights
-                const Vector scale = Vector::multiply(Vector::load(panel.multipliers + c), Vector::all(kUndo));
+                const Vector scale = Vector::multiply(Vector::load(panel.multipliers + c), Vector::all(kUndoPowers));
                 for (int64_t r = 0; r < rows; r++) {
                     const Vector before = Vector::add(bias, Vector::all(task.blocks[m].scales[r]));
                     Vector::multiply_add(scale, Vector::load(sums + sum_at(r, c)), before).store(sums + sum_at(r, c));
                 }
             } else {
-                const ColumnScale<Lines, kBits> column(panel, 0, c);
-                const Vector scale = Vector::multiply(column.scale, Vector::all(kUndo));
+                const ColumnScale<Lines, 1 << (kBits - 1)> column(panel, 0, c);
+                const Vector scale = Vector::multiply(column.scale, Vector::all(kUndoPowers));
                 for (int64_t r = 0; r < rows; r++) {
                     float* place = sums + sum_at(r, c);
                     const Vector sum =

@@ -10,9 +10,10 @@ namespace optimum_chatglm_ov {
 namespace {
 
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kTileSums = 256;             // of one tile
-constexpr int64_t kBlockSums = 4 * kTileSums;  // [row tile][column tile][16][16]
-constexpr int64_t kChunkSteps = 16;            // products whose held operand, 32 KB, fits the first-level cache
+constexpr int64_t kStepBytes = 2 * kTileBytes;  // of each operand of a step, two tiles
+constexpr int64_t kTileSums = 256;              // of one tile
+constexpr int64_t kBlockSums = 4 * kTileSums;   // [row tile][column tile][16][16]
+constexpr int64_t kChunkSteps = 16;             // products whose held operand, 32 KB, fits the first-level cache
 
 // Bytes that each step of a chunk brings closer, `share` of them, in whole lines; the first from `address` on.
 struct Ahead {
@@ -50,10 +51,11 @@ public:
     ~TileSession() { tiles_.release(); }
     TileSession(const TileSession&) = delete;
 
-    template <int kRowTiles>
+    // Of one row tile alone sums are in tiles 2 * kHalf and the next.
+    template <int kRowTiles, int kHalf = 0>
     void zero() {
-        tiles_.template zero<0>();
-        tiles_.template zero<1>();
+        tiles_.template zero<first_sums<kRowTiles, kHalf>()>();
+        tiles_.template zero<first_sums<kRowTiles, kHalf>() + 1>();
         if constexpr (kRowTiles == 2) {
             tiles_.template zero<2>();
             tiles_.template zero<3>();
@@ -69,11 +71,11 @@ public:
             tiles_.template load<3>(base + 3 * kTileBytes, 64);
         }
     }
-    template <int kRowTiles>
+    template <int kRowTiles, int kHalf = 0>
     void store_sums(void* sums) {
         auto* base = static_cast<uint8_t*>(sums);
-        tiles_.template store<0>(base, 64);
-        tiles_.template store<1>(base + kTileBytes, 64);
+        tiles_.template store<first_sums<kRowTiles, kHalf>()>(base, 64);
+        tiles_.template store<first_sums<kRowTiles, kHalf>() + 1>(base + kTileBytes, 64);
         if constexpr (kRowTiles == 2) {
             tiles_.template store<2>(base + 2 * kTileBytes, 64);
             tiles_.template store<3>(base + 3 * kTileBytes, 64);
@@ -85,13 +87,14 @@ public:
     enum class Streams { none, activations, weights };
 
     // Adds the products of one step. b1 follows b0 after `next` bytes, its rows are `stride` apart.
-    template <int kRowTiles, bool kBytes, Streams kStreams>
+    template <int kRowTiles, bool kBytes, Streams kStreams, int kHalf = 0>
     void multiply(const uint8_t* a, const uint8_t* b, int64_t next, int64_t stride) {
+        constexpr int kSums = first_sums<kRowTiles, kHalf>();
         load<4, kStreams == Streams::activations>(a, 64);
         load<6, kStreams == Streams::weights>(b, stride);
-        dot<0, 4, 6, kBytes>();
+        dot<kSums, 4, 6, kBytes>();
         load<7, kStreams == Streams::weights>(b + next, stride);
-        dot<1, 4, 7, kBytes>();
+        dot<kSums + 1, 4, 7, kBytes>();
         if constexpr (kRowTiles == 2) {
             load<5, kStreams == Streams::activations>(a + kTileBytes, 64);
             dot<2, 5, 6, kBytes>();
@@ -100,6 +103,10 @@ public:
     }
 
 private:
+    template <int kRowTiles, int kHalf>
+    static constexpr int first_sums() {
+        return kRowTiles == 1 ? 2 * kHalf : 0;
+    }
     template <int T, bool kStreamed>
     void load(const uint8_t* base, int64_t stride) {
         if constexpr (kStreamed)
@@ -118,6 +125,17 @@ private:
     Tiles tiles_;
 };
 
+constexpr float kWideSteps = 32639.0f;  // 127 * 256 + 127, whose bytes, both with signs, are the largest there are
+
+// How a row becomes integers of at most `steps`. NaN or infinity in it makes `step` NaN, and the row with it.
+struct RowScale {
+    float step, inverse;
+
+    RowScale(float largest, float steps)
+        : step(largest > 1e-30f || largest != largest ? largest / steps : 0.0f),
+          inverse(largest > 1e-30f ? steps / largest : 0.0f) {}
+};
+
 // What a panel of weights holds: linear.hpp.
 struct Panel {
     const float *bias, *multipliers;
@@ -132,8 +150,8 @@ struct Panel {
           integers(panel + panel_header_bytes(f)) {}
 };
 
-// Scales of as many columns as a vector has, and minus the zero points, counted from the middle of the integers.
-template <class Lines, int kBits>
+// Scales of as many columns as a vector has, and minus the zero points, both for integers that are less by kMiddle.
+template <class Lines, int kMiddle>
 struct ColumnScale {
     using Vector = typename Lines::Vector;
     Vector scale, minus_zero;
@@ -142,7 +160,7 @@ struct ColumnScale {
         : scale(Vector::multiply(Lines::from_half(panel.scales + group * kPanelColumns + column),
                                  Vector::load(panel.multipliers + column))),
           minus_zero(Vector::multiply_add(Lines::from_bytes(panel.zero_points + group * kPanelColumns + column),
-                                          Vector::all(-1.0f), Vector::all(static_cast<float>(1 << (kBits - 1))))) {}
+                                          Vector::all(-1.0f), Vector::all(static_cast<float>(kMiddle)))) {}
 };
 
 // The last step of a block: results, in the places of sums, go to the output, or through the activation function.
