@@ -244,7 +244,7 @@ class EngineForCausalLM(CacheFilesMixin, OVModelForCausalLM):
             }
         )
         if self._prefixes is not None:
-            self._prefixes.after_call(has_begun=past_key_values is None and self._reuses)
+            self._prefixes.after_call(past_key_values is None and self._reuses, is_copied=copies is not None)
         if past_key_values is None:
             past_key_values = past_key_values_of(engine, context_tokens(engine, call.attention_mask))
         if copies is not None:

@@ -191,11 +191,18 @@ bool check(const char* what, const std::string& name, const LinearFormat& f, int
 
 bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::string, long>& counts) {
     const Threads threads(uniform(0, 7) ? uniform(1, 3) : 96);
-    const int64_t rows = !uniform(0, 5) ? 1 : uniform(0, 3) ? uniform(1, 20) : uniform(1, 700);
-    const int64_t in_features = uniform(0, 30) ? 32 * uniform(1, 12) : 32 * uniform(129, 300);
+    const bool has_rest = !uniform(0, 15);  // rows after the 512 that are multiplied together
+    const int64_t rows = has_rest         ? 512 + uniform(1, kHalvesRows)
+                         : !uniform(0, 5) ? 1
+                         : uniform(0, 3)  ? uniform(1, 20)
+                                          : uniform(1, 700);
+    const int64_t in_features = has_rest         ? 64 * uniform(1, 2)
+                                : uniform(0, 30) ? 32 * uniform(1, rows > 20 || uniform(0, 1) ? 12 : 24)
+                                                 : 32 * uniform(129, 300);
     const LinearFormat format = random_format(in_features);
     std::vector<Layer> layers;
-    const int64_t count = uniform(1, 3), width = 32 * uniform(1, in_features > 4096 || rows > 20 ? 2 : 10);
+    const int64_t most_width = has_rest ? 1 : in_features > 4096 || rows > 20 ? 2 : 10;
+    const int64_t count = uniform(1, 3), width = 32 * uniform(1, most_width);
     for (int64_t i = 0; i < count; i++) layers.emplace_back(format, i < 2 ? width : 32 * uniform(1, 3));
     const Layer down(random_format(width), 32 * uniform(1, 4));
     const std::vector<float> input = normal(rows * in_features, uniform(0, 1));

@@ -107,6 +107,27 @@ def test_a_conversation_that_goes_on_is_not_copied(load):
     assert model._prefixes.store.bytes
 
 
+@pytest.mark.parametrize("how", ["beams", "interrupt"])
+def test_a_conversation_outlives_a_call_after_which_the_engine_lacks_it(load, how):
+    model = load(prefix_cache=True)
+    text = answer(model, prompt(model, 3 * PIECE)).sequences
+    more = torch.cat((text, prompt(model, 9)), dim=1)
+    if how == "beams":
+        answer(model, more, num_beams=3)
+    else:
+        run, model.engine.run = model.engine.run, _interrupt
+        with pytest.raises(KeyboardInterrupt):
+            answer(model, more)
+        model.engine.run = run
+    computed = Computed(model)
+    answer(model, more)
+    assert computed.first() < PIECE + 12
+
+
+def _interrupt(inputs):
+    raise KeyboardInterrupt
+
+
 def test_nothing_is_kept_where_that_is_asked_for(load):
     model = load(prefix_cache=False)
     computed, text = Computed(model), prompt(model, 130)

@@ -72,7 +72,6 @@ class Prefixes:
         found = [self._stored(wanted, contexts, row) for row in range(len(wanted.input_ids))]
         stored = self._begun(wanted, contexts, [len(entries) and entries[-1].span.last for entries in found], most)
         if stored > live:
-            self.keep()
             read = self._hold(wanted.first(stored), found)
             if contexts is not None:
                 self.engine.write_state("prompt_layout", contexts)
@@ -81,18 +80,22 @@ class Prefixes:
             return begun
         if live:
             self.engine.go_on_as_others(live)
+            self._sequences = self.engine.sequences  # to be kept even if the call fails
         return live
 
-    def after_call(self, has_begun: bool) -> None:
+    def after_call(self, has_begun: bool, is_copied: bool = False) -> None:
         """Takes notice of a call that the engine has computed.
 
         Args:
             has_begun: whether it began sequences that are to be kept.
+            is_copied: whether each becomes several beams now, of which nothing can be kept later.
         """
         engine = self.engine
         if has_begun:
             self._sequences, self._pieces_kept = engine.sequences, 0
-        if self.store.is_lasting and engine.sequences is self._sequences:
+        if is_copied:
+            self.keep()
+        elif self.store.is_lasting and engine.sequences is self._sequences:
             pieces = (self._prefix_tokens + engine.past_length) // self._piece
             if pieces != self._pieces_kept or has_begun:
                 self.keep()

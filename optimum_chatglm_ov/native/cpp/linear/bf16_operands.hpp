@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What few rows of a linear layer are as bf16, for every format. See tile_few_rows.hpp.
+// Weights of every format as bf16, and what few rows are added up with. See tile_few_rows.hpp.
 #pragma once
 
 #include "linear/tile_session.hpp"
@@ -7,7 +7,7 @@
 namespace optimum_chatglm_ov {
 namespace {
 
-constexpr float kUndoPowers = 0x1p48f;  // those of two that weights and activations are held in
+constexpr float kUndoPowers = 0x1p48f;  // undoes the powers of two that weights and activations are held times
 constexpr int64_t kUnit = 128;          // numbers that one conversion writes: 8 features of 16 columns
 
 // Bytes of 8 input features of a panel.

@@ -97,9 +97,10 @@ struct RowSize {
 
 struct TileKernels {
     TileWay bf16;    // every format
-    TileWay halves;  // 4 bits: few rows of 16-bit activations, as two bytes
+    TileWay halves;  // 4 bits in groups, few rows: activations of 16 bits, as two bytes
     TileWay wide;    // 8 bits with one scale a row: activations of 16 bits, as two bytes
     TileWay bytes;   // the same: activations of 8 bits
+    bool (*takes_halves)(const LinearFormat&, int64_t rows);
     RowSize (*measure)(const float* row, int64_t count);
 };
 

@@ -81,7 +81,7 @@ struct PortableLines {
         return r;
     }
 
-    // Integers whose high and low bytes have sums of their own.
+    // 256 * high + low, of integers whose high and low bytes have sums of their own.
     static Vector wide(const float* high, const float* low) {
         Vector r;
         for (int i = 0; i < Vector::kLanes; i++)

@@ -74,9 +74,7 @@ private:
                        ? kernels_.bytes
                        : kernels_.wide;
         }
-        const bool has_groups = f.group_size == 64 || f.group_size == 128;  // of one or two products
-        return f.bits == 4 && has_groups && input.count <= kernels_.halves.block_rows ? kernels_.halves
-                                                                                      : kernels_.bf16;
+        return kernels_.takes_halves(f, input.count) ? kernels_.halves : kernels_.bf16;
     }
 
     void reserve(int64_t count) {

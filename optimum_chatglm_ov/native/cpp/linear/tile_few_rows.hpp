@@ -5,8 +5,9 @@
 //     Vector, kIsBytes       of its arithmetic
 //     kStep, kStoredBytes    input features of a tile product, and bytes of them in a panel
 //     kLines                 lines of tiles that a row of activations takes
-//     convert(stored, target)                              the weights of a step, two tiles
-//     begin(task, panel, results), end(...), add_group(task, panel, group, pass, products, results)
+//     convert(stored, target)     the weights of a step, two tiles
+//     begin(task, panel, results), end(task, panel, results)     before the first group and after the last
+//     add_group(task, panel, group, pass, products, results)     adds sums of tiles, as they are stored, to results
 #pragma once
 
 #include "linear/tile_session.hpp"
@@ -60,7 +61,7 @@ struct TileFewRows {
     // Each weight is converted once, just before its only use. A chunk of the activations stays in the first-level
     // cache for all panels, so that the weights have its fill buffers for themselves.
     //   kRowTiles  row tiles that are multiplied together
-    //   kPasses    of a group, each of another row tile; of several, groups have at most kDistance steps
+    //   kPasses    of a group, each of another row tile; of two, groups have at most kDistance steps (has_passes)
     // With one row tile sums alternate between two pairs of tiles: one is multiplied while the other is stored.
     template <int kRowTiles, int kPasses>
     static void multiply(const TileTask& task, float* scratch) {
@@ -71,7 +72,7 @@ struct TileFewRows {
         const int64_t groups = f.in_features / f.group_size, group_steps = f.group_size / Operands::kStep;
         const int64_t held = kHeldTiles / kRowTiles / kPasses / group_steps, chunk_groups = held ? held : 1;
         const int64_t lines = task.rows * Operands::kLines;
-        Session session(lines < 16 ? lines : 16, kRowTiles == 2 ? lines - 16 : lines < 16 ? lines : 16);
+        Session session(lines < 16 ? lines : 16, kRowTiles * kPasses == 2 ? lines - 16 : lines);
         alignas(64) uint8_t ring[kRing][kStepBytes];
         alignas(64) float products[2][kBlockSums];
         StoredSteps<kStoredBytes> fetched(task, groups * group_steps, chunk_groups * group_steps), converted = fetched;
@@ -105,7 +106,8 @@ struct TileFewRows {
         };
         int64_t first_step = 0;  // of the group
         const uint8_t* a = nullptr;
-        // The item of half kHalf; the one before of that half is added up, the other half is stored.
+        // Multiplies an item. One row tile alone: the item before it is stored, and the one before that added up.
+        // Two: the item itself is stored, and the one before it added up.
         const auto run = [&](auto half, const Item& item) __attribute__((always_inline)) {
             constexpr int kHalf = decltype(half)::value;
             session.template zero<kRowTiles, kHalf>();
@@ -148,10 +150,14 @@ struct TileFewRows {
         add(last);
     }
 
-    static constexpr int64_t kDistance = 2;  // steps from a conversion to its use
+    // Whether the second pass of a group finds its weights in the ring.
+    static bool has_passes(const LinearFormat& f) {
+        return f.group_size % Operands::kStep == 0 && f.group_size / Operands::kStep <= kDistance;
+    }
 
 private:
     static constexpr int64_t kAheadBytes = 4096;
+    static constexpr int64_t kDistance = 2;   // steps from a conversion to its use
     static constexpr int64_t kHeldTiles = 8;  // of activations that stay in the first-level cache
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Up to 16 rows of a linear layer on byte tiles, for 4-bit weights in groups of 64 or 128 features: half bytes become
-// bytes just before they are used, which is less work than making them bf16. Activations are 16-bit integers with
-// one scale a row, as in tile_bytes.hpp; the two bytes of each are two lines of one tile. Sums are exact within a group.
+// bytes just before they are used, which is less work than making them bf16. Activations are 16-bit integers with one
+// scale a row, as in tile_bytes.hpp; the two bytes of each are two lines of one tile. Sums are exact within a group.
 //   Tiles, Lines  see tile_linear.hpp
 #pragma once
 
@@ -64,8 +64,13 @@ struct HalfByteOperands {
 template <class Tiles, class Lines>
 struct TileHalves {
     using Operands = HalfByteOperands<Lines>;
+    using Few = TileFewRows<Tiles, Operands>;
     static constexpr int64_t kStep = Operands::kStep;
     static constexpr int64_t kRows = Operands::kRows;
+
+    static bool takes(const LinearFormat& f, int64_t rows) {
+        return f.bits == 4 && rows <= kRows && Few::has_passes(f);
+    }
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
     static int64_t sum_bytes(const LinearFormat& f) { return f.in_features / f.group_size * kRows * 4; }
@@ -90,7 +95,6 @@ struct TileHalves {
     static size_t scratch_bytes(const TileTask& task) { return task.panels * kBlockSums * 4; }
 
     static void multiply(const TileTask& task, void* scratch) {
-        using Few = TileFewRows<Tiles, Operands>;
         if (task.rows <= Operands::kRowsOfTile)
             Few::template multiply<1, 1>(task, static_cast<float*>(scratch));
         else

@@ -20,9 +20,12 @@ template <class Tiles, class Lines>
 const LinearKernels* make_tile_linear_kernels(const LinearKernels* other) {
     static_assert(IsTiles<Tiles>::value, "Tiles lacks what simd/tiles.hpp lists");
     static_assert(IsLines<Lines>::value, "Lines lacks what linear/concepts.hpp lists");
-    static const TileKernels tiles = {tile_way<TileLinear<Tiles, Lines>>(), tile_way<TileHalves<Tiles, Lines>>(),
+    static const TileKernels tiles = {tile_way<TileLinear<Tiles, Lines>>(),
+                                      tile_way<TileHalves<Tiles, Lines>>(),
                                       tile_way<TileBytes<Tiles, Lines, true>>(),
-                                      tile_way<TileBytes<Tiles, Lines, false>>(), [](const float* row, int64_t count) {
+                                      tile_way<TileBytes<Tiles, Lines, false>>(),
+                                      TileHalves<Tiles, Lines>::takes,
+                                      [](const float* row, int64_t count) {
                                           return RowSize{Lines::largest(row, count), Lines::squares(row, count)};
                                       }};
     static const LinearKernels kernels = {other->bytes, &tiles};

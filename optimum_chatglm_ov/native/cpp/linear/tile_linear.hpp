@@ -15,7 +15,7 @@ template <class Tiles, class Lines>
 struct TileLinear {
     using Vector = typename Lines::Vector;
     using Session = TileSession<Tiles>;
-    static constexpr int64_t kStep = 32;  // input features of one tile product
+    static constexpr int64_t kStep = Bf16Operands<Lines, 8>::kStep;
     static constexpr int64_t kRows = Bf16Operands<Lines, 8>::kRows;
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }

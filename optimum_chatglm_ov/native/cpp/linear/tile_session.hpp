@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two ways of linear layers on tiles share: the product of two times two tiles, and what becomes of sums.
+// What the ways of linear layers on tiles share: the product of two times two tiles, and what becomes of sums.
 #pragma once
 
 #include "linear/activation.hpp"
@@ -51,7 +51,7 @@ public:
     ~TileSession() { tiles_.release(); }
     TileSession(const TileSession&) = delete;
 
-    // Of one row tile alone sums are in tiles 2 * kHalf and the next.
+    // One row tile alone is the first or the second, by kHalf.
     template <int kRowTiles, int kHalf = 0>
     void zero() {
         tiles_.template zero<first_sums<kRowTiles, kHalf>()>();
@@ -89,12 +89,12 @@ public:
     // Adds the products of one step. b1 follows b0 after `next` bytes, its rows are `stride` apart.
     template <int kRowTiles, bool kBytes, Streams kStreams, int kHalf = 0>
     void multiply(const uint8_t* a, const uint8_t* b, int64_t next, int64_t stride) {
-        constexpr int kSums = first_sums<kRowTiles, kHalf>();
-        load<4, kStreams == Streams::activations>(a, 64);
+        constexpr int kSums = first_sums<kRowTiles, kHalf>(), kRows = 4 + kSums / 2;
+        load<kRows, kStreams == Streams::activations>(a, 64);
         load<6, kStreams == Streams::weights>(b, stride);
-        dot<kSums, 4, 6, kBytes>();
+        dot<kSums, kRows, 6, kBytes>();
         load<7, kStreams == Streams::weights>(b + next, stride);
-        dot<kSums + 1, 4, 7, kBytes>();
+        dot<kSums + 1, kRows, 7, kBytes>();
         if constexpr (kRowTiles == 2) {
             load<5, kStreams == Streams::activations>(a + kTileBytes, 64);
             dot<2, 5, 6, kBytes>();
@@ -150,7 +150,7 @@ struct Panel {
           integers(panel + panel_header_bytes(f)) {}
 };
 
-// Scales of as many columns as a vector has, and minus the zero points, both for integers that are less by kMiddle.
+// Scales of as many columns as a vector has, and minus the zero points of integers that kMiddle was taken from.
 template <class Lines, int kMiddle>
 struct ColumnScale {
     using Vector = typename Lines::Vector;
