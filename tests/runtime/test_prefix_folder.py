@@ -8,14 +8,12 @@ import random
 import resource
 import signal
 import stat
-import subprocess
-import sys
 import textwrap
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, in_child, let_others_read
+from conftest import in_child, let_others_read
 from reuse_models import CHATGLM3, PIECE, Computed, answer, assert_same, files_of, prompt, stored
 from safetensors.numpy import load_file
 
@@ -118,7 +116,8 @@ def test_what_was_not_used_for_longest_goes_first(load, tmp_path):
         assert computed.first() == expected
 
 
-CHILD = """
+CHILDREN = """
+    import os
     import sys
 
     import torch
@@ -126,36 +125,37 @@ CHILD = """
     from optimum_chatglm_ov import OVChatGLMForCausalLM
     from optimum_chatglm_ov.architectures.registry import architecture_of
 
+    os.fork()  # both do the same
     precise = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     model = OVChatGLMForCausalLM.from_pretrained(
         sys.argv[1], attention="native", ov_config=precise, prefix_cache=sys.argv[2]
     )
-    for seed in range(int(sys.argv[3])):
+    for seed in range(100_000):
         ids = architecture_of(model.config).example_prompt(133, seed)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
         print(seed, flush=True)
 """
 
 
-def child(folder, cache, prompts):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(folder), str(cache), str(prompts)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
-
-
 @pytest.mark.slow
-def test_processes_share_a_folder_and_may_be_killed_at_any_moment(load, fresh, exported, tmp_path):
+def test_processes_share_a_folder_and_may_be_killed_at_any_moment(load, fresh, exported, python, tmp_path):
     model = load(prefix_cache=tmp_path)
-    others = [child(exported(CHATGLM3), tmp_path, 100_000) for _ in range(2)]
-    for other in others:
-        assert other.stdout.readline() == "0\n"
+    reading, writing = os.pipe()
+    others = python.start(["-c", textwrap.dedent(CHILDREN), exported(CHATGLM3), tmp_path], stdout=writing)
+    os.close(writing)
+    printed = open(reading, encoding="utf-8")
+    firsts = 0
+    while firsts < 2:
+        line = printed.readline()
+        assert line, "they ended"
+        firsts += line == "0\n"
     for seed in range(20):
         assert_same(answer(model, ids := prompt(model, 133, seed)), answer(fresh(), ids))
     time.sleep(random.random() / 10)
-    for other in others:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-        other.stdout.close()
+    os.killpg(others.pid, signal.SIGKILL)
+    while printed.readline():  # until both have ended
+        pass
+    printed.close()
     model = load(prefix_cache=tmp_path)
     assert not list(tmp_path.glob(".*"))
     computed = Computed(model)
@@ -188,12 +188,16 @@ def test_folders_that_cannot_be_used(load, tmp_path):
     assert "PrefixCacheError" in raised and "no permission" in raised
 
 
-def test_a_full_disk_is_one_warning(tmp_path, may_mount):
+def test_a_full_disk_is_one_warning(python, tmp_path, may_mount):
     script = f"""
-        import numpy as np, logging
         from pathlib import Path
+
+        import numpy as np
+        from fork_server import mount_tmpfs
+
         from optimum_chatglm_ov.runtime.reuse.stores import PrefixFolder
 
+        mount_tmpfs("{tmp_path}/disk", "size=900k")
         store = PrefixFolder("{tmp_path}/disk", 10**9)
         for key in (b"a" * 32, b"b" * 32, b"c" * 32):
             store.put(key, np.zeros(400_000, np.uint8))
@@ -203,12 +207,7 @@ def test_a_full_disk_is_one_warning(tmp_path, may_mount):
         print(len(list(Path("{tmp_path}/disk").iterdir())))
     """
     (tmp_path / "disk").mkdir()
-    script = textwrap.dedent(script)
-    mount = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=900k tmpfs {tmp_path}/disk && exec "$@"', "sh"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    found = subprocess.run(
-        [*mount, sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    found = python.run(["-c", textwrap.dedent(script)])
     assert found.stdout == "2\n", found.stderr
     assert found.stderr.count("the prefix cache cannot be written") == 1
 

@@ -12,14 +12,12 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import httpx
 import openai
 import pytest
-from conftest import DATA, ROOT
+from conftest import COMMAND, DATA, ROOT
 from safetensors.torch import load_file, save_file
 from serving_support import NAME, engine_options, options, serving
 
@@ -168,22 +166,19 @@ def test_a_cache_that_is_too_small_for_all_at_once(random_model):
             running.chat("a", max_tokens=600)
 
 
-def test_a_signal_lets_answers_end(random_model):
+def test_a_signal_lets_answers_end(random_model, python):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     arguments = ["serve", "--model", str(random_model), "--port", str(port), "--served-name", NAME]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "optimum_chatglm_ov.cli.main", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    )
+    reading, writing = os.pipe()
+    process = python.start([*COMMAND, *arguments], stderr=writing)
+    os.close(writing)
+    stderr = open(reading, encoding="utf-8")
     try:
         log = ""
         while "Uvicorn running" not in log:
-            line = process.stderr.readline()
+            line = stderr.readline()
             assert line, log
             log += line
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
@@ -203,14 +198,14 @@ def test_a_signal_lets_answers_end(random_model):
         assert last.usage == alone and alone.completion_tokens == 1500
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
-        log += process.stderr.read()
+        log += stderr.read()
         assert process.wait(20) in (0, 143), log
         assert "Uvicorn running on http://127.0.0.1:" in log  # this machine alone
         assert "私" not in log and "Traceback" not in log, log
         assert "engine has stopped" not in log
     finally:
         process.kill()
-        process.wait()
+        stderr.close()
 
 
 def test_clients_take_turns():
