@@ -71,7 +71,7 @@ def test_what_cannot_be_saved(load, tmp_path):
             call(file)
 
 
-def test_what_cannot_be_loaded(load, tmp_path):
+def test_what_cannot_be_loaded(load, tmp_path, monkeypatch):
     model, file = load("chatglm3-6b"), tmp_path / "cache"
     past = model(prompt(model, 30)).past_key_values
     model.save_cache(file)
@@ -85,6 +85,9 @@ def test_what_cannot_be_loaded(load, tmp_path):
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(CacheFileError, match="damaged: no whole file of keys and values"):
             model.load_cache(tmp_path / "damaged")
+    monkeypatch.setattr(model.engine.state, "max_tokens", 29)  # config.json may say less than when it was saved
+    with pytest.raises(CacheFileError, match="30 tokens exceed the context length of 29"):
+        model.load_cache(file)
     assert past.get_seq_length() == 30  # the model holds what it held
 
 

@@ -131,6 +131,8 @@ def _check(tensors: Mapping[str, np.ndarray], engine: FusedEngine) -> None:
     }
     if engine.read_state("prompt_layout") is not None:
         expected["prompt_layout"] = (np.int32, (*ids.shape[:1], 2))
+    if ids.shape[-1] > engine.state.max_tokens:
+        raise ValueError(f"{ids.shape[-1]} tokens exceed the context length of {engine.state.max_tokens}")
     for name, (dtype, shape) in expected.items():
         if tensors[name].dtype != dtype or tensors[name].shape != shape or not tensors[name].size:
             found = tensors[name]

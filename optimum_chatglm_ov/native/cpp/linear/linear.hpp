@@ -2,7 +2,8 @@
 // Linear layers with 8- or 4-bit weights on raw pointers. On byte products, activations are rounded to 8 bits, each
 // group of a row with a scale of its own (dynamic quantisation); sums are exact within a group and f32 across. On
 // tiles, activations are integers of 16 bits, or 8 if that was asked for, where weights are multiplied as integers
-// (tile_driver.cpp says when); else they are rounded to bf16, weights of several groups a row, too; sums are f32. Nothing here knows OpenVINO.
+// (tile_driver.cpp says when); else they are rounded to bf16, weights of several groups a row, too; sums are f32.
+// Nothing here knows OpenVINO.
 #pragma once
 
 #include "common/elements.hpp"
