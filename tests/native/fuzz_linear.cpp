@@ -146,6 +146,21 @@ std::vector<double> rounded(const LinearFormat& f, const std::vector<double>& x,
     return result;
 }
 
+// Memory of outputs, NaN, at a multiple of 64 bytes, or not.
+class Output {
+public:
+    explicit Output(int64_t count) : memory_(count + 32, std::numeric_limits<float>::quiet_NaN()), count_(count) {
+        const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+        first_ = static_cast<int64_t>((64 - address % 64) % 64 / 4 + (uniform(0, 3) ? 0 : 4));
+    }
+    float* data() { return memory_.data() + first_; }
+    std::vector<float> values() const { return {memory_.begin() + first_, memory_.begin() + first_ + count_}; }
+
+private:
+    std::vector<float> memory_;
+    int64_t count_, first_;
+};
+
 std::vector<double> apply(const Layer& layer, int64_t rows, const std::vector<double>& x, Rounding rounding) {
     const std::vector<double> input = rounded(layer.format, x, rounding);
     const int64_t width = layer.format.in_features;
@@ -190,19 +205,22 @@ bool check(const char* what, const std::string& name, const LinearFormat& f, int
 }
 
 bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::string, long>& counts) {
-    const Threads threads(uniform(0, 7) ? uniform(1, 3) : 96);
+    const bool is_large = !uniform(0, 60);  // so that a thread writes more than its caches hold
+    const Threads threads(is_large ? 1 : uniform(0, 7) ? uniform(1, 3) : 96);
     const bool has_rest = !uniform(0, 15);  // rows after the 512 that are multiplied together
-    const int64_t rows = has_rest         ? 512 + uniform(1, kHalvesRows)
+    const int64_t rows = is_large         ? uniform(260, 560)
+                         : has_rest       ? 512 + uniform(1, kHalvesRows)
                          : !uniform(0, 5) ? 1
                          : uniform(0, 3)  ? uniform(1, 20)
                                           : uniform(1, 700);
-    const int64_t in_features = has_rest         ? 64 * uniform(1, 2)
-                                : uniform(0, 30) ? 32 * uniform(1, rows > 20 || uniform(0, 1) ? 12 : 24)
-                                                 : 32 * uniform(129, 300);
+    const int64_t in_features = is_large || has_rest ? 64 * uniform(1, 2)
+                                : uniform(0, 30)     ? 32 * uniform(1, rows > 20 || uniform(0, 1) ? 12 : 24)
+                                                     : 32 * uniform(129, 300);
     const LinearFormat format = random_format(in_features);
     std::vector<Layer> layers;
     const int64_t most_width = has_rest ? 1 : in_features > 4096 || rows > 20 ? 2 : 10;
-    const int64_t count = uniform(1, 3), width = 32 * uniform(1, most_width);
+    const int64_t count = uniform(1, is_large ? 2 : 3),
+                  width = 32 * (is_large ? uniform(32, 40) : uniform(1, most_width));
     for (int64_t i = 0; i < count; i++) layers.emplace_back(format, i < 2 ? width : 32 * uniform(1, 3));
     const Layer down(random_format(width), 32 * uniform(1, 4));
     const std::vector<float> input = normal(rows * in_features, uniform(0, 1));
@@ -248,10 +266,9 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
     for (std::string name; std::getline(names, name, ',');) {
         if (name == "amx-model" && products > kModelProducts) continue;
         counts[name]++;
-        std::vector<std::vector<float>> outputs;
+        std::vector<Output> outputs;
         std::vector<float*> pointers;
-        for (const Layer& layer : layers)
-            outputs.emplace_back(rows * layer.out_features, std::numeric_limits<float>::quiet_NaN());
+        for (const Layer& layer : layers) outputs.emplace_back(rows * layer.out_features);
         for (auto& output : outputs) pointers.push_back(output.data());
         linear(first_layers, input_rows, pointers.data(), threads, name.c_str());
         const Rounding kind = rounding(name, format, rows);
@@ -261,8 +278,8 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
         const bool is_coarse = kind == Rounding::groups || kind == Rounding::rows;
         const double tolerance = is_coarse ? 5e-4 : rounds_weights ? 4e-3 : 5e-5;
         for (int64_t i = 0; i < count; i++)
-            passed &= check("linear", name, format, rows, error(outputs[i], expected(kind)[i]), tolerance);
-        std::vector<float> output(rows * down.out_features, std::numeric_limits<float>::quiet_NaN());
+            passed &= check("linear", name, format, rows, error(outputs[i].values(), expected(kind)[i]), tolerance);
+        Output output(rows * down.out_features);
         mlp(layers_of_mlp, input_rows, output.data(), threads, name.c_str());
         // An MLP is on tiles as a whole, or on byte products.
         const bool is_bytes = !has_tiles(name) || (is_wide(name, rows) && !has_byte_tiles(down.format));
@@ -274,9 +291,9 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
             is_bytes && is_wide(name, rows) ? Rounding::rows_wide : rounding(set, down.format, rows);
         const double most =
             second == Rounding::rows || second == Rounding::bf16 || first == Rounding::bf16 ? 1.5e-2 : 2e-3;
-        passed &= check("mlp", name, down.format, rows, error(output, expected_down(first, second)), most);
-        for (const auto& found : outputs) fingerprints[name].add(found);
-        fingerprints[name].add(output);
+        passed &= check("mlp", name, down.format, rows, error(output.values(), expected_down(first, second)), most);
+        for (const Output& found : outputs) fingerprints[name].add(found.values());
+        fingerprints[name].add(output.values());
     }
     return passed;
 }

@@ -74,6 +74,7 @@ struct TileTask {
     Activation activation;
     float* const* outputs;
     int64_t stride;
+    bool streams;  // outputs are written past the caches
 };
 
 // A way to multiply with tiles: in bf16, or as bytes.

@@ -12,12 +12,60 @@
 namespace optimum_chatglm_ov {
 namespace {
 
+// Integer sums of block m and panel n become results.
+template <class Lines, bool kWide>
+class ByteResults {
+public:
+    using Vector = typename Lines::Vector;
+    static constexpr int64_t kRows = kWide ? 16 : 32;  // of a block
+
+    ByteResults(const TileTask& task, int64_t n, int64_t m, float* sums, const float* gates)
+        : sums_(sums),
+          row_sums_(static_cast<const int32_t*>(task.blocks[m].sums)),
+          row_scales_(task.blocks[m].scales),
+          output_(task, n, m * kRows, sums, gates) {
+        const Panel weights(*task.format, task.weights[n]);
+        for (int v = 0; v < kVectors; v++) {
+            const ColumnScale<Lines, 128> column(weights, 0, v * Vector::kLanes);
+            scale_[v] = column.scale, minus_zero_[v] = column.minus_zero;
+            bias_[v] = Vector::load(weights.bias + v * Vector::kLanes);
+        }
+    }
+
+    void row(int64_t r) const {
+        float row_sum = static_cast<float>(row_sums_[r]);
+        if constexpr (kWide) row_sum = row_sum * kHigh + static_cast<float>(row_sums_[16 + r]);
+        for (int v = 0; v < kVectors; v++) {
+            const int64_t c = v * Vector::kLanes;
+            const float* place = sums_ + sum_at(r, c);
+            Vector sum = Lines::difference(place, row_sums_[r] * 128);
+            if constexpr (kWide)
+                sum = Vector::multiply_add(sum, Vector::all(kHigh),
+                                           Lines::difference(place + 2 * kTileSums, row_sums_[16 + r] * 128));
+            sum = Vector::multiply_add(minus_zero_[v], Vector::all(row_sum), sum);
+            output_.put(r, c,
+                        Vector::multiply_add(Vector::multiply(sum, Vector::all(row_scales_[r])), scale_[v], bias_[v]));
+        }
+    }
+
+private:
+    static constexpr int kVectors = kPanelColumns / Vector::kLanes;
+    static constexpr float kHigh = 256.0f;
+
+    const float* sums_;
+    const int32_t* row_sums_;
+    const float* row_scales_;
+    Vector scale_[kVectors], minus_zero_[kVectors], bias_[kVectors];
+    BlockOutput<Vector> output_;
+};
+
 template <class Tiles, class Lines, bool kWide>
 struct TileBytes {
     using Vector = typename Lines::Vector;
     using Session = TileSession<Tiles>;
-    static constexpr int64_t kStep = 64;               // input features of one tile product
-    static constexpr int64_t kRows = kWide ? 16 : 32;  // of a block
+    using Results = ByteResults<Lines, kWide>;
+    static constexpr int64_t kStep = 64;  // input features of one tile product
+    static constexpr int64_t kRows = Results::kRows;
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
     static int64_t sum_bytes(const LinearFormat&) { return 32 * 4; }
@@ -55,7 +103,6 @@ struct TileBytes {
 
 private:
     static constexpr int64_t kAheadBytes = 4096;
-    static constexpr float kHigh = 256.0f;
 
     // Weights are held in the first-level cache, a chunk of a panel at a time, and read once; all blocks of
     // activations pass by. A single block keeps its sums in the tiles.
@@ -65,6 +112,7 @@ private:
         const int64_t share = (kStepBytes / 64 + blocks - 1) / blocks * 64;
         const int64_t other_share = (kStepBytes / 64 + task.panels - 1) / task.panels * 64;
         const int64_t chunks = blocks == 1 ? 1 : (steps + kChunkSteps - 1) / kChunkSteps;
+        PendingResults<Results> pending;
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             const int64_t first = chunk * steps / chunks, count = (chunk + 1) * steps / chunks - first;
             for (int64_t n = 0; n < task.panels; n++) {
@@ -84,26 +132,32 @@ private:
                             fetch<3, kStepBytes>(weights + step * kStepBytes + kAheadBytes);
                             session.template multiply<2, true, Session::Streams::none>(
                                 a + step * kStepBytes, weights + step * kStepBytes, 64, 2 * 64);
+                            pending.next_of(kRows);
                         }
                     else
                         multiply_chunk(session, {a, weights, count}, {next + m * count * share, share},
                                        {a + count * (kStepBytes + n * other_share), other_share},
-                                       chunk ? sums + kBlockSums : nullptr);
+                                       chunk ? sums + kBlockSums : nullptr, pending);
                     session.template store_sums<2>(sums);
-                    if (chunk + 1 == chunks) finish(task, n, m, sums, sums - task.panels / 2 * blocks * kBlockSums);
+                    if (chunk + 1 == chunks)
+                        pending.begin({task, n, m, sums, sums - task.panels / 2 * blocks * kBlockSums},
+                                      task.rows - m * kRows);
                 }
             }
         }
+        pending.finish();
+        if (task.streams) Vector::end_streams();
     }
 
-    static void multiply_chunk(Session& session, Chunk chunk, Ahead weights, Ahead activations,
-                               const float* next_sums) {
+    static void multiply_chunk(Session& session, Chunk chunk, Ahead weights, Ahead activations, const float* next_sums,
+                               PendingResults<Results>& pending) {
         for (int64_t step = 0; step < chunk.steps; step++) {
             session.template multiply<2, true, Session::Streams::activations>(
                 chunk.activations + step * kStepBytes, chunk.weights + step * kStepBytes, 64, 2 * 64);
             if (next_sums) fetch<3, 256>(reinterpret_cast<const uint8_t*>(next_sums) + step * 256);
             weights.fetch(step);
             activations.fetch(step);
+            pending.next_of(kChunkSteps);
         }
     }
 
@@ -115,31 +169,6 @@ private:
 
     static const uint8_t* chunk_weights(const TileTask& task, int64_t panel, int64_t first_step) {
         return task.weights[panel] + panel_header_bytes(*task.format) + first_step * kStepBytes;
-    }
-
-    // Integer sums become results, in their places.
-    static void finish(const TileTask& task, int64_t n, int64_t m, float* sums, const float* gates) {
-        const Panel panel(*task.format, task.weights[n]);
-        const int64_t left = task.rows - m * kRows, rows = left < kRows ? left : kRows;
-        const auto* row_sums = static_cast<const int32_t*>(task.blocks[m].sums);
-        for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
-            const ColumnScale<Lines, 128> column(panel, 0, c);
-            const Vector bias = Vector::load(panel.bias + c);
-            for (int64_t r = 0; r < rows; r++) {
-                float* place = sums + sum_at(r, c);
-                Vector sum = Lines::difference(place, row_sums[r] * 128);
-                float row_sum = static_cast<float>(row_sums[r]);
-                if constexpr (kWide) {
-                    const Vector low = Lines::difference(place + 2 * kTileSums, row_sums[16 + r] * 128);
-                    sum = Vector::multiply_add(sum, Vector::all(kHigh), low);
-                    row_sum = row_sum * kHigh + static_cast<float>(row_sums[16 + r]);
-                }
-                sum = Vector::multiply_add(column.minus_zero, Vector::all(row_sum), sum);
-                Vector::multiply_add(Vector::multiply(sum, Vector::all(task.blocks[m].scales[r])), column.scale, bias)
-                    .store(place);
-            }
-        }
-        deliver<Vector>(task, n, m * kRows, rows, sums, gates);
     }
 };
 

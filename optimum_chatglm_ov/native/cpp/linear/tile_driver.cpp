@@ -11,8 +11,9 @@ namespace {
 
 constexpr int64_t kTaskBlocks = 16;  // sums of a task take a quarter of the second-level cache
 constexpr int64_t kTaskPanels = 8;
-constexpr int64_t kChunkRows = 512;  // of activations that are held at a time: they stay in the last cache
-constexpr int64_t kPackedRows = 4;   // that one task packs
+constexpr int64_t kChunkRows = 512;   // of activations that are held at a time: they stay in the last cache
+constexpr int64_t kPackedRows = 4;    // that one task packs, of a single block
+constexpr int64_t kCached = 1 << 20;  // bytes of outputs of a thread that its second-level cache may still hold
 
 Buffer& task_scratch() {
     thread_local Buffer buffer;
@@ -52,9 +53,11 @@ public:
         reserve(ceil_divide(rows, way_->block_rows));
         // a few rows are ready before another thread has begun
         const int64_t workers = rows * width < 16384 ? 1 : executor.concurrency();
-        parallel_for(executor, ceil_divide(rows, kPackedRows), workers, [&](int64_t i) {
-            const int64_t block = i * kPackedRows / way_->block_rows, begin = block * way_->block_rows;
-            const int64_t first = i * kPackedRows - begin, last = std::min(first + kPackedRows, rows - begin);
+        // of a block that several threads write each takes lines from the caches of the others
+        const int64_t some = rows > way_->block_rows ? way_->block_rows : kPackedRows;
+        parallel_for(executor, ceil_divide(rows, some), workers, [&](int64_t i) {
+            const int64_t block = i * some / way_->block_rows, begin = block * way_->block_rows;
+            const int64_t first = i * some - begin, last = std::min(first + some, rows - begin);
             way_->pack(format_, input.data + begin * input.stride, input.stride, first, last, blocks_[block]);
         });
     }
@@ -116,6 +119,9 @@ void multiply(const PackedRows& activations, const LinearLayers& layers, Activat
     const int64_t row_parts = ceil_divide(blocks, kTaskBlocks);
     const int64_t width = task_panels(total, row_parts, executor.concurrency(), kTaskPanels / together);
     const int64_t columns = ceil_divide(total, width);
+    // Outputs that will have left the caches before they are read need not be fetched into them first.
+    const int64_t written = rows * total * kPanelColumns * 4;
+    const bool streams = blocks > 1 && written > kCached * executor.concurrency();
     parallel_for(executor, row_parts * columns, executor.concurrency(), [&](int64_t i) {
         const int64_t first_block = i / columns * blocks / row_parts;
         const int64_t first_row = first_block * way.block_rows;
@@ -137,7 +143,8 @@ void multiply(const PackedRows& activations, const LinearLayers& layers, Activat
                                 pointers,
                                 activation,
                                 targets,
-                                stride};
+                                stride,
+                                streams && reinterpret_cast<uintptr_t>(outputs[layer]) % 64 == 0};
             way.multiply(task, task_scratch().reserve(way.scratch_bytes(task)));
             next += some;
         }

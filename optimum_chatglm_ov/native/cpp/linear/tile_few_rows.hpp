@@ -57,6 +57,7 @@ private:
 template <class Tiles, class Operands>
 struct TileFewRows {
     using Session = TileSession<Tiles>;
+    using Vector = typename Operands::Vector;
 
     // Each weight is converted once, just before its only use. A chunk of the activations stays in the first-level
     // cache for all panels, so that the weights have its fill buffers for themselves.
@@ -101,8 +102,10 @@ struct TileFewRows {
             Operands::add_group(task, item.panel, item.group, item.pass, products[half], results);
             if (item.group < groups - 1 || item.pass < kPasses - 1) return;
             Operands::end(task, item.panel, results);
-            deliver<typename Operands::Vector>(task, item.n, 0, task.rows, results,
-                                               results - task.panels / 2 * kBlockSums);
+            const BlockOutput<Vector> output(task, item.n, 0, results, results - task.panels / 2 * kBlockSums);
+            for (int64_t r = 0; r < task.rows; r++)
+                for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes)
+                    output.put(r, c, Vector::load(results + sum_at(r, c)));
         };
         int64_t first_step = 0;  // of the group
         const uint8_t* a = nullptr;

@@ -20,6 +20,7 @@ template <class Tiles, class Lines>
 const LinearKernels* make_tile_linear_kernels(const LinearKernels* other) {
     static_assert(IsTiles<Tiles>::value, "Tiles lacks what simd/tiles.hpp lists");
     static_assert(IsLines<Lines>::value, "Lines lacks what linear/concepts.hpp lists");
+    static_assert(IsTileVector<typename Lines::Vector>::value, "its Vector lacks what simd/vector.hpp lists");
     static const TileKernels tiles = {tile_way<TileLinear<Tiles, Lines>>(),
                                       tile_way<TileHalves<Tiles, Lines>>(),
                                       tile_way<TileBytes<Tiles, Lines, true>>(),

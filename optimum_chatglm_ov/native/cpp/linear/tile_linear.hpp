@@ -11,6 +11,48 @@
 namespace optimum_chatglm_ov {
 namespace {
 
+// Sums of block m and panel n become results. With kScales the weights were multiplied with their scales, but for the multipliers.
+template <class Lines, int kBits, bool kScales>
+class Bf16Results {
+public:
+    using Vector = typename Lines::Vector;
+    static constexpr int64_t kRows = Bf16Operands<Lines, kBits>::kRows;
+
+    Bf16Results(const TileTask& task, int64_t n, int64_t m, float* sums, const float* gates)
+        : sums_(sums),
+          row_sums_(static_cast<const float*>(task.blocks[m].sums)),
+          row_bias_(task.blocks[m].scales),
+          output_(task, n, m * kRows, sums, gates) {
+        const Panel weights(*task.format, task.weights[n]);
+        for (int v = 0; v < kVectors; v++) {
+            const int64_t c = v * Vector::kLanes;
+            const ColumnScale<Lines, 1 << (kBits - 1)> column(weights, 0, c);
+            const Vector scale = kScales ? Vector::load(weights.multipliers + c) : column.scale;
+            scale_[v] = Vector::multiply(scale, Vector::all(kUndoPowers)), minus_zero_[v] = column.minus_zero;
+            bias_[v] = Vector::load(weights.bias + c);
+        }
+    }
+
+    void row(int64_t r) const {
+        for (int v = 0; v < kVectors; v++) {
+            const int64_t c = v * Vector::kLanes;
+            Vector sum = Vector::load(sums_ + sum_at(r, c)), bias = bias_[v];
+            if constexpr (kScales)
+                bias = Vector::add(bias, Vector::all(row_bias_[r]));
+            else
+                sum = Vector::multiply_add(minus_zero_[v], Vector::all(row_sums_[r]), sum);
+            output_.put(r, c, Vector::multiply_add(scale_[v], sum, bias));
+        }
+    }
+
+private:
+    static constexpr int kVectors = kPanelColumns / Vector::kLanes;
+
+    const float *sums_, *row_sums_, *row_bias_;
+    Vector scale_[kVectors], minus_zero_[kVectors], bias_[kVectors];
+    BlockOutput<Vector> output_;
+};
+
 template <class Tiles, class Lines>
 struct TileLinear {
     using Vector = typename Lines::Vector;
@@ -153,6 +195,7 @@ private:
         // Bytes of the next block of activations that each step with each panel fetches, in whole lines.
         const int64_t share = (kStepBytes / 64 + panels - 1) / panels * 64;
         Session session(16, 16);
+        PendingResults<Bf16Results<Lines, kBits, kScales>> pending;
         const auto begin = [&](int64_t chunk) { return chunk * steps / chunks; };
         for (Converter<kBits, kScales> first(task, 0, begin(1), weights[0]); first.units;) first.next();
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -166,6 +209,7 @@ private:
                 return static_cast<const uint8_t*>(task.blocks[m].values) + step * kStepBytes;
             };
             for (int64_t m = 0; m < blocks; m++) {
+                const int64_t rows = task.rows - m * kRows;
                 const uint8_t* a = activations(m, first);
                 const uint8_t* next = m + 1 < blocks ? activations(m + 1, first) : activations(0, first + count);
                 for (int64_t n = 0; n < panels; n++) {
@@ -173,20 +217,22 @@ private:
                     const uint8_t* b = weights[chunk % 2] + n * count * kStepBytes;
                     const Chunk operands{a, b, count};
                     const Ahead ahead{next + n * count * share, share};
-                    if (task.rows - m * kRows > 16)
-                        block<2>(session, operands, block_sums, chunk > 0, ahead, converter);
+                    if (rows > 16)
+                        block<2>(session, operands, block_sums, chunk > 0, ahead, converter, pending);
                     else
-                        block<1>(session, operands, block_sums, chunk > 0, ahead, converter);
-                    if (is_last) finish<kBits, kScales>(task, n, m, block_sums, block_sums - panels / 2 * kBlockSums);
+                        block<1>(session, operands, block_sums, chunk > 0, ahead, converter, pending);
+                    if (is_last) pending.begin({task, n, m, block_sums, block_sums - panels / 2 * kBlockSums}, rows);
                 }
             }
             while (converter.units) converter.next();
         }
+        pending.finish();
+        if (task.streams) Vector::end_streams();
     }
 
-    template <int kRowTiles, class Converter>
+    template <int kRowTiles, class Converter, class Pending>
     static inline __attribute__((always_inline)) void block(Session& session, Chunk chunk, float* sums, bool has_sums,
-                                                            Ahead ahead, Converter& converter) {
+                                                            Ahead ahead, Converter& converter, Pending& pending) {
         const int64_t pace = converter.pace;
         if (has_sums)
             session.template load_sums<kRowTiles>(sums);
@@ -200,36 +246,9 @@ private:
             ahead.fetch(step);
             if (step % 2)
                 for (int64_t i = 0; i < pace; i++) converter.next();
+            pending.next_of(kChunkSteps);
         }
         session.template store_sums<kRowTiles>(sums);
-    }
-
-    // Sums become results, in their places.
-    template <int kBits, bool kScales>
-    static void finish(const TileTask& task, int64_t n, int64_t m, float* sums, const float* gates) {
-        const Panel panel(*task.format, task.weights[n]);
-        const int64_t left = task.rows - m * kRows, rows = left < kRows ? left : kRows;
-        const auto* row_sums = static_cast<const float*>(task.blocks[m].sums);
-        for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
-            const Vector bias = Vector::load(panel.bias + c);
-            if constexpr (kScales) {  // but for the multipliers they are in the weights
-                const Vector scale = Vector::multiply(Vector::load(panel.multipliers + c), Vector::all(kUndoPowers));
-                for (int64_t r = 0; r < rows; r++) {
-                    const Vector before = Vector::add(bias, Vector::all(task.blocks[m].scales[r]));
-                    Vector::multiply_add(scale, Vector::load(sums + sum_at(r, c)), before).store(sums + sum_at(r, c));
-                }
-            } else {
-                const ColumnScale<Lines, 1 << (kBits - 1)> column(panel, 0, c);
-                const Vector scale = Vector::multiply(column.scale, Vector::all(kUndoPowers));
-                for (int64_t r = 0; r < rows; r++) {
-                    float* place = sums + sum_at(r, c);
-                    const Vector sum =
-                        Vector::multiply_add(column.minus_zero, Vector::all(row_sums[r]), Vector::load(place));
-                    Vector::multiply_add(scale, sum, bias).store(place);
-                }
-            }
-        }
-        deliver<Vector>(task, n, m * kRows, rows, sums, gates);
     }
 };
 

@@ -2,6 +2,8 @@
 // What the ways of linear layers on tiles share: the product of two times two tiles, and what becomes of sums.
 #pragma once
 
+#include <optional>
+
 #include "linear/activation.hpp"
 #include "linear/linear_kernel.hpp"
 #include "simd/tiles.hpp"
@@ -13,7 +15,7 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kStepBytes = 2 * kTileBytes;  // of each operand of a step, two tiles
 constexpr int64_t kTileSums = 256;              // of one tile
 constexpr int64_t kBlockSums = 4 * kTileSums;   // [row tile][column tile][16][16]
-constexpr int64_t kChunkSteps = 16;             // products whose held operand, 32 KB, fits the first-level cache
+constexpr int64_t kChunkSteps = 14;             // products whose held operand, 28 KB, fits the first-level cache
 
 // Bytes that each step of a chunk brings closer, `share` of them, in whole lines; the first from `address` on.
 struct Ahead {
@@ -163,20 +165,62 @@ struct ColumnScale {
                                           Vector::all(-1.0f), Vector::all(static_cast<float>(kMiddle)))) {}
 };
 
-// The last step of a block: results, in the places of sums, go to the output, or through the activation function.
+// Where the results of a block go: to the output, or through the activation function.
 template <class Vector>
-void deliver(const TileTask& task, int64_t panel, int64_t first_row, int64_t rows, const float* results,
-             const float* gates) {
-    if (task.activation == Activation::silu && panel < task.panels / 2) return;  // until its partner is there
-    float* output = task.outputs[panel] + first_row * task.stride;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < kPanelColumns; c += Vector::kLanes) {
-            Vector x = Vector::load(results + sum_at(r, c));
-            if (task.activation == Activation::gelu) x = gelu(x);
-            if (task.activation == Activation::silu) x = Vector::multiply(x, silu(Vector::load(gates + sum_at(r, c))));
-            x.store(output + r * task.stride + c);
-        }
-}
+class BlockOutput {
+public:
+    // results, and those of the gates that are their partners, in the places of sums
+    BlockOutput(const TileTask& task, int64_t panel, int64_t first_row, float* results, const float* gates)
+        : activation_(task.activation),
+          is_gate_(task.activation == Activation::silu && panel < task.panels / 2),
+          results_(results),
+          gates_(gates),
+          output_(task.outputs[panel] + first_row * task.stride),
+          stride_(task.stride),
+          streams_(task.streams) {}
+
+    void put(int64_t row, int64_t column, Vector x) const {
+        if (is_gate_) return x.store(results_ + sum_at(row, column));  // until its partner is there
+        if (activation_ == Activation::gelu) x = gelu(x);
+        if (activation_ == Activation::silu) x = Vector::multiply(x, silu(Vector::load(gates_ + sum_at(row, column))));
+        float* place = output_ + row * stride_ + column;
+        streams_ ? x.stream(place) : x.store(place);
+    }
+
+private:
+    Activation activation_;
+    bool is_gate_;
+    float* results_;
+    const float* gates_;
+    float* output_;
+    int64_t stride_;
+    bool streams_;
+};
+
+// What becomes of the sums of a block whose products are complete, some rows at a time: beside the products of the next
+// block it costs hardly anything.
+//   Results   kRows, of a block; row(r): what becomes of a row
+template <class Results>
+class PendingResults {
+public:
+    // `left`: rows from the block's first on; those of later blocks do not count.
+    void begin(const Results& results, int64_t left) {
+        finish();
+        results_.emplace(results);
+        rows_ = left < Results::kRows ? left : Results::kRows;
+        row_ = 0;
+    }
+    // The share of one of so many steps.
+    inline __attribute__((always_inline)) void next_of(int64_t steps) {
+        for (int64_t count = (Results::kRows + steps - 1) / steps; count > 0 && row_ < rows_; count--)
+            results_->row(row_++);
+    }
+    void finish() { next_of(1); }
+
+private:
+    std::optional<Results> results_;
+    int64_t rows_ = 0, row_ = 0;
+};
 
 }  // namespace
 }  // namespace optimum_chatglm_ov

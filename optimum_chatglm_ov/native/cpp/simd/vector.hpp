@@ -42,11 +42,13 @@ struct IsVector<
 
 // What kernels on bf16 tiles ask besides:
 //   store_bf16(p); weight(x): 2^x for any x, to what bf16 holds; all_below(limit): whether all lanes are, NaNs are not
+//   stream(p): as store, past the caches, p being a multiple of 64; end_streams(): before another thread may read it
 template <class Vector, class = void>
 struct IsTileVector : std::false_type {};
 template <class Vector>
 struct IsTileVector<Vector, decltype(void(std::declval<Vector>().store_bf16(std::declval<bf16*>())),
-                                     void(Vector::weight(std::declval<Vector>())),
+                                     void(std::declval<Vector>().stream(std::declval<float*>())),
+                                     void(Vector::end_streams()), void(Vector::weight(std::declval<Vector>())),
                                      void(std::declval<Vector>().all_below(0.0f)))> : IsVector<Vector> {};
 
 namespace {
@@ -137,6 +139,8 @@ struct PortableVector {
         return x;
     }
     static PortableVector weight(PortableVector x) { return exp2<Exp2<false>>(x); }
+    void stream(float* p) const { store(p); }
+    static void end_streams() {}
     void store_bf16(bf16* p) const {
         for (int i = 0; i < kLanes; i++) p[i] = to_bf16(lane[i]);
     }
@@ -276,6 +280,8 @@ struct Avx512Vector {
     void store_signed_bytes(int8_t* p) const {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
     }
+    void stream(float* p) const { _mm512_stream_ps(p, v); }
+    static void end_streams() { _mm_sfence(); }
 #    if defined(__AVX512BF16__)
     void store_bf16(bf16* p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
