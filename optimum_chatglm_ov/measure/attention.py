@@ -24,10 +24,14 @@ from ..architectures import blocks
 from ..native import load
 from ..native.cache_state import FusedAttentionState
 from ..native.fuse_attention import cache_layout, fuse_attention
+from ..native.library import block_tokens
 from .turns import best_seconds
 
 
 _PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
+# What the caches hold comes from a prompt of so many tokens, repeated: of made-up bytes some are denormal or far too
+# large scales, with which no way takes as long as with keys and values.
+_FILLED_TOKENS = 1024
 _CACHE_BITS = {"native": 16, "native-int8": 8, "openvino": 8, "paged": 8, "torch-bf16": 16, "torch-f32": 32}
 
 
@@ -101,10 +105,11 @@ def _random_states(shape: AttentionShape, *tokens: int) -> dict[str, np.ndarray]
     return {name: random.standard_normal((*tokens, n * shape.head_dim), np.float32) for name, n in heads.items()}
 
 
-def _fill(cache: ov.Tensor) -> None:
-    """Writes bytes that are finite numbers in every precision."""
-    row = np.random.default_rng(0).integers(0, 0x3F, cache.shape[-1], np.uint8)
-    cache.data[:] = row
+def _repeat(cache: ov.Tensor, axis: int, filled: int) -> None:
+    """Repeats the first `filled` blocks of a cache to its end."""
+    count = cache.shape[axis]
+    blocks = np.moveaxis(cache.data, axis, 0)
+    blocks[filled:] = blocks[np.arange(filled, count) % filled]
 
 
 class _Stateful:
@@ -124,20 +129,26 @@ class _Stateful:
         if layout is not None:
             self.state = FusedAttentionState(self.request, layout, 1 << 20)
 
-    def prepare(self, new: int, past: int) -> Callable[[], Any]:
-        """Makes a call that computes `new` tokens after `past` ones."""
+    def _inputs(self, new: int, past: int) -> dict[str, np.ndarray]:
         inputs = _random_states(self.shape, 1, new)
         inputs["input_ids"] = np.zeros((1, new), np.int64)
         inputs["attention_mask"] = np.ones((1, past + new), np.int64)
         inputs["position_ids"] = np.arange(past, past + new)[None]
         inputs["beam_idx"] = np.zeros(1, np.int32)
-        inputs = {name: value for name, value in inputs.items() if name in self.names}
+        return {name: value for name, value in inputs.items() if name in self.names}
+
+    def prepare(self, new: int, past: int) -> Callable[[], Any]:
+        """Makes a call that computes `new` tokens after `past` ones."""
+        inputs = self._inputs(new, past)
         if self.fused:
             self.state.reset()
             self.state.prepare(1, past + new)
-            for tensor in self.state.caches:
-                _fill(tensor)
-            self.state.advance(past)
+            if past:
+                filled = min(past, _FILLED_TOKENS)
+                self.request.infer(self._inputs(filled, 0), share_inputs=True)
+                for cache in self.state.caches:
+                    _repeat(cache, 2, -(-filled // block_tokens()))
+                self.state.advance(past)
             return lambda: self.request.infer(inputs, share_inputs=True)
         self.request.reset_state()
         if past:
@@ -169,15 +180,8 @@ class _Paged:
         self.compiled = ov.Core().compile_model(model, "CPU", config)
         self.request = self.compiled.create_infer_request()
 
-    def prepare(self, new: int, past: int) -> Callable[[], Any]:
-        """Makes a call that computes `new` tokens after `past` ones."""
+    def _inputs(self, new: int, past: int) -> dict[str, np.ndarray]:
         blocks = -(-(past + new) // _PAGED_BLOCK_TOKENS)
-        for port in self.compiled.inputs:
-            if "_cache." in port.any_name:
-                shape = [dimension.get_length() for dimension in list(port.partial_shape)[1:]]
-                cache = ov.Tensor(port.element_type, ov.Shape([blocks, *shape]))
-                _fill(cache)
-                self.request.set_tensor(port, cache)
         scalars = {
             "past_lens": [past],
             "subsequence_begins": [0, new],
@@ -189,6 +193,23 @@ class _Paged:
         inputs |= _random_states(self.shape, new, 1)
         inputs["input_ids"] = np.zeros(new, np.int64)
         inputs["position_ids"] = np.arange(past, past + new)
+        return inputs
+
+    def prepare(self, new: int, past: int) -> Callable[[], Any]:
+        """Makes a call that computes `new` tokens after `past` ones."""
+        blocks = -(-(past + new) // _PAGED_BLOCK_TOKENS)
+        caches = []
+        for port in self.compiled.inputs:
+            if "_cache." in port.any_name:
+                shape = [dimension.get_length() for dimension in list(port.partial_shape)[1:]]
+                caches.append(ov.Tensor(port.element_type, ov.Shape([blocks, *shape])))
+                self.request.set_tensor(port, caches[-1])
+        if past:
+            filled = min(past, _FILLED_TOKENS)
+            self.request.infer(self._inputs(filled, 0), share_inputs=True)
+            for cache in caches:
+                _repeat(cache, 0, -(-filled // _PAGED_BLOCK_TOKENS))
+        inputs = self._inputs(new, past)
         return lambda: self.request.infer(inputs, share_inputs=True)
 
 
