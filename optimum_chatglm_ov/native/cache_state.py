@@ -10,6 +10,7 @@ import openvino as ov
 
 from .fuse_attention import BEAM_TABLE, CacheLayout
 from .library import block_tokens
+from .memory import aligned_bytes
 
 
 # The first allocation; memory that no token has reached yet is address space only.
@@ -160,7 +161,9 @@ class FusedAttentionState:
         """Holds the same tokens as `other`, a state of another request of the same model, in memory of its own."""
         self._rows, self._blocks, self._batch = other._rows, other._blocks, other._batch
         for name, cache in other._caches.items():
-            self._caches[name] = ov.Tensor(cache.data.copy())
+            memory = aligned_bytes(cache.data.shape)
+            memory[:] = cache.data
+            self._caches[name] = ov.Tensor(memory, shared_memory=True)
             self._request.set_tensor(name, self._caches[name])
         self._bind_table(other._table.copy())
         self._length = other._length
@@ -183,7 +186,7 @@ class FusedAttentionState:
         used = -(-self._length // block_tokens())
         for names in self.layout.layers:
             for name in names:
-                tensor = ov.Tensor(ov.Type.u8, ov.Shape(shape))  # aligned to 64 bytes
+                tensor = ov.Tensor(aligned_bytes(shape), shared_memory=True)
                 if self.past_length:
                     # a try that ran out of memory may have left more rows in some
                     tensor.data[: self._rows, :, :used] = self._caches[name].data[: self._rows, :, :used]

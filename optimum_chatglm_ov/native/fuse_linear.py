@@ -43,7 +43,7 @@ class _Linear:
         value = self.matmul.input_value(0)
         return value.get_node().get_name(), value.get_index()
 
-    def pack(self) -> ov.Tensor:
+    def pack(self) -> np.ndarray:
         middle = 1 << (self.format.bits - 1) if self.is_signed else 0
         zero_points = np.zeros(self.scales.shape, np.int16) if self.zero_points is None else self.zero_points
         zero_points = np.broadcast_to(zero_points + middle, self.scales.shape).astype(np.uint8)

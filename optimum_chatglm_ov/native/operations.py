@@ -14,6 +14,7 @@ from openvino import opset13 as ops
 from openvino.utils.node_factory import NodeFactory
 
 from .library import add_extension, functions, panel_columns
+from .memory import aligned_bytes
 
 
 CACHE_PRECISIONS = ("bf16", "i8", "f32")
@@ -114,7 +115,7 @@ def pack_linear(
     scales: np.ndarray,
     zero_points: np.ndarray,
     bias: np.ndarray | None,
-) -> ov.Tensor:
+) -> np.ndarray:
     """Packs weights in the order that the kernels read them: u8 `[out_features / 32, panel bytes]`.
 
     Args:
@@ -126,7 +127,7 @@ def pack_linear(
         bias: f32 `[out_features]`.
     """
     rows = len(integers)
-    packed = ov.Tensor(ov.Type.u8, ov.Shape([rows // panel_columns(), _panel_bytes(format, rows)]))
+    packed = aligned_bytes([rows // panel_columns(), _panel_bytes(format, rows)])
     flip = 0 if not is_signed else 0x80 if format.bits == 8 else 0x88
     arrays = [np.ascontiguousarray(array) for array in (integers, scales, zero_points)]
     integers, *others = (array.ctypes.data for array in arrays)
@@ -140,16 +141,16 @@ def pack_linear(
         flip,
         *others,
         None if bias is None else bias.ctypes.data,
-        packed.data.ctypes.data,
+        packed.ctypes.data,
     )
     return packed
 
 
-def _weights(packed: ov.Tensor) -> ov.Output:
+def _weights(packed: np.ndarray) -> ov.Output:
     return ops.constant(packed, shared_memory=True).output(0)
 
 
-def chatglm_linear(hidden_states: ov.Output, format: LinearFormat, weights: Sequence[ov.Tensor]) -> ov.Node:
+def chatglm_linear(hidden_states: ov.Output, format: LinearFormat, weights: Sequence[np.ndarray]) -> ov.Node:
     """Computes linear layers of one input f32 `[..., in_features]`: one output f32 `[..., out_features]` for each.
 
     `weights` are from `pack_linear`. Activations are rounded to 8 bits, as by OpenVINO's dynamic quantisation.
@@ -160,10 +161,10 @@ def chatglm_linear(hidden_states: ov.Output, format: LinearFormat, weights: Sequ
 def chatglm_mlp(
     hidden_states: ov.Output,
     format: LinearFormat,
-    first: Sequence[ov.Tensor],
+    first: Sequence[np.ndarray],
     activation: str,
     down_format: LinearFormat,
-    down: ov.Tensor,
+    down: np.ndarray,
 ) -> ov.Node:
     """Computes `down(silu(gate) * up)`, "silu" with `first` = gate and up, or `down(gelu(up))`, "gelu" with up."""
     attributes = asdict(format) | {f"down_{name}": value for name, value in asdict(down_format).items()}

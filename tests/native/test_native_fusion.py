@@ -13,9 +13,10 @@ import pytest
 from conftest import EXACT, FLOATING, Golden
 from torch_models import TORCH_MODELS
 
-from optimum_chatglm_ov.native import load
+from optimum_chatglm_ov.native import cache_state, load
 from optimum_chatglm_ov.native.cache_state import FusedAttentionState
 from optimum_chatglm_ov.native.fuse_attention import cache_layout, fuse_attention
+from optimum_chatglm_ov.native.memory import aligned_bytes
 
 
 class FusedModel:
@@ -251,19 +252,29 @@ def test_memory_that_ran_out_while_the_caches_grew(exported, monkeypatch):
     model(ids)
     caches = []
 
-    def tensor(*arguments, **settings):
-        if isinstance(arguments[0], ov.Type):
-            caches.append(arguments)
-            if len(caches) == 2:
-                raise MemoryError
-        return original(*arguments, **settings)
+    def some(shape):
+        caches.append(shape)
+        if len(caches) == 2:
+            raise MemoryError
+        return aligned_bytes(shape)
 
-    original = ov.Tensor
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(ov, "Tensor", tensor)
+        patch.setattr(cache_state, "aligned_bytes", some)
         model(new.repeat(2, 0), beam_idx=[0, 0])
     found = model(new.repeat(3, 0), beam_idx=[0, 1, 1])
     np.testing.assert_array_equal(found, expected(new.repeat(3, 0), beam_idx=[0, 0, 0]))
+
+
+def test_caches_begin_with_a_cache_line(exported):
+    """Of each tile row, half lay in the next line of the processor's cache where they did not."""
+    model = FusedModel(exported("chatglm3-6b"))
+    for count in 5, 600:  # and when they have grown
+        model.state.reset()
+        model(np.full((1, count), 7))
+        assert {cache.data.ctypes.data % 64 for cache in model.state.caches} == {0}
+    other = FusedModel(exported("chatglm3-6b"))
+    other.state.copy(model.state)
+    assert {cache.data.ctypes.data % 64 for cache in other.state.caches} == {0}
 
 
 def test_released_caches_keep_nothing(exported):

@@ -115,6 +115,15 @@ def test_a_layer_of_each_kind(kind, group_size, zero_point, bias_type, instructi
         assert error(run(model, states)[0], states @ linear.matrix.T + bias) < ROUNDING
 
 
+def test_packed_weights_begin_with_a_cache_line():
+    """Of each tile row, half lay in the next line of the processor's cache where they did not."""
+    x = input_node(256)
+    model = ov.Model([ops.matmul(x, layer(96, 256, "i8").node, False, True) for _ in range(3)], [x], "layers")
+    assert fuse_linears(model) == 3
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    assert {constant.data.ctypes.data % 64 for constant in constants} == {0} and len(constants) == 3
+
+
 @pytest.mark.parametrize("hint", ["f32", "bf16"])
 def test_layers_of_one_input_are_one_operation(hint, instruction_set):
     x = input_node(512)
