@@ -29,8 +29,8 @@ from .turns import best_seconds
 
 
 _PAGED_BLOCK_TOKENS = 32  # of OpenVINO's PagedAttention on CPU
-# What the caches hold comes from a prompt of so many tokens, repeated: of made-up bytes some are denormal or far too
-# large scales, with which no way takes as long as with keys and values.
+# What caches with scales hold comes from a prompt of so many tokens, repeated. Of made-up bytes some are denormal or
+# far too large scales, with which no way takes as long as with keys and values.
 _FILLED_TOKENS = 1024
 _CACHE_BITS = {"native": 16, "native-int8": 8, "openvino": 8, "paged": 8, "torch-bf16": 16, "torch-f32": 32}
 
@@ -107,9 +107,10 @@ def _random_states(shape: AttentionShape, *tokens: int) -> dict[str, np.ndarray]
 
 def _repeat(cache: ov.Tensor, axis: int, filled: int) -> None:
     """Repeats the first `filled` blocks of a cache to its end."""
-    count = cache.shape[axis]
     blocks = np.moveaxis(cache.data, axis, 0)
-    blocks[filled:] = blocks[np.arange(filled, count) % filled]
+    for first in range(filled, len(blocks), filled):
+        part = blocks[first : first + filled]
+        part[:] = blocks[: len(part)]
 
 
 class _Stateful:

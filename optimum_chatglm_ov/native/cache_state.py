@@ -43,6 +43,8 @@ class FusedAttentionState:
         self._length = layout.prefix_tokens  # of every row, with the prefix
         self._request = request
         self._caches: dict[str, ov.Tensor] = {}
+        # The request knows addresses only; a thread that still computes with it needs the memory as long.
+        request.caches = self._caches
         self._table = np.zeros((0, 0), np.int32)
         self._rows = self._blocks = self._batch = 0
 
@@ -63,7 +65,7 @@ class FusedAttentionState:
 
     @property
     def caches(self) -> list[ov.Tensor]:
-        """Key and value caches of each layer in turn, u8 `CacheLayout.shape`."""
+        """Key and value caches of each layer in turn, u8 `CacheLayout.shape`, until they grow or are released."""
         return list(self._caches.values())
 
     def prepare(self, batch: int, new_tokens: int) -> None:
@@ -148,7 +150,8 @@ class FusedAttentionState:
     def blocks(self, row: int, count: int) -> list[np.ndarray]:
         """The first `count` blocks of each cache in turn, u8 `[num_key_value_heads, count, bytes]`, not copied.
 
-        The tokens of a prefix come first in them. `row` is a row of the caches, see `stored_row`.
+        The tokens of a prefix come first in them, and
+        all are valid until the caches grow or are released. `row` is a row of the caches, see `stored_row`.
         """
         return [cache.data[row, :, :count] for cache in self.caches]
 
@@ -171,7 +174,7 @@ class FusedAttentionState:
     def release(self) -> None:
         """Forgets everything and gives the memory and the request back; this object is of no use any more."""
         self.reset()
-        self._caches.clear()
+        self._caches = {}
         self._table = np.zeros((0, 0), np.int32)
         self._request = None
 

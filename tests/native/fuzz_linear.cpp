@@ -156,6 +156,13 @@ public:
     float* data() { return memory_.data() + first_; }
     std::vector<float> values() const { return {memory_.begin() + first_, memory_.begin() + first_ + count_}; }
 
+    // Whether nothing beside it was written.
+    bool is_alone() const {
+        for (int64_t i = 0; i < static_cast<int64_t>(memory_.size()); i++)
+            if ((i < first_ || i >= first_ + count_) && memory_[i] == memory_[i]) return false;
+        return true;
+    }
+
 private:
     std::vector<float> memory_;
     int64_t count_, first_;
@@ -204,8 +211,8 @@ bool check(const char* what, const std::string& name, const LinearFormat& f, int
     return false;
 }
 
-bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::string, long>& counts) {
-    const bool is_large = !uniform(0, 60);  // so that a thread writes more than its caches hold
+// is_large: a thread writes more than its caches hold.
+bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::string, long>& counts, bool is_large) {
     const Threads threads(is_large ? 1 : uniform(0, 7) ? uniform(1, 3) : 96);
     const bool has_rest = !uniform(0, 15);  // rows after the 512 that are multiplied together
     const int64_t rows = is_large         ? uniform(260, 560)
@@ -216,11 +223,14 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
     const int64_t in_features = is_large || has_rest ? 64 * uniform(1, 2)
                                 : uniform(0, 30)     ? 32 * uniform(1, rows > 20 || uniform(0, 1) ? 12 : 24)
                                                      : 32 * uniform(129, 300);
-    const LinearFormat format = random_format(in_features);
+    LinearFormat format = random_format(in_features);
+    if (is_large && uniform(0, 2)) {  // byte tiles, of 16 or 8 bits
+        format.bits = 8, format.group_size = in_features;
+        format.activation_group_size = uniform(0, 1) ? in_features : 32;
+    }
     std::vector<Layer> layers;
     const int64_t most_width = has_rest ? 1 : in_features > 4096 || rows > 20 ? 2 : 10;
-    const int64_t count = uniform(1, is_large ? 2 : 3),
-                  width = 32 * (is_large ? uniform(32, 40) : uniform(1, most_width));
+    const int64_t count = uniform(1, 3), width = 32 * (is_large ? uniform(32, 40) : uniform(1, most_width));
     for (int64_t i = 0; i < count; i++) layers.emplace_back(format, i < 2 ? width : 32 * uniform(1, 3));
     const Layer down(random_format(width), 32 * uniform(1, 4));
     const std::vector<float> input = normal(rows * in_features, uniform(0, 1));
@@ -271,6 +281,8 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
         for (const Layer& layer : layers) outputs.emplace_back(rows * layer.out_features);
         for (auto& output : outputs) pointers.push_back(output.data());
         linear(first_layers, input_rows, pointers.data(), threads, name.c_str());
+        for (const Output& output : outputs)
+            if (!output.is_alone()) passed = !std::printf("%s wrote beyond an output\n", name.c_str());
         const Rounding kind = rounding(name, format, rows);
         // An activation that is nearly half way between two integers may become either. Tiles round weights of many
         // rows to bf16 if they have several scales.
@@ -307,7 +319,7 @@ int main(int argc, char** argv) {
     std::map<std::string, long> counts;
     for (long i = 0; i < count; i++) {
         generator.seed(static_cast<unsigned>(seed + i));
-        if (!problem(fingerprints, counts)) return std::printf("seed %ld\n", seed + i), 1;
+        if (!problem(fingerprints, counts, i % 15 == 0)) return std::printf("seed %ld\n", seed + i), 1;
     }
     std::printf("%ld problems, on %s\n", count, linear_instruction_sets());
     for (const auto& [name, fingerprint] : fingerprints)

@@ -74,7 +74,7 @@ struct TileTask {
     Activation activation;
     float* const* outputs;
     int64_t stride;
-    bool streams;  // outputs are written past the caches
+    bool streams;  // outputs are written past the caches; never those of a single block
 };
 
 // A way to multiply with tiles: in bf16, or as bytes.

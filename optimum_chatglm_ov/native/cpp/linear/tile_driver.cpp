@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kTaskBlocks = 16;  // sums of a task take a quarter of the second-level cache
 constexpr int64_t kTaskPanels = 8;
 constexpr int64_t kChunkRows = 512;   // of activations that are held at a time: they stay in the last cache
-constexpr int64_t kPackedRows = 4;    // that one task packs, of a single block
+constexpr int64_t kPackedRows = 4;    // that one task packs, if there are few blocks
 constexpr int64_t kCached = 1 << 20;  // bytes of outputs of a thread that its second-level cache may still hold
 
 Buffer& task_scratch() {
@@ -53,8 +53,9 @@ public:
         reserve(ceil_divide(rows, way_->block_rows));
         // a few rows are ready before another thread has begun
         const int64_t workers = rows * width < 16384 ? 1 : executor.concurrency();
-        // of a block that several threads write each takes lines from the caches of the others
-        const int64_t some = rows > way_->block_rows ? way_->block_rows : kPackedRows;
+        // Of a block that several threads write each takes lines from the caches of the others.
+        const bool is_whole = ceil_divide(rows, way_->block_rows) >= std::max<int64_t>(executor.concurrency(), 2);
+        const int64_t some = is_whole ? way_->block_rows : kPackedRows;
         parallel_for(executor, ceil_divide(rows, some), workers, [&](int64_t i) {
             const int64_t block = i * some / way_->block_rows, begin = block * way_->block_rows;
             const int64_t first = i * some - begin, last = std::min(first + some, rows - begin);
@@ -119,7 +120,7 @@ void multiply(const PackedRows& activations, const LinearLayers& layers, Activat
     const int64_t row_parts = ceil_divide(blocks, kTaskBlocks);
     const int64_t width = task_panels(total, row_parts, executor.concurrency(), kTaskPanels / together);
     const int64_t columns = ceil_divide(total, width);
-    // Outputs that will have left the caches before they are read need not be fetched into them first.
+    // Outputs of these rows that would fill the caches need not be fetched into them first.
     const int64_t written = rows * total * kPanelColumns * 4;
     const bool streams = blocks > 1 && written > kCached * executor.concurrency();
     parallel_for(executor, row_parts * columns, executor.concurrency(), [&](int64_t i) {

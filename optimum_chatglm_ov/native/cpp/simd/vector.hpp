@@ -42,7 +42,7 @@ struct IsVector<
 
 // What kernels on bf16 tiles ask besides:
 //   store_bf16(p); weight(x): 2^x for any x, to what bf16 holds; all_below(limit): whether all lanes are, NaNs are not
-//   stream(p): as store, past the caches, p being a multiple of 64; end_streams(): before another thread may read it
+//   stream(p): as store, past the caches, p being a multiple of the vector's bytes; end_streams(): before another thread may read it
 template <class Vector, class = void>
 struct IsTileVector : std::false_type {};
 template <class Vector>
