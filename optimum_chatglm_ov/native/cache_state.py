@@ -43,7 +43,8 @@ class FusedAttentionState:
         self._length = layout.prefix_tokens  # of every row, with the prefix
         self._request = request
         self._caches: dict[str, ov.Tensor] = {}
-        # The request knows addresses only; a thread that still computes with it needs the memory as long.
+        # The request knows addresses only: what it reads and writes lives as long as it does, also after `release`,
+        # while another thread may still compute.
         request.caches = self._caches
         self._table = np.zeros((0, 0), np.int32)
         self._rows = self._blocks = self._batch = 0
@@ -150,8 +151,8 @@ class FusedAttentionState:
     def blocks(self, row: int, count: int) -> list[np.ndarray]:
         """The first `count` blocks of each cache in turn, u8 `[num_key_value_heads, count, bytes]`, not copied.
 
-        The tokens of a prefix come first in them, and
-        all are valid until the caches grow or are released. `row` is a row of the caches, see `stored_row`.
+        The tokens of a prefix come first in them. They are valid until the caches grow or are released. `row` is a row
+        of the caches, see `stored_row`.
         """
         return [cache.data[row, :, :count] for cache in self.caches]
 
@@ -181,6 +182,7 @@ class FusedAttentionState:
     def _bind_table(self, table: np.ndarray) -> None:
         table = np.ascontiguousarray(table)
         self._request.set_tensor(BEAM_TABLE, ov.Tensor(table, shared_memory=True))
+        self._request.beam_table = table
         self._table = table  # not before: until then the request reads the other one
 
     def _grow(self, rows: int, blocks: int) -> None:

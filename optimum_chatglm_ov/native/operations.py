@@ -153,7 +153,7 @@ def _weights(packed: np.ndarray) -> ov.Output:
 def chatglm_linear(hidden_states: ov.Output, format: LinearFormat, weights: Sequence[np.ndarray]) -> ov.Node:
     """Computes linear layers of one input f32 `[..., in_features]`: one output f32 `[..., out_features]` for each.
 
-    `weights` are from `pack_linear`. Activations are rounded to 8 bits, as by OpenVINO's dynamic quantisation.
+    `weights` are from `pack_linear`. How activations are rounded depends on the CPU: `cpp/linear/linear.hpp`.
     """
     return _factory().create("ChatGLMLinear", [hidden_states, *map(_weights, weights)], asdict(format))
 

@@ -277,6 +277,17 @@ def test_caches_begin_with_a_cache_line(exported):
     assert {cache.data.ctypes.data % 64 for cache in other.state.caches} == {0}
 
 
+def test_a_request_outlives_the_release_of_its_caches(exported):
+    """As when another thread is still computing: the memory that the request writes to is there as long as it is."""
+    model = FusedModel(exported("chatglm3-6b"))
+    expected = model(np.arange(5, 25)[None])
+    model.state.reset()
+    model.state.release()
+    gc.collect()
+    model.request.infer()  # the same inputs
+    np.testing.assert_array_equal(model.request.get_tensor("logits").data, expected)
+
+
 def test_released_caches_keep_nothing(exported):
     model = FusedModel(exported("chatglm3-6b"))
     model(np.arange(5, 25)[None])

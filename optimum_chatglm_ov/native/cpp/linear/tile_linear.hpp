@@ -11,7 +11,8 @@
 namespace optimum_chatglm_ov {
 namespace {
 
-// Sums of block m and panel n become results. With kScales the weights were multiplied with their scales, but for the multipliers.
+// Sums of block m and panel n become results. With kScales the weights were multiplied with their scales, but for the
+// multipliers.
 template <class Lines, int kBits, bool kScales>
 class Bf16Results {
 public:
