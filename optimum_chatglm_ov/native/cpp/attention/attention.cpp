@@ -79,10 +79,14 @@ const AttentionKernels& choose_kernels(const AttentionArguments& a, const char* 
     return *portable_attention_kernels();
 }
 
-// One for each thread.
-Buffer& thread_buffer() {
-    thread_local Buffer buffer;
-    return buffer;
+// Of each thread: for its tasks, and for what it gathers from those of all threads.
+struct AttentionScratch {
+    Buffer task, partials;
+};
+
+AttentionScratch& attention_scratch() {
+    thread_local AttentionScratch scratch;
+    return scratch;
 }
 
 bool is_constant(const int32_t* numbers, int64_t count) {
@@ -154,18 +158,40 @@ Division divide(const AttentionArguments& a, const AttentionKernels& kernels, in
     return d;
 }
 
+// What a task found in its part of the keys, for so many rows.
 struct Partial {
     float* output;  // [rows, head_dim]
     float* max;
     float* sum;
 };
 
-// Sums of a row over parts of the keys -> the row of the output.
-void merge_row(const AttentionArguments& a, const std::vector<Partial>& parts, int64_t row, int64_t output_offset) {
+// The partial results of all tasks, those of a unit behind one another.
+class Partials {
+public:
+    Partials(Buffer& memory, const Division& d, int64_t units, int64_t rows, int64_t head_dim)
+        : parts_(d.key_parts), rows_(rows), head_dim_(head_dim) {
+        if (parts_ > 1) memory_ = static_cast<float*>(memory.reserve(units * parts_ * rows * (head_dim + 2) * 4));
+    }
+
+    int64_t parts() const { return parts_; }
+    Partial of(int64_t unit, int64_t part) const {
+        float* output = memory_ + (unit * parts_ + part) * rows_ * (head_dim_ + 2);
+        return {output, output + rows_ * head_dim_, output + rows_ * (head_dim_ + 1)};
+    }
+
+private:
+    int64_t parts_, rows_, head_dim_;
+    float* memory_ = nullptr;
+};
+
+// Sums of a row over the parts of the keys -> the row of the output.
+void merge_row(const AttentionArguments& a, const Partials& partials, int64_t unit, int64_t row,
+               int64_t output_offset) {
     float max = -std::numeric_limits<float>::infinity(), sum = 0;
-    for (const Partial& p : parts) max = std::max(max, p.max[row]);
+    for (int64_t i = 0; i < partials.parts(); i++) max = std::max(max, partials.of(unit, i).max[row]);
     float merged[kMaxHeadDim] = {};
-    for (const Partial& p : parts) {
+    for (int64_t i = 0; i < partials.parts(); i++) {
+        const Partial p = partials.of(unit, i);
         if (p.max[row] == -std::numeric_limits<float>::infinity() && p.sum[row] == 0) continue;  // saw nothing
         const float factor = std::exp2(p.max[row] - max);
         const float* output = p.output + row * a.head_dim;
@@ -190,12 +216,7 @@ void attend(const AttentionArguments& a, const AttentionKernels& kernels, const 
     const int64_t group = a.num_attention_heads / a.num_key_value_heads, rows = d.queries * group;
     const int64_t units = a.batch * a.num_key_value_heads * d.query_parts;
     const size_t scratch_bytes = kernels.scratch_bytes(a, rows);
-    std::vector<float> partials;
-    if (d.key_parts > 1) partials.resize(units * d.key_parts * rows * (a.head_dim + 2));
-    const auto partial = [&](int64_t unit, int64_t part) {
-        float* base = partials.data() + (unit * d.key_parts + part) * rows * (a.head_dim + 2);
-        return Partial{base, base + rows * a.head_dim, base + rows * (a.head_dim + 1)};
-    };
+    const Partials partials(attention_scratch().partials, d, units, rows, a.head_dim);
     // Unit -> batch row, KV head, queries; the last queries see the most keys, so they go first.
     const auto describe = [&](int64_t unit) {
         AttendTask t{};
@@ -212,23 +233,22 @@ void attend(const AttentionArguments& a, const AttentionKernels& kernels, const 
     parallel_for(executor, units * d.key_parts, executor.concurrency(), [&](int64_t i) {
         AttendTask t = describe(i / d.key_parts);
         if (d.key_parts > 1) {
-            const Partial p = partial(i / d.key_parts, i % d.key_parts);
+            const Partial p = partials.of(i / d.key_parts, i % d.key_parts);
             t.first_block = i % d.key_parts * d.blocks_per_part;
             t.last_block = std::min(t.first_block + d.blocks_per_part, blocks);
             t.partial_output = p.output, t.partial_max = p.max, t.partial_sum = p.sum;
         }
-        kernels.attend(a, t, thread_buffer().reserve(scratch_bytes));
+        kernels.attend(a, t, attention_scratch().task.reserve(scratch_bytes));
     });
     if (d.key_parts == 1) return;
-    const int64_t workers = static_cast<int64_t>(partials.size()) < 65536 ? 1 : executor.concurrency();
-    parallel_for(executor, units, workers, [&](int64_t unit) {
+    const int64_t workers = units * d.key_parts * rows * a.head_dim < 65536 ? 1 : executor.concurrency();
+    parallel_for(executor, units * rows, workers, [&](int64_t i) {
+        const int64_t unit = i / rows, row = i % rows;
         const AttendTask t = describe(unit);
-        std::vector<Partial> parts;
-        for (int64_t part = 0; part < d.key_parts; part++) parts.push_back(partial(unit, part));
-        for (int64_t r = 0; r < (t.last_query - t.first_query) * group; r++) {
-            const int64_t token = t.batch * a.query_length + t.first_query + r / group;
-            merge_row(a, parts, r, (token * a.num_attention_heads + t.kv_head * group + r % group) * a.head_dim);
-        }
+        if (row >= (t.last_query - t.first_query) * group) return;
+        const int64_t token = t.batch * a.query_length + t.first_query + row / group;
+        const int64_t head = t.kv_head * group + row % group;
+        merge_row(a, partials, unit, row, (token * a.num_attention_heads + head) * a.head_dim);
     });
 }
 
