@@ -121,12 +121,13 @@ bool is_even(const double* x, int64_t rows, int64_t width) {
     return rows > 16 && largest <= 32 * mean;
 }
 
-// What rounding makes of the activations, for one that has no error of its own.
-std::vector<double> rounded(const LinearFormat& f, const std::vector<double>& x, Rounding rounding) {
+// What rounding makes of the activations, for one that has no error of its own. chunk_rows: those that may have
+// 8 bits together.
+std::vector<double> rounded(const LinearFormat& f, const std::vector<double>& x, Rounding rounding,
+                            int64_t chunk_rows) {
     std::vector<double> result(x.size());
     double steps = rounding == Rounding::rows_wide ? 32639 : 127;
-    bool is_bf16 = rounding == Rounding::bf16;
-    const size_t chunk = 512 * f.in_features;  // rows that tiles take together
+    const size_t chunk = chunk_rows * f.in_features;
     // byte products round whole rows of 8 bits in groups of 32
     const int64_t group = f.activation_group_size == f.in_features ? 32 : f.activation_group_size;
     const int64_t size = rounding == Rounding::groups ? group : f.in_features;
@@ -134,13 +135,13 @@ std::vector<double> rounded(const LinearFormat& f, const std::vector<double>& x,
         const int64_t rows = static_cast<int64_t>(std::min(chunk, x.size() - first)) / f.in_features;
         if (rounding == Rounding::rows && first % chunk == 0)
             steps = is_even(&x[first], rows, f.in_features) ? 127 : 32639;
-        if (rounding == Rounding::bf16 && first % chunk == 0 && tile_rounding(f, rows) == Rounding::rows_wide)
-            is_bf16 = false, steps = 32639;
         double max = 0;
         for (int64_t i = 0; i < size; i++) max = std::max(max, std::abs(x[first + i]));
         for (int64_t i = 0; i < size; i++) {
             const double v = x[first + i];
-            result[first + i] = is_bf16 ? to_bf16(v) : max > 0 ? std::nearbyint(v / max * steps) * max / steps : 0.0;
+            result[first + i] = rounding == Rounding::bf16 ? to_bf16(v)
+                                : max > 0                  ? std::nearbyint(v / max * steps) * max / steps
+                                                           : 0.0;
         }
     }
     return result;
@@ -168,8 +169,9 @@ private:
     int64_t count_, first_;
 };
 
-std::vector<double> apply(const Layer& layer, int64_t rows, const std::vector<double>& x, Rounding rounding) {
-    const std::vector<double> input = rounded(layer.format, x, rounding);
+std::vector<double> apply(const Layer& layer, int64_t rows, const std::vector<double>& x, Rounding rounding,
+                          int64_t chunk_rows) {
+    const std::vector<double> input = rounded(layer.format, x, rounding, chunk_rows);
     const int64_t width = layer.format.in_features;
     std::vector<double> y(rows * layer.out_features);
     for (int64_t r = 0; r < rows; r++)
@@ -214,7 +216,7 @@ bool check(const char* what, const std::string& name, const LinearFormat& f, int
 // is_large: a thread writes more than its caches hold.
 bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::string, long>& counts, bool is_large) {
     const Threads threads(is_large ? 1 : uniform(0, 7) ? uniform(1, 3) : 96);
-    const bool has_rest = !uniform(0, 15);  // rows after the 512 that are multiplied together
+    const bool has_rest = !uniform(0, 15);  // rows after those that few threads take together
     const int64_t rows = is_large         ? uniform(260, 560)
                          : has_rest       ? 512 + uniform(1, kHalvesRows)
                          : !uniform(0, 5) ? 1
@@ -236,6 +238,9 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
     const std::vector<float> input = normal(rows * in_features, uniform(0, 1));
     const std::vector<double> x(input.begin(), input.end());
 
+    const int64_t most = std::min<int64_t>(std::max<int64_t>(256 * threads.concurrency(), 512), 4096);
+    const int64_t parts = ceil_divide(rows, most), chunk = ceil_divide(ceil_divide(rows, parts), 32) * 32;
+
     std::vector<LinearWeights> weights;
     for (const Layer& layer : layers) weights.push_back(layer.view());
     const LinearWeights down_weights = down.view();
@@ -251,7 +256,7 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
     const auto expected = [&](Rounding kind) -> const std::vector<std::vector<double>>& {
         auto& outputs = all_expected[static_cast<int>(kind)];
         if (outputs.empty())
-            for (const Layer& layer : layers) outputs.push_back(apply(layer, rows, x, kind));
+            for (const Layer& layer : layers) outputs.push_back(apply(layer, rows, x, kind, rows));
         return outputs;
     };
     std::vector<double> all_down[kCount][kCount];
@@ -266,7 +271,7 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
             else
                 activated[i] = 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
         }
-        return output = apply(down, rows, activated, second);
+        return output = apply(down, rows, activated, second, chunk);
     };
 
     int64_t products = rows * down.format.in_features * down.out_features;

@@ -80,6 +80,7 @@ struct TileTask {
 // A way to multiply with tiles: in bf16, or as bytes.
 struct TileWay {
     int64_t block_rows;
+    int64_t task_blocks, task_panels;  // of one task, at most
     // Bytes of the values, and of the sums, of a block.
     int64_t (*value_bytes)(const LinearFormat&);
     int64_t (*sum_bytes)(const LinearFormat&);

@@ -66,6 +66,9 @@ struct TileBytes {
     using Results = ByteResults<Lines, kWide>;
     static constexpr int64_t kStep = 64;  // input features of one tile product
     static constexpr int64_t kRows = Results::kRows;
+    // A task's sums and its chunk of activations take less than half of a second-level cache of 2 MB: two threads of a
+    // core share it, of which a virtual machine knows nothing.
+    static constexpr int64_t kTaskBlocks = 8, kTaskPanels = 16;
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
     static int64_t sum_bytes(const LinearFormat&) { return 32 * 4; }

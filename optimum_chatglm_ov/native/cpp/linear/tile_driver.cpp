@@ -9,11 +9,17 @@
 namespace optimum_chatglm_ov {
 namespace {
 
-constexpr int64_t kTaskBlocks = 16;  // sums of a task take a quarter of the second-level cache
-constexpr int64_t kTaskPanels = 8;
-constexpr int64_t kChunkRows = 512;   // of activations that are held at a time: they stay in the last cache
 constexpr int64_t kPackedRows = 4;    // that one task packs, if there are few blocks
 constexpr int64_t kCached = 1 << 20;  // bytes of outputs of a thread that its second-level cache may still hold
+
+// Rows of activations that are held at a time: a few stay in the last cache, and with many the threads seldom wait for
+// one another. As many each time, since the last one of few rows would be computed in another way.
+int64_t chunk_rows(int64_t rows, const Executor& executor) {
+    constexpr int64_t kLeast = 512, kMost = 4096, kOfThread = 256, kMultiple = 32;
+    const int64_t most = std::min(std::max(kOfThread * executor.concurrency(), kLeast), kMost);
+    const int64_t even = ceil_divide(rows, ceil_divide(rows, most));
+    return std::min(ceil_divide(even, kMultiple) * kMultiple, rows);
+}
 
 Buffer& task_scratch() {
     thread_local Buffer buffer;
@@ -47,9 +53,23 @@ public:
     PackedRows(const TileKernels& kernels, const LinearFormat& format, Buffer& memory)
         : kernels_(kernels), format_(format), memory_(memory) {}
 
+    // For all rows of a call, where they are known.
+    void choose_way(const RowsView<const float>& input, const Executor& executor) {
+        const LinearFormat& f = format_;
+        if (tiles_take_stored(f)) {
+            const bool may_round = f.activation_group_size == f.in_features;
+            // as many rows as one block has cost no more in 16 bits
+            way_ = may_round && input.count > kernels_.wide.block_rows &&
+                           rounds_well(kernels_, input, f.in_features, executor)
+                       ? &kernels_.bytes
+                       : &kernels_.wide;
+        } else {
+            way_ = kernels_.takes_halves(f, input.count) ? &kernels_.halves : &kernels_.bf16;
+        }
+    }
+
     void pack(const RowsView<const float>& input, const Executor& executor) {
         const int64_t rows = rows_ = input.count, width = format_.in_features;
-        way_ = &choose_way(input, executor);
         reserve(ceil_divide(rows, way_->block_rows));
         // a few rows are ready before another thread has begun
         const int64_t workers = rows * width < 16384 ? 1 : executor.concurrency();
@@ -68,19 +88,6 @@ public:
     int64_t rows() const { return rows_; }
 
 private:
-    const TileWay& choose_way(const RowsView<const float>& input, const Executor& executor) const {
-        const LinearFormat& f = format_;
-        if (tiles_take_stored(f)) {
-            const bool may_round = f.activation_group_size == f.in_features;
-            // as many rows as one block has cost no more in 16 bits
-            return may_round && input.count > kernels_.wide.block_rows &&
-                           rounds_well(kernels_, input, f.in_features, executor)
-                       ? kernels_.bytes
-                       : kernels_.wide;
-        }
-        return kernels_.takes_halves(f, input.count) ? kernels_.halves : kernels_.bf16;
-    }
-
     void reserve(int64_t count) {
         const int64_t values = way_->value_bytes(format_), scales = 32 * 4;
         const int64_t sums = ceil_divide(way_->sum_bytes(format_), 64) * 64;
@@ -117,17 +124,19 @@ void multiply(const PackedRows& activations, const LinearLayers& layers, Activat
     const int64_t together = activation == Activation::none ? 1 : layers.count;  // layers of one task
     const LinearLayers row{layers.format, layers.weights, layers.count / together};
     const int64_t total = count_panels(row), blocks = ceil_divide(rows, way.block_rows);
-    const int64_t row_parts = ceil_divide(blocks, kTaskBlocks);
-    const int64_t width = task_panels(total, row_parts, executor.concurrency(), kTaskPanels / together);
+    const int64_t row_parts = ceil_divide(blocks, way.task_blocks);
+    const int64_t width = task_panels(total, row_parts, executor.concurrency(), way.task_panels / together);
     const int64_t columns = ceil_divide(total, width);
     // Outputs of these rows that would fill the caches need not be fetched into them first.
     const int64_t written = rows * total * kPanelColumns * 4;
     const bool streams = blocks > 1 && written > kCached * executor.concurrency();
     parallel_for(executor, row_parts * columns, executor.concurrency(), [&](int64_t i) {
-        const int64_t first_block = i / columns * blocks / row_parts;
+        // Threads side by side read the same weights: activations are in the last cache, weights may not be.
+        const int64_t row_part = i % row_parts, column = i / row_parts;
+        const int64_t first_block = row_part * blocks / row_parts;
         const int64_t first_row = first_block * way.block_rows;
-        const int64_t last_row = std::min((i / columns + 1) * blocks / row_parts * way.block_rows, rows);
-        for (int64_t next = i % columns * total / columns, end = (i % columns + 1) * total / columns; next < end;) {
+        const int64_t last_row = std::min((row_part + 1) * blocks / row_parts * way.block_rows, rows);
+        for (int64_t next = column * total / columns, end = (column + 1) * total / columns; next < end;) {
             int64_t panel = next;
             const int64_t layer = layer_of(row, panel), stride = layers.weights[layer].out_features;
             const int64_t some = std::min(end - next, stride / kPanelColumns - panel);
@@ -162,8 +171,10 @@ bool tiles_take_stored(const LinearFormat& f) {
 void tile_linear(const TileKernels& kernels, const LinearLayers& layers, const RowsView<const float>& input,
                  float* const* outputs, const Executor& executor) {
     PackedRows hidden(kernels, layers.format, linear_scratch().hidden);
-    for (int64_t first = 0; first < input.count; first += kChunkRows) {
-        hidden.pack(input.part(first, std::min(kChunkRows, input.count - first)), executor);
+    const int64_t chunk = chunk_rows(input.count, executor);
+    hidden.choose_way(input, executor);
+    for (int64_t first = 0; first < input.count; first += chunk) {
+        hidden.pack(input.part(first, std::min(chunk, input.count - first)), executor);
         multiply(hidden, layers, Activation::none, outputs_from(layers, outputs, first).data(), executor);
     }
 }
@@ -171,15 +182,17 @@ void tile_linear(const TileKernels& kernels, const LinearLayers& layers, const R
 void tile_mlp(const TileKernels& kernels, const MLPLayers& layers, const RowsView<const float>& input, float* output,
               const Executor& executor) {
     const auto& [first, activation, down] = layers;
-    const int64_t chunk = std::min(input.count, kChunkRows), width = down.format.in_features;
+    const int64_t chunk = chunk_rows(input.count, executor), width = down.format.in_features;
     LinearScratch& scratch = linear_scratch();
     PackedRows hidden(kernels, first.format, scratch.hidden);
     PackedRows activated(kernels, down.format, scratch.activated);
     float* between = static_cast<float*>(scratch.between.reserve(chunk * width * 4));
+    hidden.choose_way(input, executor);
     for (int64_t i = 0; i < input.count; i += chunk) {
         const int64_t some = std::min(chunk, input.count - i);
         hidden.pack(input.part(i, some), executor);
         multiply(hidden, first, activation, &between, executor);
+        activated.choose_way({between, width, some}, executor);
         activated.pack({between, width, some}, executor);
         multiply(activated, down, Activation::none, outputs_from(down, &output, i).data(), executor);
     }

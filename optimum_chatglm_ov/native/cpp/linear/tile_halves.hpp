@@ -66,7 +66,7 @@ struct TileHalves {
     using Operands = HalfByteOperands<Lines>;
     using Few = TileFewRows<Tiles, Operands>;
     static constexpr int64_t kStep = Operands::kStep;
-    static constexpr int64_t kRows = Operands::kRows;
+    static constexpr int64_t kRows = Operands::kRows, kTaskBlocks = 1, kTaskPanels = 8;
 
     static bool takes(const LinearFormat& f, int64_t rows) {
         return f.bits == 4 && rows <= kRows && Few::has_passes(f);

@@ -13,7 +13,8 @@ namespace {
 
 template <class Way>
 constexpr TileWay tile_way() {
-    return {Way::kRows, Way::value_bytes, Way::sum_bytes, Way::pack, Way::scratch_bytes, Way::multiply};
+    return {Way::kRows,     Way::kTaskBlocks, Way::kTaskPanels,   Way::value_bytes,
+            Way::sum_bytes, Way::pack,        Way::scratch_bytes, Way::multiply};
 }
 
 template <class Tiles, class Lines>

@@ -60,6 +60,7 @@ struct TileLinear {
     using Session = TileSession<Tiles>;
     static constexpr int64_t kStep = Bf16Operands<Lines, 8>::kStep;
     static constexpr int64_t kRows = Bf16Operands<Lines, 8>::kRows;
+    static constexpr int64_t kTaskBlocks = 16, kTaskPanels = 8;  // each task converts its weights, for many rows
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }
     static int64_t sum_bytes(const LinearFormat& f) { return f.in_features / f.group_size * kRows * 4; }
