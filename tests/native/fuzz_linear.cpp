@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "fuzzing.hpp"
+#include "linear/driver.hpp"
 #include "linear/linear.hpp"
 
 using namespace optimum_chatglm_ov;
@@ -121,20 +122,19 @@ bool is_even(const double* x, int64_t rows, int64_t width) {
     return rows > 16 && largest <= 32 * mean;
 }
 
-// What rounding makes of the activations, for one that has no error of its own. chunk_rows: those that may have
-// 8 bits together.
+// What rounding makes of the activations, for one that has no error of its own. parts: rows that have 8 bits, or not,
+// together.
 std::vector<double> rounded(const LinearFormat& f, const std::vector<double>& x, Rounding rounding,
-                            int64_t chunk_rows) {
+                            const RowParts& parts) {
     std::vector<double> result(x.size());
     double steps = rounding == Rounding::rows_wide ? 32639 : 127;
-    const size_t chunk = chunk_rows * f.in_features;
     // byte products round whole rows of 8 bits in groups of 32
     const int64_t group = f.activation_group_size == f.in_features ? 32 : f.activation_group_size;
     const int64_t size = rounding == Rounding::groups ? group : f.in_features;
+    int64_t part = 0;
     for (size_t first = 0; first < x.size(); first += size) {
-        const int64_t rows = static_cast<int64_t>(std::min(chunk, x.size() - first)) / f.in_features;
-        if (rounding == Rounding::rows && first % chunk == 0)
-            steps = is_even(&x[first], rows, f.in_features) ? 127 : 32639;
+        if (rounding == Rounding::rows && static_cast<int64_t>(first) == parts.begin(part) * f.in_features)
+            steps = is_even(&x[first], parts.size(part++), f.in_features) ? 127 : 32639;
         double max = 0;
         for (int64_t i = 0; i < size; i++) max = std::max(max, std::abs(x[first + i]));
         for (int64_t i = 0; i < size; i++) {
@@ -170,8 +170,8 @@ private:
 };
 
 std::vector<double> apply(const Layer& layer, int64_t rows, const std::vector<double>& x, Rounding rounding,
-                          int64_t chunk_rows) {
-    const std::vector<double> input = rounded(layer.format, x, rounding, chunk_rows);
+                          const RowParts& parts) {
+    const std::vector<double> input = rounded(layer.format, x, rounding, parts);
     const int64_t width = layer.format.in_features;
     std::vector<double> y(rows * layer.out_features);
     for (int64_t r = 0; r < rows; r++)
@@ -216,31 +216,29 @@ bool check(const char* what, const std::string& name, const LinearFormat& f, int
 // is_large: a thread writes more than its caches hold.
 bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::string, long>& counts, bool is_large) {
     const Threads threads(is_large ? 1 : uniform(0, 7) ? uniform(1, 3) : 96);
-    const bool has_rest = !uniform(0, 15);  // rows after those that few threads take together
+    const bool has_parts = !uniform(0, 15);  // with one or two threads
     const int64_t rows = is_large         ? uniform(260, 560)
-                         : has_rest       ? 512 + uniform(1, kHalvesRows)
+                         : has_parts      ? uniform(513, 1200)
                          : !uniform(0, 5) ? 1
                          : uniform(0, 3)  ? uniform(1, 20)
                                           : uniform(1, 700);
-    const int64_t in_features = is_large || has_rest ? 64 * uniform(1, 2)
-                                : uniform(0, 30)     ? 32 * uniform(1, rows > 20 || uniform(0, 1) ? 12 : 24)
-                                                     : 32 * uniform(129, 300);
+    const int64_t in_features = is_large || has_parts ? 64 * uniform(1, 2)
+                                : uniform(0, 30)      ? 32 * uniform(1, rows > 20 || uniform(0, 1) ? 12 : 24)
+                                                      : 32 * uniform(129, 300);
     LinearFormat format = random_format(in_features);
     if (is_large && uniform(0, 2)) {  // byte tiles, of 16 or 8 bits
         format.bits = 8, format.group_size = in_features;
         format.activation_group_size = uniform(0, 1) ? in_features : 32;
     }
     std::vector<Layer> layers;
-    const int64_t most_width = has_rest ? 1 : in_features > 4096 || rows > 20 ? 2 : 10;
+    const int64_t most_width = has_parts ? 1 : in_features > 4096 || rows > 20 ? 2 : 10;
     const int64_t count = uniform(1, 3), width = 32 * (is_large ? uniform(32, 40) : uniform(1, most_width));
     for (int64_t i = 0; i < count; i++) layers.emplace_back(format, i < 2 ? width : 32 * uniform(1, 3));
     const Layer down(random_format(width), 32 * uniform(1, 4));
     const std::vector<float> input = normal(rows * in_features, uniform(0, 1));
     const std::vector<double> x(input.begin(), input.end());
 
-    const int64_t most = std::min<int64_t>(std::max<int64_t>(256 * threads.concurrency(), 512), 4096);
-    const int64_t parts = ceil_divide(rows, most), chunk = ceil_divide(ceil_divide(rows, parts), 32) * 32;
-
+    const RowParts parts(rows, most_rows_of_mlp(threads));
     std::vector<LinearWeights> weights;
     for (const Layer& layer : layers) weights.push_back(layer.view());
     const LinearWeights down_weights = down.view();
@@ -256,7 +254,8 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
     const auto expected = [&](Rounding kind) -> const std::vector<std::vector<double>>& {
         auto& outputs = all_expected[static_cast<int>(kind)];
         if (outputs.empty())
-            for (const Layer& layer : layers) outputs.push_back(apply(layer, rows, x, kind, rows));
+            for (const Layer& layer : layers)
+                outputs.push_back(apply(layer, rows, x, kind, RowParts(rows, rows + 32)));
         return outputs;
     };
     std::vector<double> all_down[kCount][kCount];
@@ -271,7 +270,7 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
             else
                 activated[i] = 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
         }
-        return output = apply(down, rows, activated, second, chunk);
+        return output = apply(down, rows, activated, second, parts);
     };
 
     int64_t products = rows * down.format.in_features * down.out_features;

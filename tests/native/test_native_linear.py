@@ -163,7 +163,8 @@ def test_an_mlp_is_one_operation(activation, tokens, instruction_set):
         hidden = gates / (1 + np.exp(-gates)) * ups
     else:
         hidden = torch.nn.functional.gelu(torch.from_numpy(ups), approximate="tanh").numpy()
-    assert error(run(model, states)[0], hidden @ down.matrix.T) < 2 * ROUNDING
+    found = run(model, states, INFERENCE_NUM_THREADS="2")[0]  # 700 tokens in two parts
+    assert error(found, hidden @ down.matrix.T) < 2 * ROUNDING
 
 
 def test_groups_of_activations_as_asked_for(instruction_set):
@@ -307,8 +308,8 @@ def test_more_tokens_than_the_caches_of_the_cpu_hold(is_mlp, instruction_set):
     model = ov.Model([result], [x], "layer")
     assert fuse_linears(model) == 1 + is_mlp
     few = RANDOM.normal(size=(1, 37, 4096)).astype(np.float32)
-    (expected,), (found,) = run(model, few), run(model, np.tile(few, (1, 120, 1)))
-    np.testing.assert_array_equal(found, np.tile(expected, (1, 120, 1)))
+    (expected,), (found,) = run(model, few), run(model, np.tile(few, (1, 121, 1)))
+    np.testing.assert_array_equal(found, np.tile(expected, (1, 121, 1)))
 
 
 def other_mlps() -> dict[str, tuple[list[ov.Node], list[ov.Node]]]:

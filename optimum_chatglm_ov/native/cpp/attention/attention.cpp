@@ -79,7 +79,7 @@ const AttentionKernels& choose_kernels(const AttentionArguments& a, const char* 
     return *portable_attention_kernels();
 }
 
-// Of each thread: for its tasks, and for what it gathers from those of all threads.
+// Of each thread: for a task, and, where it runs an inference, for the partial results of all tasks.
 struct AttentionScratch {
     Buffer task, partials;
 };
@@ -148,6 +148,7 @@ Division divide(const AttentionArguments& a, const AttentionKernels& kernels, in
     // Too few tasks: first fewer queries in each, down to the rows worked on at a time, then parts of the keys.
     const int64_t smallest = std::max<int64_t>(32 / group, 1);
     d.queries = std::max(std::min(d.queries, a.query_length * heads / wanted), smallest);
+    d.queries = std::min(d.queries, a.query_length);
     d.query_parts = ceil_divide(a.query_length, d.queries);
     d.key_parts = 1;
     if (heads * d.query_parts < wanted && concurrency > 1)
@@ -158,7 +159,7 @@ Division divide(const AttentionArguments& a, const AttentionKernels& kernels, in
     return d;
 }
 
-// What a task found in its part of the keys, for so many rows.
+// What a task found in its part of the keys, for each of its rows.
 struct Partial {
     float* output;  // [rows, head_dim]
     float* max;
@@ -241,14 +242,17 @@ void attend(const AttentionArguments& a, const AttentionKernels& kernels, const 
         kernels.attend(a, t, attention_scratch().task.reserve(scratch_bytes));
     });
     if (d.key_parts == 1) return;
-    const int64_t workers = units * d.key_parts * rows * a.head_dim < 65536 ? 1 : executor.concurrency();
-    parallel_for(executor, units * rows, workers, [&](int64_t i) {
-        const int64_t unit = i / rows, row = i % rows;
-        const AttendTask t = describe(unit);
-        if (row >= (t.last_query - t.first_query) * group) return;
-        const int64_t token = t.batch * a.query_length + t.first_query + row / group;
-        const int64_t head = t.kv_head * group + row % group;
-        merge_row(a, partials, unit, row, (token * a.num_attention_heads + head) * a.head_dim);
+    const int64_t all = units * rows, some = ceil_divide(all, 4 * executor.concurrency());
+    const int64_t workers = all * d.key_parts * a.head_dim < 65536 ? 1 : executor.concurrency();
+    parallel_for(executor, ceil_divide(all, some), workers, [&](int64_t part) {
+        for (int64_t i = part * some; i < std::min((part + 1) * some, all); i++) {
+            const int64_t unit = i / rows, row = i % rows;
+            const AttendTask t = describe(unit);
+            if (row >= (t.last_query - t.first_query) * group) continue;  // the last queries may be fewer
+            const int64_t token = t.batch * a.query_length + t.first_query + row / group;
+            const int64_t head = t.kv_head * group + row % group;
+            merge_row(a, partials, unit, row, (token * a.num_attention_heads + head) * a.head_dim);
+        }
     });
 }
 

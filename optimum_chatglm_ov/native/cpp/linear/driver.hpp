@@ -2,6 +2,7 @@
 // What the drivers of linear layers (byte_driver.cpp, tile_driver.cpp) share.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "common/parallel.hpp"
@@ -18,6 +19,34 @@ inline LinearScratch& linear_scratch() {
     thread_local LinearScratch scratch;
     return scratch;
 }
+
+// Rows that tiles take together: a few stay in the last cache, and with many the threads seldom wait for one another.
+inline int64_t most_rows(const Executor& executor, int64_t limit = 4096) {
+    constexpr int64_t kLeast = 512, kOfThread = 256;
+    return std::min(std::max(kOfThread * executor.concurrency(), kLeast), limit);
+}
+
+// The results between the layers of an MLP take 4 bytes each, and then 2.
+inline int64_t most_rows_of_mlp(const Executor& executor) {
+    return most_rows(executor, 2048);
+}
+
+// Rows in parts of up to `most`, a multiple of 32, and of nearly one size: a last part of few rows would be computed in
+// another way.
+class RowParts {
+public:
+    RowParts(int64_t rows, int64_t most)
+        : rows_(rows), blocks_(ceil_divide(rows, kBlock)), count_(ceil_divide(blocks_, most / kBlock)) {}
+
+    int64_t count() const { return count_; }
+    int64_t begin(int64_t i) const { return std::min(i * blocks_ / count_ * kBlock, rows_); }
+    int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+    int64_t largest() const { return std::min(ceil_divide(blocks_, count_) * kBlock, rows_); }
+
+private:
+    static constexpr int64_t kBlock = 32;
+    int64_t rows_, blocks_, count_;
+};
 
 // Panels of one layer after those of another.
 inline int64_t count_panels(const LinearLayers& layers) {

@@ -87,8 +87,8 @@ struct MLPLayers {
     LinearLayers down;  // one
 };
 
-// output [rows, out_features of down] = down(activation(first(input))), a few rows at a time, so that what lies between
-// needs little memory.
+// output [rows, out_features of down] = down(activation(first(input))), up to 2,048 rows at a time, which bounds
+// the memory of what lies between.
 void mlp(const MLPLayers& layers, const RowsView<const float>& input, float* output, const Executor& executor,
          const char* instruction_set = nullptr);
 

@@ -106,7 +106,7 @@ struct TileKernels {
     RowSize (*measure)(const float* row, int64_t count);
 };
 
-constexpr int64_t kTilePanels = 16;  // of a task, at most
+constexpr int64_t kMostPanels = 16;  // of a task, at most
 
 struct LinearKernels {
     const ByteKernels* bytes;

@@ -67,7 +67,8 @@ struct TileBytes {
     static constexpr int64_t kStep = 64;  // input features of one tile product
     static constexpr int64_t kRows = Results::kRows;
     // A task's sums and its chunk of activations take less than half of a second-level cache of 2 MB: two threads of a
-    // core share it, of which a virtual machine knows nothing.
+    // core share it, of which a virtual machine knows nothing. With 16 threads 16 blocks of 8 panels take up to 1.6
+    // times as long.
     static constexpr int64_t kTaskBlocks = 8, kTaskPanels = 16;
 
     static int64_t value_bytes(const LinearFormat& f) { return f.in_features / kStep * kStepBytes; }

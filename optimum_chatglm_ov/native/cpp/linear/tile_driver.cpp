@@ -12,15 +12,6 @@ namespace {
 constexpr int64_t kPackedRows = 4;    // that one task packs, if there are few blocks
 constexpr int64_t kCached = 1 << 20;  // bytes of outputs of a thread that its second-level cache may still hold
 
-// Rows of activations that are held at a time: a few stay in the last cache, and with many the threads seldom wait for
-// one another. As many each time, since the last one of few rows would be computed in another way.
-int64_t chunk_rows(int64_t rows, const Executor& executor) {
-    constexpr int64_t kLeast = 512, kMost = 4096, kOfThread = 256, kMultiple = 32;
-    const int64_t most = std::min(std::max(kOfThread * executor.concurrency(), kLeast), kMost);
-    const int64_t even = ceil_divide(rows, ceil_divide(rows, most));
-    return std::min(ceil_divide(even, kMultiple) * kMultiple, rows);
-}
-
 Buffer& task_scratch() {
     thread_local Buffer buffer;
     return buffer;
@@ -53,7 +44,7 @@ public:
     PackedRows(const TileKernels& kernels, const LinearFormat& format, Buffer& memory)
         : kernels_(kernels), format_(format), memory_(memory) {}
 
-    // For all rows of a call, where they are known.
+    // For all rows of a call, or, where each is known only when it is computed, for the next ones.
     void choose_way(const RowsView<const float>& input, const Executor& executor) {
         const LinearFormat& f = format_;
         if (tiles_take_stored(f)) {
@@ -131,7 +122,7 @@ void multiply(const PackedRows& activations, const LinearLayers& layers, Activat
     const int64_t written = rows * total * kPanelColumns * 4;
     const bool streams = blocks > 1 && written > kCached * executor.concurrency();
     parallel_for(executor, row_parts * columns, executor.concurrency(), [&](int64_t i) {
-        // Threads side by side read the same weights: activations are in the last cache, weights may not be.
+        // Tasks of different rows and the same weights follow one another, which fetches the weights once.
         const int64_t row_part = i % row_parts, column = i / row_parts;
         const int64_t first_block = row_part * blocks / row_parts;
         const int64_t first_row = first_block * way.block_rows;
@@ -140,8 +131,8 @@ void multiply(const PackedRows& activations, const LinearLayers& layers, Activat
             int64_t panel = next;
             const int64_t layer = layer_of(row, panel), stride = layers.weights[layer].out_features;
             const int64_t some = std::min(end - next, stride / kPanelColumns - panel);
-            const uint8_t* pointers[kTilePanels];
-            float* targets[kTilePanels];
+            const uint8_t* pointers[kMostPanels];
+            float* targets[kMostPanels];
             for (int64_t j = 0; j < together * some; j++) {
                 pointers[j] = panel_at(layers, layer + j / some, panel + j % some);
                 targets[j] = outputs[layer] + first_row * stride + (panel + j % some) * kPanelColumns;
@@ -171,30 +162,31 @@ bool tiles_take_stored(const LinearFormat& f) {
 void tile_linear(const TileKernels& kernels, const LinearLayers& layers, const RowsView<const float>& input,
                  float* const* outputs, const Executor& executor) {
     PackedRows hidden(kernels, layers.format, linear_scratch().hidden);
-    const int64_t chunk = chunk_rows(input.count, executor);
     hidden.choose_way(input, executor);
-    for (int64_t first = 0; first < input.count; first += chunk) {
-        hidden.pack(input.part(first, std::min(chunk, input.count - first)), executor);
-        multiply(hidden, layers, Activation::none, outputs_from(layers, outputs, first).data(), executor);
+    const RowParts parts(input.count, most_rows(executor));
+    for (int64_t i = 0; i < parts.count(); i++) {
+        hidden.pack(input.part(parts.begin(i), parts.size(i)), executor);
+        multiply(hidden, layers, Activation::none, outputs_from(layers, outputs, parts.begin(i)).data(), executor);
     }
 }
 
 void tile_mlp(const TileKernels& kernels, const MLPLayers& layers, const RowsView<const float>& input, float* output,
               const Executor& executor) {
     const auto& [first, activation, down] = layers;
-    const int64_t chunk = chunk_rows(input.count, executor), width = down.format.in_features;
+    const RowParts parts(input.count, most_rows_of_mlp(executor));
+    const int64_t width = down.format.in_features;
     LinearScratch& scratch = linear_scratch();
     PackedRows hidden(kernels, first.format, scratch.hidden);
     PackedRows activated(kernels, down.format, scratch.activated);
-    float* between = static_cast<float*>(scratch.between.reserve(chunk * width * 4));
+    float* between = static_cast<float*>(scratch.between.reserve(parts.largest() * width * 4));
     hidden.choose_way(input, executor);
-    for (int64_t i = 0; i < input.count; i += chunk) {
-        const int64_t some = std::min(chunk, input.count - i);
-        hidden.pack(input.part(i, some), executor);
+    for (int64_t i = 0; i < parts.count(); i++) {
+        const RowsView<const float> results{between, width, parts.size(i)};
+        hidden.pack(input.part(parts.begin(i), parts.size(i)), executor);
         multiply(hidden, first, activation, &between, executor);
-        activated.choose_way({between, width, some}, executor);
-        activated.pack({between, width, some}, executor);
-        multiply(activated, down, Activation::none, outputs_from(down, &output, i).data(), executor);
+        activated.choose_way(results, executor);
+        activated.pack(results, executor);
+        multiply(activated, down, Activation::none, outputs_from(down, &output, parts.begin(i)).data(), executor);
     }
 }
 

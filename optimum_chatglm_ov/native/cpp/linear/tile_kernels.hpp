@@ -13,6 +13,7 @@ namespace {
 
 template <class Way>
 constexpr TileWay tile_way() {
+    static_assert(Way::kTaskPanels <= kMostPanels);
     return {Way::kRows,     Way::kTaskBlocks, Way::kTaskPanels,   Way::value_bytes,
             Way::sum_bytes, Way::pack,        Way::scratch_bytes, Way::multiply};
 }
