@@ -152,6 +152,7 @@ def in_child(function: Callable[[], object], as_nobody: bool = False) -> str | i
         try:
             # none: that of the tests' process may be OpenVINO's, which frees it while it is in use
             ctypes.CDLL(None).sigaltstack((ctypes.c_size_t * 3)(0, 2, 0), None)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray, which other tests start, exits with a code
             if as_nobody and os.getuid() == 0:
                 os.setgroups([])
                 os.setgid(65534)
