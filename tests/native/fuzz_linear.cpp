@@ -157,6 +157,10 @@ public:
     float* data() { return memory_.data() + first_; }
     std::vector<float> values() const { return {memory_.begin() + first_, memory_.begin() + first_ + count_}; }
 
+    bool equals(const Output& other) const {
+        return std::memcmp(memory_.data() + first_, other.memory_.data() + other.first_, count_ * 4) == 0;
+    }
+
     // Whether nothing beside it was written.
     bool is_alone() const {
         for (int64_t i = 0; i < static_cast<int64_t>(memory_.size()); i++)
@@ -280,11 +284,18 @@ bool problem(std::map<std::string, Fingerprint>& fingerprints, std::map<std::str
     for (std::string name; std::getline(names, name, ',');) {
         if (name == "amx-model" && products > kModelProducts) continue;
         counts[name]++;
-        std::vector<Output> outputs;
-        std::vector<float*> pointers;
-        for (const Layer& layer : layers) outputs.emplace_back(rows * layer.out_features);
-        for (auto& output : outputs) pointers.push_back(output.data());
-        linear(first_layers, input_rows, pointers.data(), threads, name.c_str());
+        std::vector<Output> outputs, others;  // of other threads
+        const auto compute = [&](std::vector<Output>& results, const Threads& some) {
+            std::vector<float*> pointers;
+            for (const Layer& layer : layers) results.emplace_back(rows * layer.out_features);
+            for (auto& result : results) pointers.push_back(result.data());
+            linear(first_layers, input_rows, pointers.data(), some, name.c_str());
+        };
+        compute(outputs, threads);
+        compute(others, Threads(threads.concurrency() > 4 ? 1 : 16));
+        for (int64_t i = 0; i < count; i++)
+            if (!outputs[i].equals(others[i]))
+                passed = !std::printf("%s depends on the number of threads\n", name.c_str());
         for (const Output& output : outputs)
             if (!output.is_alone()) passed = !std::printf("%s wrote beyond an output\n", name.c_str());
         const Rounding kind = rounding(name, format, rows);
