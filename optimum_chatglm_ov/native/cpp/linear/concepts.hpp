@@ -28,11 +28,7 @@ struct IsBytes<Bytes,
                         void(Bytes::from_bytes(std::declval<const uint8_t*>())))> : IsVector<typename Bytes::Vector> {
 };
 
-// Where 16-bit integers go: of each the high byte, and the low one `low` bytes after it; 64 of them every `stride` bytes.
-struct WideTarget {
-    int8_t* high;
-    int64_t stride, low;
-};
+// Of the high and of the low bytes of some 16-bit integers.
 struct WideSums {
     int32_t high, low;
 };
@@ -40,7 +36,8 @@ struct WideSums {
 // A class `Lines`, of conversions for tiles, 64 bytes at a time; what each does is said at PortableLines (lines.hpp):
 //   Vector                                f32 vectors
 //   from_half, from_bytes, difference, wide     to f32
-//   pack, largest, round_wide, round_bytes                    activations
+//   pack, largest, squares, round_wide, round_bytes           activations
+//   Totals, sums_of                       sums of the bytes that those two wrote, some in each lane
 //   split_halves, convert_bytes, convert_halves, convert_scaled_bytes, convert_scaled_halves     weights
 template <class Lines, class = void>
 struct IsLines : std::false_type {};
@@ -54,10 +51,12 @@ struct IsLines<Lines,
                         void(Lines::pack(std::declval<const float*>(), std::declval<bf16*>(),
                                          std::declval<typename Lines::Vector&>())),
                         void(Lines::largest(std::declval<const float*>(), int64_t())),
-                        void(WideSums(Lines::round_wide(std::declval<const float*>(), int64_t(), 1.0f,
-                                                        std::declval<const WideTarget&>()))),
-                        void(Lines::round_bytes(std::declval<const float*>(), int64_t(), 1.0f, std::declval<int8_t*>(),
-                                                int64_t())),
+                        void(Lines::squares(std::declval<const float*>(), int64_t())),
+                        void(WideSums(Lines::sums_of(std::declval<typename Lines::Totals&>()))),
+                        void(Lines::round_wide(std::declval<const float*>(), 1.0f, std::declval<int8_t*>(),
+                                               std::declval<int8_t*>(), std::declval<typename Lines::Totals&>())),
+                        void(Lines::round_bytes(std::declval<const float*>(), 1.0f, std::declval<int8_t*>(),
+                                                std::declval<typename Lines::Totals&>())),
                         void(Lines::convert_bytes(std::declval<const uint8_t*>(), std::declval<const uint8_t*>(),
                                                   std::declval<bf16*>())),
                         void(Lines::convert_halves(std::declval<const uint8_t*>(), std::declval<bf16*>())),

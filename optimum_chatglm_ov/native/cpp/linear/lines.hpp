@@ -52,26 +52,26 @@ struct PortableLines {
         return sum;
     }
 
-    // Writes numbers times `inverse` as 16-bit integers, and returns the sums of their bytes, both with signs.
-    static WideSums round_wide(const float* x, int64_t count, float inverse, const WideTarget& target) {
-        WideSums sums{0, 0};
-        for (int64_t i = 0; i < count; i++) {
+    struct Totals {
+        WideSums sums;
+    };
+    static WideSums sums_of(const Totals& totals) { return totals.sums; }
+
+    // Writes 64 numbers times `inverse` as 16-bit integers, their high and their low bytes, both with signs.
+    static void round_wide(const float* x, float inverse, int8_t* high_bytes, int8_t* low_bytes, Totals& totals) {
+        for (int i = 0; i < 64; i++) {
             const int32_t whole = to_integer(x[i] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
-            int8_t* place = target.high + i / 64 * target.stride + i % 64;
-            place[0] = static_cast<int8_t>(high), place[target.low] = static_cast<int8_t>(low);
-            sums.high += high, sums.low += low;
+            high_bytes[i] = static_cast<int8_t>(high), low_bytes[i] = static_cast<int8_t>(low);
+            totals.sums.high += high, totals.sums.low += low;
         }
-        return sums;
     }
-    // Writes numbers times `inverse` as 8-bit integers, 64 of them every `stride` bytes, and returns their sum.
-    static int32_t round_bytes(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride) {
-        int32_t sum = 0;
-        for (int64_t i = 0; i < count; i++) {
+    // Writes 64 numbers times `inverse` as 8-bit integers: low ones, whose high bytes are 0.
+    static void round_bytes(const float* x, float inverse, int8_t* bytes, Totals& totals) {
+        for (int i = 0; i < 64; i++) {
             const int32_t whole = to_integer(x[i] * inverse);
-            target[i / 64 * stride + i % 64] = static_cast<int8_t>(whole);
-            sum += whole;
+            bytes[i] = static_cast<int8_t>(whole);
+            totals.sums.low += whole;
         }
-        return sum;
     }
 
     // Integers minus another, which is exact.
@@ -186,35 +186,31 @@ struct Avx512Lines {
         return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
     }
 
-    static WideSums round_wide(const float* x, int64_t count, float inverse, const WideTarget& target) {
-        int8_t *high_bytes = target.high, *low_bytes = target.high + target.low;
-        const __m512 factor = _mm512_set1_ps(inverse);
-        __m512i sum = _mm512_setzero_si512(), high_sums = sum;
-        for (int64_t i = 0; i < count; i += 64, high_bytes += target.stride, low_bytes += target.stride)
-#    pragma GCC unroll 4
-            for (int64_t j = 0; j < 64; j += 16) {
-                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + j), factor));
-                const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(high_bytes + j), _mm512_cvtepi32_epi8(high));
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(low_bytes + j), _mm512_cvtepi32_epi8(whole));
-                sum = _mm512_add_epi32(sum, whole);
-                high_sums = _mm512_add_epi32(high_sums, high);
-            }
-        return {_mm512_reduce_add_epi32(high_sums),
-                _mm512_reduce_add_epi32(_mm512_sub_epi32(sum, _mm512_slli_epi32(high_sums, 8)))};
+    struct Totals {
+        __m512i whole, high;
+    };
+    static WideSums sums_of(const Totals& totals) {
+        return {_mm512_reduce_add_epi32(totals.high),
+                _mm512_reduce_add_epi32(_mm512_sub_epi32(totals.whole, _mm512_slli_epi32(totals.high, 8)))};
     }
 
-    static int32_t round_bytes(const float* x, int64_t count, float inverse, int8_t* target, int64_t stride) {
-        const __m512 factor = _mm512_set1_ps(inverse);
-        __m512i sums = _mm512_setzero_si512();
-        for (int64_t i = 0; i < count; i += 64, target += stride)
-#    pragma GCC unroll 4
-            for (int64_t j = 0; j < 64; j += 16) {
-                const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + j), factor));
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(target + j), _mm512_cvtepi32_epi8(whole));
-                sums = _mm512_add_epi32(sums, whole);
-            }
-        return _mm512_reduce_add_epi32(sums);
+    static void round_wide(const float* x, float inverse, int8_t* high_bytes, int8_t* low_bytes, Totals& totals) {
+        const Integers whole = round_all(x, inverse);
+        const auto high = [&](int i) {
+            return _mm512_srai_epi32(_mm512_add_epi32(whole.part[i], _mm512_set1_epi32(128)), 8);
+        };
+        const auto low = [&](int i) { return _mm512_and_si512(whole.part[i], _mm512_set1_epi32(255)); };
+        const Integers highs{{high(0), high(1), high(2), high(3)}}, lows{{low(0), low(1), low(2), low(3)}};
+        totals.whole = _mm512_add_epi32(totals.whole, sum(whole));
+        totals.high = _mm512_add_epi32(totals.high, sum(highs));
+        store_bytes(_mm512_packs_epi16(words(highs, 0), words(highs, 2)), high_bytes);
+        store_bytes(_mm512_packus_epi16(words(lows, 0), words(lows, 2)), low_bytes);
+    }
+
+    static void round_bytes(const float* x, float inverse, int8_t* bytes, Totals& totals) {
+        const Integers whole = round_all(x, inverse);
+        totals.whole = _mm512_add_epi32(totals.whole, sum(whole));
+        store_bytes(_mm512_packs_epi16(words(whole, 0), words(whole, 2)), bytes);
     }
 
     static Vector difference(const float* integers, int32_t other) {
@@ -275,6 +271,25 @@ struct Avx512Lines {
     }
 
 private:
+    struct Integers {  // 64 i32
+        __m512i part[4];
+    };
+    static Integers round_all(const float* x, float inverse) {
+        const __m512 factor = _mm512_set1_ps(inverse);
+        const auto part = [&](int i) {
+            return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), factor));
+        };
+        return {{part(0), part(1), part(2), part(3)}};
+    }
+    static __m512i sum(const Integers& x) {
+        return _mm512_add_epi32(_mm512_add_epi32(x.part[0], x.part[1]), _mm512_add_epi32(x.part[2], x.part[3]));
+    }
+    static __m512i words(const Integers& x, int i) { return _mm512_packs_epi32(x.part[i], x.part[i + 1]); }
+    // Packing puts together what the same 128 bits of its operands hold.
+    static void store_bytes(__m512i bytes, int8_t* target) {
+        const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        _mm512_storeu_si512(target, _mm512_permutexvar_epi32(order, bytes));
+    }
     // f16 1024 + the bits of x that `kept` names
     static __m512i merge(__m512i x, __m512i kept) {
         return _mm512_ternarylogic_epi32(x, kept, _mm512_set1_epi16(0x6400), 0xea);  // (x & kept) | 1024

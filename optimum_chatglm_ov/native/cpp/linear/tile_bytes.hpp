@@ -78,20 +78,8 @@ struct TileBytes {
     // bytes, or [32]
     static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t first, int64_t last,
                      const RowBlock& block) {
-        auto* sums = static_cast<int32_t*>(block.sums);
-        for (int64_t r = first; r < last; r++) {
-            auto* values = static_cast<int8_t*>(block.values) + r * kStep;
-            const float* x = input + r * stride;
-            const RowScale scale(Lines::largest(x, f.in_features), kWide ? kWideSteps : 127.0f);
-            block.scales[r] = scale.step;
-            if constexpr (kWide) {
-                const WideSums found =
-                    Lines::round_wide(x, f.in_features, scale.inverse, {values, kStepBytes, kTileBytes});
-                sums[r] = found.high, sums[16 + r] = found.low;
-            } else {
-                sums[r] = Lines::round_bytes(x, f.in_features, scale.inverse, values, kStepBytes);
-            }
-        }
+        for (int64_t r = first; r < last; r += kTogether)
+            pack_together(f, input, stride, r, last - r < kTogether ? last : r + kTogether, block);
     }
 
     static size_t scratch_bytes(const TileTask& task) {
@@ -107,6 +95,40 @@ struct TileBytes {
 
 private:
     static constexpr int64_t kAheadBytes = 4096;
+    static constexpr int64_t kTogether = 16;  // rows, which the second-level cache still holds when they are rounded
+    static constexpr int64_t kFetchedSteps = 2;  // to be written
+
+    // Features in the outer loop: what is written is one stream. Row after row every line would be of another page.
+    static void pack_together(const LinearFormat& f, const float* input, int64_t stride, int64_t first, int64_t last,
+                              const RowBlock& block) {
+        float inverse[kTogether];
+        typename Lines::Totals totals[kTogether] = {};
+        for (int64_t r = first; r < last; r++) {
+            const RowScale scale(Lines::largest(input + r * stride, f.in_features), kWide ? kWideSteps : 127.0f);
+            block.scales[r] = scale.step, inverse[r - first] = scale.inverse;
+        }
+        auto* step = static_cast<int8_t*>(block.values);
+        for (int64_t k = 0; k < f.in_features; k += kStep, step += kStepBytes)
+            for (int64_t r = first; r < last; r++) {
+                const float* x = input + r * stride + k;
+                int8_t* line = step + r * kStep;
+                __builtin_prefetch(line + kFetchedSteps * kStepBytes, 1, 3);
+                if constexpr (kWide) {
+                    __builtin_prefetch(line + kFetchedSteps * kStepBytes + kTileBytes, 1, 3);
+                    Lines::round_wide(x, inverse[r - first], line, line + kTileBytes, totals[r - first]);
+                } else {
+                    Lines::round_bytes(x, inverse[r - first], line, totals[r - first]);
+                }
+            }
+        auto* sums = static_cast<int32_t*>(block.sums);
+        for (int64_t r = first; r < last; r++) {
+            const WideSums found = Lines::sums_of(totals[r - first]);
+            if constexpr (kWide)
+                sums[r] = found.high, sums[16 + r] = found.low;
+            else
+                sums[r] = found.low;
+        }
+    }
 
     // Weights are held in the first-level cache, a chunk of a panel at a time, and read once; all blocks of
     // activations pass by. A single block keeps its sums in the tiles.

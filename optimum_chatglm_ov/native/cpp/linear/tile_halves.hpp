@@ -85,8 +85,12 @@ struct TileHalves {
             const RowScale scale(Lines::largest(x, f.in_features), kWideSteps);
             block.scales[r] = scale.step;
             for (int64_t k = 0; k < f.in_features; k += f.group_size, sum += kRows) {
-                const WideSums found = Lines::round_wide(x + k, f.group_size, scale.inverse,
-                                                         {values + k / kStep * kStepBytes, kStepBytes, kStep});
+                typename Lines::Totals totals{};
+                for (int64_t i = k; i < k + f.group_size; i += kStep) {
+                    int8_t* line = values + i / kStep * kStepBytes;
+                    Lines::round_wide(x + i, scale.inverse, line, line + kStep, totals);
+                }
+                const WideSums found = Lines::sums_of(totals);
                 *sum = static_cast<float>(found.high) * 256.0f + static_cast<float>(found.low);
             }
         }

@@ -69,17 +69,22 @@ struct TileLinear {
     // scales: 0, or NaN for a row with NaN or infinity
     static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t first, int64_t last,
                      const RowBlock& block) {
-        for (int64_t r = first; r < last; r++) {
-            bf16* line = static_cast<bf16*>(block.values) + r * kStep;
-            float* sum = static_cast<float*>(block.sums) + r;
-            const float* x = input + r * stride;
-            block.scales[r] = 0.0f;
-            for (int64_t k = 0; k < f.in_features; sum += kRows) {
-                Vector total = Vector::all(0.0f);
-                for (const int64_t end = k + f.group_size; k < end; k += kStep, line += kRows * kStep)
-                    Lines::pack(x + k, line, total);
-                *sum = total.sum_lanes();
-                block.scales[r] += *sum * 0.0f;
+        // Features in the outer loop: what is written is one stream. Row after row every line would be of another page.
+        bf16* step = static_cast<bf16*>(block.values);
+        auto* sums = static_cast<float*>(block.sums);
+        for (int64_t r = first; r < last; r++) block.scales[r] = 0.0f;
+        for (int64_t k = 0; k < f.in_features; sums += kRows) {
+            Vector totals[kRows];
+            for (int64_t r = first; r < last; r++) totals[r] = Vector::all(0.0f);
+            for (const int64_t end = k + f.group_size; k < end; k += kStep, step += kRows * kStep)
+                for (int64_t r = first; r < last; r++) {
+                    bf16* line = step + r * kStep;
+                    __builtin_prefetch(line + kFetchedSteps * kRows * kStep, 1, 3);
+                    Lines::pack(input + r * stride + k, line, totals[r]);
+                }
+            for (int64_t r = first; r < last; r++) {
+                sums[r] = totals[r].sum_lanes();
+                block.scales[r] += sums[r] * 0.0f;
             }
         }
     }
@@ -94,6 +99,7 @@ struct TileLinear {
     }
 
 private:
+    static constexpr int64_t kFetchedSteps = 2;  // of activations, to be written
     static constexpr int64_t kUnitsOfStep = kStepBytes / 2 / kUnit;
 
     template <int kBits>
