@@ -52,17 +52,15 @@ struct PortableLines {
         return sum;
     }
 
-    struct Totals {
-        WideSums sums;
-    };
-    static WideSums sums_of(const Totals& totals) { return totals.sums; }
+    using Totals = WideSums;
+    static WideSums sums_of(const Totals& totals) { return totals; }
 
     // Writes 64 numbers times `inverse` as 16-bit integers, their high and their low bytes, both with signs.
     static void round_wide(const float* x, float inverse, int8_t* high_bytes, int8_t* low_bytes, Totals& totals) {
         for (int i = 0; i < 64; i++) {
             const int32_t whole = to_integer(x[i] * inverse), high = (whole + 128) >> 8, low = whole - 256 * high;
             high_bytes[i] = static_cast<int8_t>(high), low_bytes[i] = static_cast<int8_t>(low);
-            totals.sums.high += high, totals.sums.low += low;
+            totals.high += high, totals.low += low;
         }
     }
     // Writes 64 numbers times `inverse` as 8-bit integers: low ones, whose high bytes are 0.
@@ -70,7 +68,7 @@ struct PortableLines {
         for (int i = 0; i < 64; i++) {
             const int32_t whole = to_integer(x[i] * inverse);
             bytes[i] = static_cast<int8_t>(whole);
-            totals.sums.low += whole;
+            totals.low += whole;
         }
     }
 

@@ -96,9 +96,7 @@ struct TileBytes {
 private:
     static constexpr int64_t kAheadBytes = 4096;
     static constexpr int64_t kTogether = 16;  // rows, which the second-level cache still holds when they are rounded
-    static constexpr int64_t kFetchedSteps = 2;  // to be written
 
-    // Features in the outer loop: what is written is one stream. Row after row every line would be of another page.
     static void pack_together(const LinearFormat& f, const float* input, int64_t stride, int64_t first, int64_t last,
                               const RowBlock& block) {
         float inverse[kTogether];
@@ -112,9 +110,9 @@ private:
             for (int64_t r = first; r < last; r++) {
                 const float* x = input + r * stride + k;
                 int8_t* line = step + r * kStep;
-                __builtin_prefetch(line + kFetchedSteps * kStepBytes, 1, 3);
+                __builtin_prefetch(line + kPackedAhead * kStepBytes, 1, 3);
                 if constexpr (kWide) {
-                    __builtin_prefetch(line + kFetchedSteps * kStepBytes + kTileBytes, 1, 3);
+                    __builtin_prefetch(line + kPackedAhead * kStepBytes + kTileBytes, 1, 3);
                     Lines::round_wide(x, inverse[r - first], line, line + kTileBytes, totals[r - first]);
                 } else {
                     Lines::round_bytes(x, inverse[r - first], line, totals[r - first]);

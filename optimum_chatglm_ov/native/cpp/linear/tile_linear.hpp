@@ -69,7 +69,6 @@ struct TileLinear {
     // scales: 0, or NaN for a row with NaN or infinity
     static void pack(const LinearFormat& f, const float* input, int64_t stride, int64_t first, int64_t last,
                      const RowBlock& block) {
-        // Features in the outer loop: what is written is one stream. Row after row every line would be of another page.
         bf16* step = static_cast<bf16*>(block.values);
         auto* sums = static_cast<float*>(block.sums);
         for (int64_t r = first; r < last; r++) block.scales[r] = 0.0f;
@@ -79,7 +78,7 @@ struct TileLinear {
             for (const int64_t end = k + f.group_size; k < end; k += kStep, step += kRows * kStep)
                 for (int64_t r = first; r < last; r++) {
                     bf16* line = step + r * kStep;
-                    __builtin_prefetch(line + kFetchedSteps * kRows * kStep, 1, 3);
+                    __builtin_prefetch(line + kPackedAhead * kRows * kStep, 1, 3);
                     Lines::pack(input + r * stride + k, line, totals[r]);
                 }
             for (int64_t r = first; r < last; r++) {
@@ -99,7 +98,6 @@ struct TileLinear {
     }
 
 private:
-    static constexpr int64_t kFetchedSteps = 2;  // of activations, to be written
     static constexpr int64_t kUnitsOfStep = kStepBytes / 2 / kUnit;
 
     template <int kBits>

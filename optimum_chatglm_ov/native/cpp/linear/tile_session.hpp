@@ -17,6 +17,10 @@ constexpr int64_t kTileSums = 256;              // of one tile
 constexpr int64_t kBlockSums = 4 * kTileSums;   // [row tile][column tile][16][16]
 constexpr int64_t kChunkSteps = 14;             // products whose held operand, 28 KB, fits the first-level cache
 
+// Activations are packed step by step of all rows, so that what is written is one stream, and so many steps are fetched
+// ahead to be written. Row after row, each line would lie a step's bytes after the last.
+constexpr int64_t kPackedAhead = 2;
+
 // Bytes that each step of a chunk brings closer, `share` of them, in whole lines; the first from `address` on.
 struct Ahead {
     const uint8_t* address;
